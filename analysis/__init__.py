@@ -1,0 +1,23 @@
+"""Routerscope's backend: exact routing of mixture-of-experts models. Nothing here imports torch until it is needed."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .capture import capture
+    from .metrics import METRICS
+    from .models import load_model
+    from .store import open_run
+    from .trace import Trace
+
+__version__ = "0.1.0"
+__all__ = ["METRICS", "Trace", "capture", "load_model", "open_run"]
+_HOME = {"capture": "capture", "load_model": "models", "open_run": "store", "Trace": "trace", "METRICS": "metrics"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

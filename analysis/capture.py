@@ -1,0 +1,439 @@
+"""Run a model over documents and record every routing decision: hooks -> Parts -> Trace.
+
+A pre-hook on each experts module sees what is executed; a hook on the router adds its logits. Hooks exist only inside
+``recording`` and answer only to the thread that opened it, so captures in several threads never see each other's data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .models import model_card
+from .routers import Routed, RouterError, Site, find_sites, selection_scores
+from .stats import merge_statistics, part_statistics
+from .store import RunWriter
+from .tokens import Pieces, encode
+from .trace import (
+    DOCUMENTS, TOKENS, LayerInfo, Part, PartsInMemory, SiteRouting, SiteScores, Trace,
+    check_part, id_dtype, join_routing, join_scores, token_digest,
+)  # fmt: skip
+
+PART_TOKENS = 65_536
+_ACTIVE: ContextVar[Recorder | None] = ContextVar("routerscope_recorder", default=None)
+
+
+class CaptureError(RuntimeError):
+    """A capture that cannot be exact; the message says what, where and what to do."""
+
+
+class CaptureCancelled(CaptureError):
+    """The caller's ``cancelled`` said stop. Parts written so far stay, and the capture can be resumed."""
+
+
+class PromptTooLong(CaptureError):
+    """A document has more tokens than the model's context or the limit set. Nothing is ever cut."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a capture is. ``total`` is None for a stream of unknown length."""
+
+    documents: int
+    total: int | None
+    tokens: int
+    seconds: float
+
+
+class Recorder:
+    """Collects what the hooks saw, forward by forward, for the thread that opened it."""
+
+    def __init__(self, sites: Sequence[Site], cancelled: Callable[[], bool] | None = None) -> None:
+        self.sites = tuple(sites)
+        self.cancelled = cancelled
+        self._outputs: list[list[Any]] = [[] for _ in sites]
+        self._routed: list[list[Routed]] = [[] for _ in sites]
+
+    def router_done(self, at: int, output: Any) -> None:
+        self._outputs[at].append(output)
+
+    def experts_called(self, at: int, ids: Tensor, weights: Tensor) -> None:
+        site = self.sites[at]
+        if self.cancelled is not None and self.cancelled():
+            raise CaptureCancelled("capture cancelled")
+        if len(self._outputs[at]) != len(self._routed[at]) + 1:
+            raise CaptureError(f"{site.info.name}: the experts ran without one call of the router before them")
+        output = self._outputs[at][-1]
+        logits = output[site.kind.logits_at] if isinstance(output, tuple) and site.kind.scoring != "unknown" else None
+        said = output[site.kind.ids_at] if isinstance(output, tuple) and site.kind.ids_at is not None else None
+        if isinstance(said, Tensor) and said.numel() == ids.numel() and not torch.equal(said.reshape(ids.shape), ids):
+            raise CaptureError(f"{site.info.name}: the experts got other ids than the router gave; a patch sits between"
+                               " them (expert placement, remapping): remove it and capture again")  # fmt: skip
+        self._outputs[at][-1] = None
+        logits = None if logits is None else logits.detach().clone()
+        self._routed[at].append(site.kind.adapter(ids.detach().clone(), weights.detach().clone(), logits))
+
+    def take(self, forwards: int | None = 1) -> list[list[Routed]]:
+        """Per site, what each forward routed; empties the recorder.
+
+        Raises CaptureError unless every site fired exactly ``forwards`` times (None: equally often).
+        """
+        counts = [len(r) for r in self._routed]
+        wanted = counts[0] if forwards is None else forwards
+        for site, routed, outputs in zip(self.sites, self._routed, self._outputs, strict=True):
+            if len(routed) != wanted or len(outputs) != wanted or wanted == 0:
+                raise CaptureError(
+                    f"{site.info.name} routed {len(routed)} times in {wanted} forward passes: its forward is compiled,"
+                    " replaced by a kernel, checkpointed or skipped; load the model plainly and capture again"
+                )
+        taken, self._routed = self._routed, [[] for _ in self.sites]
+        self._outputs = [[] for _ in self.sites]
+        return taken
+
+
+@contextmanager
+def recording(model: nn.Module, sites: Sequence[Site] | None = None,
+              cancelled: Callable[[], bool] | None = None) -> Iterator[Recorder]:  # fmt: skip
+    """Hooks on every site of ``model`` while the block runs, removed afterwards whatever happens.
+
+    Raises CaptureError in training mode or under gradient checkpointing, RouterError as find_sites does.
+    """
+    if model.training:
+        raise CaptureError("the model is in training mode, where routers add noise: call model.eval() first")
+    if getattr(model, "is_activation_checkpointing", False):
+        raise CaptureError("gradient checkpointing runs blocks twice: call model.gradient_checkpointing_disable() first")
+    recorder = Recorder(find_sites(model) if sites is None else sites, cancelled)
+    handles = []
+    token = _ACTIVE.set(recorder)
+    try:
+        for at, site in enumerate(recorder.sites):
+            handles.append(site.router.register_forward_hook(partial(_after_router, recorder, at)))
+            names = (site.id_name, site.weight_name)
+            hook = partial(_before_experts, recorder, at, names)
+            handles.append(site.experts.register_forward_pre_hook(hook, with_kwargs=True))
+        yield recorder
+    finally:
+        _ACTIVE.reset(token)
+        for handle in handles:
+            handle.remove()
+
+
+def _after_router(recorder: Recorder, at: int, module: nn.Module, arguments: Any, output: Any) -> None:
+    if _ACTIVE.get() is recorder:
+        recorder.router_done(at, output)
+
+
+def _before_experts(recorder: Recorder, at: int, names: tuple[str, str], module: nn.Module, arguments: tuple[Any, ...],
+                    keywords: dict[str, Any]) -> None:  # fmt: skip
+    if _ACTIVE.get() is recorder:
+        ids = arguments[1] if len(arguments) > 1 else keywords[names[0]]
+        weights = arguments[2] if len(arguments) > 2 else keywords[names[1]]
+        recorder.experts_called(at, ids, weights)
+
+
+@dataclass(frozen=True)
+class _Document:
+    index: int
+    name: str
+    label: str | None
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One document of one stream as recorded: ids and per-token columns, then per site routing and scores."""
+
+    document: _Document
+    stream: str
+    ids: np.ndarray
+    loss: np.ndarray
+    n_prefill: int
+    routing: tuple[SiteRouting | None, ...]
+    scores: tuple[SiteScores | None, ...]
+
+
+def capture_parts(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    labels: Iterable[str | None] | None = None,
+    names: Iterable[str] | None = None,
+    batch_size: int = 8,
+    part_tokens: int = PART_TOKENS,
+    max_tokens: int | None = None,
+    probabilities: bool = False,
+    new_tokens: int = 0,
+    skip_documents: int = 0,
+    first_part: int = 0,
+    first_rows: dict[str, int] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Iterator[Part]:
+    """Yield Parts of about ``part_tokens`` tokens; memory does not grow with the corpus.
+
+    Documents keep their order and are never split. ``texts`` may be a generator. ``new_tokens`` continues each
+    document greedily with a KV cache; the last generated token is never fed back, so it has no routing and no row.
+    Encoder-decoder models read the text in the encoder; their decoder runs on its start token alone.
+    Batches never straddle parts, so a resumed capture runs exactly the batches of an uninterrupted one.
+    Raises PromptTooLong, CaptureCancelled, CaptureError, RouterError, TraceError.
+    """
+    sites = find_sites(model)
+    total = len(texts) if isinstance(texts, Sequence) else None
+    limit = min(x for x in (max_tokens, _context(model), 1 << 31) if x is not None)
+    documents = _documents(tokenizer, texts, labels, names, skip_documents, limit - new_tokens)
+    pieces_of, rows, began = Pieces.of(tokenizer), dict(first_rows or {}), time.monotonic()
+    done = Progress(skip_documents, total, 0, 0.0)
+    for index in itertools.count(first_part):
+        pieces: list[_Piece] = []
+        tokens = 0
+        chunk = _until(documents, part_tokens)
+        for batch in _batched(chunk, batch_size):
+            if cancelled is not None and cancelled():
+                raise CaptureCancelled("capture cancelled")
+            with recording(model, sites, cancelled) as recorder, torch.inference_mode():
+                run = _generate if new_tokens else _forward
+                pieces += run(model, recorder, batch, new_tokens)
+            tokens = sum(len(d.ids) for d in batch)
+            done = Progress(done.documents + len(batch), total, done.tokens + tokens, time.monotonic() - began)
+            if progress is not None:
+                progress(done)
+        if not pieces:
+            return
+        part = _part(index, pieces, sites, pieces_of, rows, probabilities)
+        check_part(part, [s.info for s in sites])
+        for stream in {p.stream for p in pieces}:
+            rows[stream] = rows.get(stream, 0) + sum(len(p.ids) for p in pieces if p.stream == stream)
+        yield part
+
+
+def capture(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    labels: Iterable[str | None] | None = None,
+    names: Iterable[str] | None = None,
+    out: str | Path | None = None,
+    name: str = "",
+    model_path: str | Path | None = None,
+    **options: Any,
+) -> Trace:
+    """Record the routing of ``texts`` through ``model``; options as in ``capture_parts``.
+
+    ``out`` is the folder of the run: an interrupted capture into it is resumed. None keeps the trace in memory.
+    """
+    card = model_card(model, tokenizer, model_path or getattr(model, "name_or_path", None) or None)
+    # What decides the recorded numbers; a resumed run must have the same.
+    kept = {k: v for k, v in options.items() if k not in ("progress", "cancelled")}
+    if out is None:
+        parts = list(capture_parts(model, tokenizer, texts, labels=labels, names=names, **options))
+        if not parts:
+            raise CaptureError("nothing to capture: no documents were given")
+        documents = pa.concat_tables([p.documents for p in parts])
+        tokens = pa.concat_tables([p.tokens for p in parts]).unify_dictionaries()
+        stats = merge_statistics([part_statistics(p, card.layers) for p in parts])
+        source = PartsInMemory(parts, len(card.layers))
+        return Trace(card, documents, stats, source, lambda: tokens, kept, name)
+    with RunWriter.open(Path(out), card, kept) as writer:
+        resumed = {"skip_documents": writer.documents, "first_part": writer.parts, "first_rows": writer.rows}
+        for part in capture_parts(model, tokenizer, texts, labels=labels, names=names, **options, **resumed):
+            writer.write(part)
+        return writer.commit()
+
+
+def _context(model: nn.Module) -> int | None:
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _documents(tokenizer: Any, texts: Iterable[str], labels: Iterable[str | None] | None, names: Iterable[str] | None,
+               skip: int, limit: int) -> Iterator[_Document]:  # fmt: skip
+    rows = zip(texts, labels or itertools.repeat(None), names or itertools.repeat(None), strict=False)
+    for index, (text, label, name) in enumerate(rows):
+        if index < skip:
+            continue
+        name = name or f"document {index + 1}"
+        ids = encode(tokenizer, [text])[0]
+        if not ids:
+            raise CaptureError(f"{name} is empty: it has no tokens to route")
+        if len(ids) > limit:
+            raise PromptTooLong(f"{name} has {len(ids):,} tokens, the limit is {limit:,}: split it, nothing is cut off")
+        yield _Document(index, name, label, ids)
+
+
+def _until(documents: Iterator[_Document], tokens: int) -> Iterator[_Document]:
+    """Documents until ``tokens`` are reached; the one that reaches it belongs to this part."""
+    seen = 0
+    for document in documents:
+        yield document
+        seen += len(document.ids)
+        if seen >= tokens:
+            return
+
+
+def _batched(items: Iterable[_Document], size: int) -> Iterator[tuple[_Document, ...]]:
+    iterator = iter(items)
+    while batch := tuple(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _forward(model: Any, recorder: Recorder, batch: Sequence[_Document], _: int) -> list[_Piece]:
+    """One padded forward. Padding goes right, where neither attention nor a native capacity lets it touch real tokens."""
+    longest = max(len(d.ids) for d in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, document in enumerate(batch):
+        ids[row, : len(document.ids)] = torch.tensor(document.ids)
+        mask[row, : len(document.ids)] = 1
+    given: dict[str, Any] = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    two_streams = bool(model.config.is_encoder_decoder)
+    start: list[int] = []
+    if two_streams:
+        start = [model.config.decoder_start_token_id or 0]
+        given["decoder_input_ids"] = torch.full((len(batch), 1), start[0], device=model.device)
+    logits = model(**given, use_cache=False).logits
+    routed = [forwards[0] for forwards in recorder.take(1)]
+    pieces = []
+    for row, document in enumerate(batch):
+        for stream in ("encoder", "decoder") if two_streams else ("decoder",):
+            tokens = start if stream == "decoder" and two_streams else document.ids
+            width = 1 if stream == "decoder" and two_streams else longest
+            loss = np.full(len(tokens), np.nan, np.float32)
+            if not two_streams and len(tokens) > 1:
+                target = ids[row, 1 : len(tokens)].to(logits.device)
+                loss[:-1] = F.cross_entropy(logits[row, : len(tokens) - 1].float(), target, reduction="none").cpu().numpy()
+            wanted = slice(row * width, row * width + len(tokens))
+            pieces.append(_piece(document, stream, tokens, loss, len(tokens), recorder.sites, routed, wanted))
+    return pieces
+
+
+def _generate(model: Any, recorder: Recorder, batch: Sequence[_Document], new: int) -> list[_Piece]:
+    """Greedy continuation, one document at a time: the first forward is the prefill, each later one a decode step."""
+    if model.config.is_encoder_decoder:
+        raise CaptureError("generation is recorded for decoder-only models; capture without new tokens")
+    pieces = []
+    for document in batch:
+        ids = torch.tensor([document.ids], device=model.device)
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, num_beams=1)
+        taken = recorder.take(None)
+        routed = [_joined(forwards) for forwards in taken]
+        fed = made[0, : routed[0].ids.shape[0]].tolist()
+        if fed[: len(document.ids)] != document.ids or len(fed) != made.shape[1] - 1:
+            raise CaptureError(f"{document.name}: generation fed {len(fed)} tokens of {made.shape[1]}; use plain greedy search")
+        loss = np.full(len(fed), np.nan, np.float32)
+        pieces.append(_piece(document, "decoder", fed, loss, len(document.ids), recorder.sites, routed,
+                             slice(0, len(fed))))  # fmt: skip
+    return pieces
+
+
+def _joined(forwards: Sequence[Routed]) -> Routed:
+    ids = torch.cat([r.ids for r in forwards])
+    same = all(r.chosen is r.ids for r in forwards)
+    logits = [r.logits for r in forwards if r.logits is not None]
+    return Routed(
+        ids,
+        torch.cat([r.weights for r in forwards]),
+        ids if same else torch.cat([r.chosen for r in forwards]),
+        torch.cat([x.flatten(0, -2) for x in logits]) if len(logits) == len(forwards) else None,
+    )
+
+
+def _piece(document: _Document, stream: str, ids: Sequence[int], loss: np.ndarray, n_prefill: int, sites: Sequence[Site],
+           routed: Sequence[Routed], rows: slice) -> _Piece:  # fmt: skip
+    routing: list[SiteRouting | None] = []
+    scores: list[SiteScores | None] = []
+    for site, whole in zip(sites, routed, strict=True):
+        mine = site.info.stream == stream
+        routing.append(_routing(site.info, whole, rows) if mine else None)
+        scores.append(_scores(site.info, whole, rows) if mine else None)
+    return _Piece(document, stream, np.array(ids, np.int32), loss, n_prefill, tuple(routing), tuple(scores))
+
+
+def _routing(info: LayerInfo, routed: Routed, rows: slice) -> SiteRouting:
+    dtype = id_dtype(info.n_classes)
+    ids = routed.ids[rows].cpu().numpy().astype(dtype)
+    if ids.shape[1] != info.top_k:
+        raise RouterError(f"{info.name} routed each token to {ids.shape[1]} experts, its configuration says {info.top_k}")
+    weights = routed.weights[rows].float().cpu().numpy()
+    chosen = ids if routed.chosen is routed.ids else routed.chosen[rows].cpu().numpy().astype(dtype)
+    return SiteRouting(ids, weights, ids if chosen is not ids and np.array_equal(ids, chosen) else chosen)
+
+
+def _scores(info: LayerInfo, routed: Routed, rows: slice) -> SiteScores:
+    """Entropy, margin and logsumexp from the router's logits; NaN where its scores are not known."""
+    n = len(range(*rows.indices(routed.ids.shape[0])))
+    if routed.logits is None:
+        unknown = np.full(n, np.nan, np.float32)
+        return SiteScores(unknown, unknown, unknown, None)
+    logits = routed.logits.flatten(0, -2)[rows].float()
+    shares, selection = selection_scores(info, logits)
+    entropy = torch.special.entr(shares).sum(-1)
+    margin = torch.full_like(entropy, torch.nan)
+    if selection is not None and info.top_k < selection.shape[1]:
+        taken = torch.zeros_like(selection, dtype=torch.bool).scatter_(1, routed.chosen[rows].to(torch.long), True)
+        last = selection.masked_fill(~taken, torch.inf).amin(-1)
+        margin = last - selection.masked_fill(taken, -torch.inf).amax(-1)
+    columns = (x.cpu().numpy().astype(np.float32) for x in (entropy, margin, logits.logsumexp(-1)))
+    return SiteScores(*columns, shares.cpu().numpy())
+
+
+def _part(index: int, pieces: Sequence[_Piece], sites: Sequence[Site], texts: Pieces, rows: dict[str, int],
+          probabilities: bool) -> Part:  # fmt: skip
+    """Assemble a Part: token rows by stream, arrays of each site joined in document order."""
+    streams = [s for s in ("encoder", "decoder") if any(p.stream == s for p in pieces)]
+    tokens, documents = [], []
+    for stream in streams:
+        mine = [p for p in pieces if p.stream == stream]
+        tokens.append(_token_rows(stream, mine, texts))
+        at = rows.get(stream, 0)
+        for piece in mine:
+            d = piece.document
+            documents.append((d.index, stream, d.name, d.label, at, len(piece.ids), token_digest(piece.ids.tolist())))
+            at += len(piece.ids)
+    routing, scores, sums = [], [], []
+    for s, site in enumerate(sites):
+        mine = [p for p in pieces if p.stream == site.info.stream]
+        routing.append(join_routing([r for p in mine if (r := p.routing[s]) is not None]))
+        joined = join_scores([x for p in mine if (x := p.scores[s]) is not None])
+        shares = joined.probabilities
+        sums.append(np.zeros(site.info.n_classes) if shares is None else shares.sum(0, dtype=np.float64))
+        scores.append(joined if probabilities else replace(joined, probabilities=None))
+    table = pa.table(dict(zip(DOCUMENTS.names, zip(*documents, strict=True), strict=True)), schema=DOCUMENTS)
+    first = {s: rows.get(s, 0) for s in streams}
+    return Part(index, pa.concat_tables(tokens), table, tuple(routing), tuple(scores), tuple(sums), first)
+
+
+def _token_rows(stream: str, pieces: Sequence[_Piece], texts: Pieces) -> pa.Table:
+    lengths = [len(p.ids) for p in pieces]
+    ids = np.concatenate([p.ids for p in pieces])
+    text, raw = texts.columns(ids)
+    loss = np.concatenate([p.loss for p in pieces])
+    phase = np.concatenate([np.arange(len(p.ids)) >= p.n_prefill for p in pieces])
+    columns = {
+        "stack": pa.array([stream] * len(ids)),
+        "document": np.repeat([p.document.index for p in pieces], lengths),
+        "position": np.concatenate([np.arange(n) for n in lengths]),
+        "token_id": ids,
+        "token": text,
+        "token_bytes": raw,
+        "label": pa.array(np.repeat(np.array([p.document.label for p in pieces], object), lengths), pa.string()),
+        "loss": pa.array(loss, from_pandas=True),
+        "phase": pa.array(np.where(phase, "decode", "prefill")),
+    }
+    return pa.table({n: pa.array(c).cast(TOKENS.field(n).type) if not isinstance(c, pa.Array) else c.cast(TOKENS.field(n).type)
+                     for n, c in columns.items()}, schema=TOKENS)  # fmt: skip

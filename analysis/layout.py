@@ -1,0 +1,118 @@
+"""The Parquet layout of decisions and scores: one row group per site, scalar columns, exact float32 weights.
+
+Ids are dictionary-coded uint8 or uint16, by the number of experts; weights are BYTE_STREAM_SPLIT float32, which holds
+bfloat16 and float16 values exactly at their own cost; pages carry checksums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .trace import NO_EXPERT, LayerInfo, Part, SiteRouting, SiteScores, id_dtype
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """A table as one Parquet file, zstd, with page checksums."""
+    pq.write_table(table, path, compression="zstd", compression_level=1, write_page_checksum=True)
+
+
+def write_routing(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
+    """Decisions of a part: row, site, document, e*, w* and, for models with native capacity, c*."""
+    width = max(x.top_k for x in layers)
+    ids = pa.uint8() if max(x.n_classes for x in layers) <= 256 else pa.uint16()
+    kinds = [("e", ids), ("w", pa.float32())]
+    if any(x.native_capacity is not None for x in layers):
+        kinds.append(("c", ids))
+    columns = [(f"{kind}{i}", type_) for kind, type_ in kinds for i in range(width)]
+    schema = pa.schema([("row", pa.int32()), ("site", pa.uint16()), ("document", pa.int32()), *columns])
+    encodings = {f"w{i}": "BYTE_STREAM_SPLIT" for i in range(width)} | {"row": "DELTA_BINARY_PACKED"}
+    coded = ["site", "document", *(n for n, _ in columns if n[0] != "w")]
+
+    def tables() -> Iterator[pa.Table]:
+        for layer, routing in zip(layers, part.routing, strict=True):
+            arrays = {"e": routing.experts, "w": routing.weights, "c": routing.chosen}
+            values = [_column(arrays[n[0]], int(n[1:]), t) for n, t in columns]
+            yield pa.table([*_keys(part, layer), *values], schema=schema)
+
+    _write_groups(tables(), schema, path, encodings, coded)
+
+
+def write_scores(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
+    """Router scores of a part: row, site, entropy, margin, logsumexp and, where kept, p*."""
+    names = ["entropy", "margin", "logsumexp"]
+    width = max((s.probabilities.shape[1] for s in part.scores if s.probabilities is not None), default=0)
+    columns = [*names, *(f"p{i}" for i in range(width))]
+    schema = pa.schema([("row", pa.int32()), ("site", pa.uint16()), *((n, pa.float32()) for n in columns)])
+    encodings = {n: "BYTE_STREAM_SPLIT" for n in columns} | {"row": "DELTA_BINARY_PACKED"}
+
+    def tables() -> Iterator[pa.Table]:
+        for layer, s in zip(layers, part.scores, strict=True):
+            given = np.zeros((len(s.entropy), 0), np.float32) if s.probabilities is None else s.probabilities
+            values = [pa.array(getattr(s, n), pa.float32()) for n in names]
+            values += [_column(given, i, pa.float32()) for i in range(width)]
+            yield pa.table([*_keys(part, layer)[:2], *values], schema=schema)
+
+    _write_groups(tables(), schema, path, encodings, ["site"])
+
+
+def read_routing(path: Path, layer: LayerInfo, start: int, stop: int) -> SiteRouting:
+    """Rows start to stop (within the part) of one site, from its row group alone."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        chosen = "c0" in file.schema_arrow.names
+        names = [f"{kind}{i}" for kind in ("e", "w", "c")[: 3 if chosen else 2] for i in range(layer.top_k)]
+        table = file.read_row_group(layer.index, columns=names).slice(start, stop - start)
+    dtype = id_dtype(layer.n_classes)
+
+    def matrix(kind: str, type_: np.dtype, missing: float) -> np.ndarray:
+        out = np.empty((len(table), layer.top_k), type_)
+        for i in range(layer.top_k):
+            column = table[f"{kind}{i}"].cast(pa.from_numpy_dtype(type_))
+            out[:, i] = pc.fill_null(column, missing).to_numpy()
+        return out
+
+    experts = matrix("e", dtype, NO_EXPERT)
+    weights = matrix("w", np.dtype(np.float32), 0.0)
+    before = matrix("c", dtype, NO_EXPERT) if chosen else experts
+    return SiteRouting(experts, weights, experts if np.array_equal(before, experts) else before)
+
+
+def read_scores(path: Path, layer: LayerInfo, start: int, stop: int) -> SiteScores:
+    """Rows start to stop (within the part) of one site's scores."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        kept = "p0" in file.schema_arrow.names
+        names = ["entropy", "margin", "logsumexp", *(f"p{i}" for i in range(layer.n_classes if kept else 0))]
+        table = file.read_row_group(layer.index, columns=names).slice(start, stop - start)
+    columns = [table[n].to_numpy() for n in names]
+    return SiteScores(*columns[:3], np.stack(columns[3:], axis=1) if kept else None)
+
+
+def _keys(part: Part, layer: LayerInfo) -> list[pa.Array]:
+    tokens = part.stream_tokens(layer.stream)
+    first = part.first_rows[layer.stream]
+    rows = np.arange(first, first + len(tokens), dtype=np.int32)
+    return [pa.array(rows), pa.array(np.full(len(rows), layer.index, np.uint16)), tokens["document"].combine_chunks()]
+
+
+def _column(array: np.ndarray, i: int, type_: pa.DataType) -> pa.Array:
+    """Column i as Arrow; null where the site has fewer columns or, for ids, where there is no expert."""
+    if i >= array.shape[1]:
+        return pa.nulls(len(array), type_)
+    values = np.ascontiguousarray(array[:, i])
+    if pa.types.is_floating(type_):
+        return pa.array(values, type_)
+    missing = values == NO_EXPERT
+    return pa.array(np.where(missing, 0, values).astype(type_.to_pandas_dtype()), type_, mask=missing)
+
+
+def _write_groups(tables: Iterator[pa.Table], schema: pa.Schema, path: Path, encodings: dict[str, str],
+                  coded: list[str]) -> None:  # fmt: skip
+    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": coded, "write_page_checksum": True}
+    with pq.ParquetWriter(path, schema, column_encoding=encodings, **options) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=max(1, len(table)))

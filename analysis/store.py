@@ -1,0 +1,396 @@
+"""Runs on disk: atomic, verified, resumable. Parquet that any reader opens.
+
+A run is a folder. ``run.json`` is written last, and its presence is the commit; it lists every file with its size and
+sha256. While a capture is under way the folder has ``progress/`` instead, from which it is resumed.
+
+    run.json  documents.parquet  stats.parquet  token_stats.parquet  document_stats.parquet
+    tokens/part-00000.parquet    one row per token (schema trace.TOKENS)
+    routing/part-00000.parquet   row, site, document, e0.. (ids, null = none), w0.. (gate weights), c0.. (chosen, only for
+                                 models with a native capacity); row group i holds site i
+    scores/part-00000.parquet    row, site, entropy, margin, logsumexp, p0.. (only when asked for); row groups alike
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .layout import read_routing, read_scores, write_routing, write_scores, write_table
+from .stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, following_sites, merge_statistics, part_statistics
+from .trace import (
+    DOCUMENTS, SCHEMA_VERSION, LayerInfo, ModelCard, Part, SiteRouting, SiteScores, Trace, TraceError,
+    check_site, join_routing, join_scores,
+)  # fmt: skip
+
+MANIFEST = "run.json"
+STATISTICS = (("stats.parquet", CORE), ("token_stats.parquet", BY_TOKEN), ("document_stats.parquet", BY_DOCUMENT))
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))})
+
+
+class RunError(ValueError):
+    """A run that cannot be used; the message says which file, what is wrong and what to do."""
+
+
+def valid_run_name(name: str) -> str:
+    """``name`` itself where it may name a run folder, else RunError."""
+    if not _NAME.fullmatch(name) or name.split(".")[0] in _DEVICES or name.endswith("."):
+        raise RunError("a run name has 1 to 64 characters of a-z, 0-9, '.', '_' and '-', and starts with a letter or digit")
+    return name
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write through a temporary file in the same folder: fsync, rename, fsync the folder. Mode 0600."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o600)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class RunWriter:
+    """Writes a run part by part; a context manager. Leaving it without ``commit`` keeps what was written, for resuming.
+
+    ``parts``, ``documents`` and ``rows`` (per stream) say what is already there.
+    """
+
+    def __init__(self, folder: Path, card: ModelCard, options: Mapping[str, Any], lock: int) -> None:
+        self.folder, self.card, self.options, self._lock = folder, card, dict(options), lock
+        self._records = _part_records(folder)
+        self.parts = len(self._records)
+        self.documents = sum(r["documents"] for r in self._records)
+        self.rows: dict[str, int] = {}
+        for record in self._records:
+            for stream, n in record["rows"].items():
+                self.rows[stream] = self.rows.get(stream, 0) + n
+
+    @classmethod
+    def open(cls, folder: Path, card: ModelCard, options: Mapping[str, Any]) -> RunWriter:
+        """Start a run in ``folder``, or resume the interrupted one that is there.
+
+        Raises RunError where a finished run is there, another process writes, or model or options differ.
+        """
+        valid_run_name(folder.name)
+        if (folder / MANIFEST).exists():
+            raise RunError(f"{folder.name} is a finished run: choose another name, or delete it first")
+        progress = folder / "progress"
+        progress.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.chmod(folder, 0o700)
+        lock = os.open(progress / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sweep(folder)
+            _check_same_capture(progress / "capture.json", card, options)
+        except BlockingIOError:
+            os.close(lock)
+            raise RunError(f"{folder.name} is being written by another capture: wait for it or choose another name") from None
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(folder, card, options, lock)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._lock)
+
+    def write(self, part: Part) -> None:
+        """Store one part; once this returns, a crash cannot lose it."""
+        if part.index != self.parts:
+            raise RunError(f"part {part.index} out of order: {self.folder.name} has {self.parts}")
+        layers, number = self.card.layers, f"{part.index:05d}"
+        stats = part_statistics(part, layers)
+        files = [f"{kind}/part-{number}.parquet" for kind in ("tokens", "routing", "scores")]
+        write_atomically(self.folder / files[0], lambda p: write_table(part.tokens, p))
+        write_atomically(self.folder / files[1], lambda p: write_routing(part, layers, p))
+        write_atomically(self.folder / files[2], lambda p: write_scores(part, layers, p))
+        progress = self.folder / "progress"
+        tables = (part.documents, stats.core, stats.by_token, stats.by_document)
+        for name, table in zip(("documents", "core", "tokens", "by_documents"), tables, strict=True):
+            write_atomically(progress / f"{name}-{number}.parquet", lambda p, t=table: write_table(t, p))
+        rows = {s: len(part.stream_tokens(s)) for s in part.first_rows}
+        record = {
+            "index": part.index,
+            "documents": len(set(part.documents["document"].to_pylist())),
+            "first_rows": dict(part.first_rows),
+            "rows": rows,
+            "files": {f: _stamp(self.folder / f) for f in files},
+        }
+        _write_json(progress / f"part-{number}.json", record)
+        self._records.append(record)
+        self.parts += 1
+        self.documents += record["documents"]
+        for stream, n in rows.items():
+            self.rows[stream] = self.rows.get(stream, 0) + n
+
+    def commit(self) -> Trace:
+        """Merge the statistics, write the manifest, and open the finished run. RunError for a run of no parts."""
+        if not self._records:
+            raise RunError("nothing was captured: no documents were given")
+        progress = self.folder / "progress"
+
+        def joined(name: str) -> pa.Table:
+            return pa.concat_tables([pq.read_table(p) for p in sorted(progress.glob(f"{name}-*.parquet"))])
+
+        classes, following = tuple(x.n_classes for x in self.card.layers), following_sites(self.card.layers)
+        whole = Statistics(joined("core"), joined("tokens"), joined("by_documents"), classes, following)
+        stats = merge_statistics([whole])
+        tables = (joined("documents"), stats.core, stats.by_token, stats.by_document)
+        names = ("documents.parquet", *(n for n, _ in STATISTICS))
+        for name, table in zip(names, tables, strict=True):
+            write_atomically(self.folder / name, lambda p, t=table: write_table(t, p))
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": self.card.to_json(),
+            "options": self.options,
+            "parts": self._records,
+            "files": {n: _stamp(self.folder / n) for n in names},
+        }
+        _write_json(self.folder / MANIFEST, manifest)
+        shutil.rmtree(progress)
+        return open_run(self.folder)
+
+
+class StoredRouting:
+    """RoutingSource over a run's parts; reads only the row groups a range needs."""
+
+    def __init__(self, folder: Path, layers: Sequence[LayerInfo], parts: Sequence[Mapping[str, Any]]) -> None:
+        self._folder, self._layers, self._parts = folder, layers, parts
+
+    def routing(self, site: int, start: int, stop: int) -> SiteRouting:
+        pieces = [read_routing(self._file(p, "routing"), self._layers[site], a, b) for p, a, b in self._pieces(site, start, stop)]
+        return join_routing(pieces)
+
+    def scores(self, site: int, start: int, stop: int) -> SiteScores:
+        pieces = [read_scores(self._file(p, "scores"), self._layers[site], a, b) for p, a, b in self._pieces(site, start, stop)]
+        return join_scores(pieces)
+
+    def _file(self, part: Mapping[str, Any], kind: str) -> Path:
+        return self._folder / kind / f"part-{part['index']:05d}.parquet"
+
+    def _pieces(self, site: int, start: int, stop: int) -> list[tuple[Mapping[str, Any], int, int]]:
+        stream, out = self._layers[site].stream, []
+        for part in self._parts:
+            first, n = part["first_rows"].get(stream, 0), part["rows"].get(stream, 0)
+            a, b = max(start - first, 0), min(stop - first, n)
+            if a < b or (not out and part is self._parts[-1]):
+                out.append((part, a, max(a, b)))
+        return out
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run. RunError where there is none, or it is not one."""
+    path = folder / MANIFEST
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        unfinished = (folder / "progress").is_dir()
+        hint = "its capture did not finish: repeat the capture command to resume it" if unfinished else "there is no run.json"
+        raise RunError(f"{folder.name} is not a finished run: {hint}") from None
+    except OSError as error:
+        raise RunError(f"{folder.name}/{MANIFEST} cannot be opened: {error.strerror}") from None
+    with os.fdopen(descriptor, encoding="utf-8") as file:
+        try:
+            manifest = json.load(file)
+            version = manifest["schema_version"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise RunError(f"{folder.name}/{MANIFEST} is damaged: restore it, or capture the run again") from None
+    if version != SCHEMA_VERSION:
+        raise RunError(f"{folder.name} has schema version {version}, this program reads {SCHEMA_VERSION}")
+    return dict(manifest)
+
+
+def open_run(folder: str | Path) -> Trace:
+    """The stored run in ``folder``; reads the manifest, the documents and the statistics, nothing else yet.
+
+    Raises RunError for a missing, unfinished or damaged run (sizes are compared here, digests in ``verify_run``).
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, stamp in _all_files(manifest).items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != stamp["bytes"]:
+            raise RunError(f"{folder.name}/{name} is missing or has the wrong size: restore it, or capture the run again")
+    try:
+        card = ModelCard.from_json(manifest["model"])
+        documents = _read(folder / "documents.parquet", DOCUMENTS)
+        core, tokens, by_document = (_read(folder / n, schema) for n, schema in STATISTICS)
+    except (TypeError, KeyError, pa.ArrowException, OSError) as error:
+        raise RunError(f"{folder.name} is damaged ({error}): run `python -m analysis verify`") from error
+    stats = Statistics(core, tokens, by_document, tuple(x.n_classes for x in card.layers), following_sites(card.layers))
+    parts = manifest["parts"]
+
+    def load_tokens() -> pa.Table:
+        files = [folder / f"tokens/part-{p['index']:05d}.parquet" for p in parts]
+        return pa.concat_tables([pq.read_table(f, page_checksum_verification=True) for f in files]).unify_dictionaries()
+
+    options = {**manifest["options"], "created": manifest["created"]}
+    return Trace(card, documents, stats, StoredRouting(folder, card.layers, parts), load_tokens, options, folder.name)
+
+
+def verify_run(folder: str | Path) -> tuple[str, ...]:
+    """Problems found, in words; empty where the run is sound: digests, no stray files, invariants, statistics."""
+    folder = Path(folder)
+    try:
+        manifest = read_manifest(folder)
+        listed = _all_files(manifest)
+        problems = [f"{n}: its sha256 differs from the manifest" for n, s in listed.items()
+                    if not (folder / n).is_file() or _stamp(folder / n)["sha256"] != s["sha256"]]  # fmt: skip
+        there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+        problems += [f"{n}: not part of the run" for n in sorted(there - set(listed))]
+        if problems:
+            return tuple(problems)
+        trace = open_run(folder)
+        for layer in trace.layers:
+            check_site(layer, trace.routing(layer.index), trace.n_tokens(layer.stream), folder.name)
+        again = _recomputed(trace, manifest["parts"])
+        for name, stored, counted in (("stats", trace.stats.core, again.core), ("token_stats", trace.stats.by_token, again.by_token),
+                                      ("document_stats", trace.stats.by_document, again.by_document)):  # fmt: skip
+            if not _same_counts(stored, counted):
+                problems.append(f"{name}.parquet: counts differ from those of the recorded decisions")
+    except (RunError, TraceError, pa.ArrowException, OSError) as error:
+        return (str(error),)
+    return tuple(problems)
+
+
+def _recomputed(trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Statistics:
+    """Statistics counted again from the stored decisions; probability sums are kept from capture."""
+    whole = []
+    for record in parts:
+        tokens = [trace.stream_tokens(s).slice(record["first_rows"][s], n) for s, n in record["rows"].items()]
+        ranges = [(record["first_rows"][x.stream], record["rows"][x.stream]) for x in trace.layers]
+        routing = tuple(trace.routing(i, a, a + n) for i, (a, n) in enumerate(ranges))
+        scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))
+        zeros = tuple(np.zeros(x.n_classes) for x in trace.layers)
+        part = Part(record["index"], pa.concat_tables(tokens), trace.documents, routing, scores, zeros, record["first_rows"])
+        whole.append(part_statistics(part, trace.layers))
+    return merge_statistics(whole)
+
+
+def _same_counts(a: pa.Table, b: pa.Table) -> bool:
+    columns = [n for n in a.column_names if n != "sum"]
+    return bool(a.select(columns).combine_chunks().equals(b.select(columns).combine_chunks()))
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as listed: sizes in bytes, ``created`` in ISO 8601 UTC, ``complete`` False for an interrupted capture."""
+
+    name: str
+    folder: Path
+    model: str
+    family: str
+    n_tokens: int
+    n_documents: int
+    created: str
+    bytes: int
+    complete: bool
+
+
+def list_runs(root: str | Path) -> tuple[RunSummary, ...]:
+    """Runs directly below ``root``, newest first; folders that are no run, and links, are passed over."""
+    root, found = Path(root), []
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if folder.is_symlink() or not folder.is_dir() or not _NAME.fullmatch(folder.name):
+            continue
+        size = sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
+        if (folder / MANIFEST).is_file():
+            try:
+                m = read_manifest(folder)
+            except RunError:
+                found.append(RunSummary(folder.name, folder, "damaged", "", 0, 0, "", size, False))
+                continue
+            tokens = sum(n for p in m["parts"] for n in p["rows"].values())
+            documents = sum(p["documents"] for p in m["parts"])
+            found.append(RunSummary(folder.name, folder, m["model"]["name"], m["model"]["family"], tokens, documents,
+                                    m["created"], size, True))  # fmt: skip
+        elif (folder / "progress" / "capture.json").is_file():
+            found.append(RunSummary(folder.name, folder, "unfinished", "", 0, 0, "", size, False))
+    return tuple(sorted(found, key=lambda r: r.created, reverse=True))
+
+
+def delete_run(root: str | Path, name: str) -> None:
+    """Delete a run below ``root`` for good. RunError for a name that is not a run there, or a link."""
+    root = Path(root).resolve()
+    folder = root / valid_run_name(name)
+    if folder.is_symlink() or not folder.is_dir() or folder.resolve().parent != root:
+        raise RunError(f"there is no run {name} to delete")
+    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted folder never looks like a run
+    shutil.rmtree(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that a killed writer left below ``folder``."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _check_same_capture(path: Path, card: ModelCard, options: Mapping[str, Any]) -> None:
+    """Record what is being captured, or compare with the record of the interrupted capture."""
+    mine = json.loads(json.dumps({"model": card.to_json(), "options": dict(options)}))
+    if not path.exists():
+        _write_json(path, mine)
+        return
+    started = json.loads(path.read_text(encoding="utf-8"))
+    for what in ("model", "options"):
+        if started[what] != mine[what]:
+            raise RunError(f"the interrupted capture in this folder used other {what}: use the same, or delete the run")
+
+
+def _part_records(folder: Path) -> list[dict[str, Any]]:
+    """Records of committed parts, in order; a part counts only when its record and all its files are whole."""
+    records: list[dict[str, Any]] = []
+    for path in sorted((folder / "progress").glob("part-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        whole = all((folder / f).is_file() and (folder / f).stat().st_size == s["bytes"] for f, s in record["files"].items())
+        if record["index"] != len(records) or not whole:
+            break
+        records.append(record)
+    return records
+
+
+def _all_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    files = dict(manifest["files"])
+    for part in manifest["parts"]:
+        files |= part["files"]
+    return files
+
+
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
+    return pq.read_table(path, page_checksum_verification=True).select(schema.names).cast(schema)
+
+
+def _stamp(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_atomically(path, lambda p: p.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8") and None)

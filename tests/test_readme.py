@@ -1,0 +1,42 @@
+"""The README's Python runs as it stands, and names only files that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_linked_files_exist() -> None:
+    links = [x for x in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in x]
+    assert links
+    assert [x for x in links if not (ROOT / x).exists()] == []
+
+
+def test_code_map_names_every_module() -> None:
+    code_map = README.split("## The map of the code")[1]
+    modules = [p.name for p in (ROOT / "analysis").glob("*.py") if p.name != "__init__.py"]
+    assert [m for m in modules if m not in code_map and m.removesuffix(".py") not in code_map] == []
+
+
+def test_readers_agree_on_the_demo_run() -> None:
+    import duckdb
+    import pandas as pd
+    import polars as pl
+
+    routing = ROOT / "data/demo-run/routing"
+    by_pandas = pd.read_parquet(routing)["w0"].astype("float64").sum()
+    by_polars = pl.scan_parquet(str(routing / "*.parquet")).select(pl.col("w0").cast(pl.Float64).sum()).collect().item()
+    row = duckdb.execute(f"SELECT sum(w0::DOUBLE), count(*) FROM '{routing}/*.parquet'").fetchone()
+    assert row is not None
+    assert row[0] == pytest.approx(by_pandas, rel=1e-12) and by_polars == pytest.approx(by_pandas, rel=1e-12)
+    assert row[1] == len(pd.read_parquet(routing)) > 0
