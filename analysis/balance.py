@@ -1,0 +1,90 @@
+"""Load imbalance of one layer: pure functions on expert loads.
+
+``load`` is int64 [E], assignments per expert at one site; experts of different layers are unrelated and never pooled.
+Every function returns NaN for a layer that saw no assignment. Vectors for n = [4, 2, 1, 1] are in the tests.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+COLD_SHARE = 0.1
+
+
+def relative_load(load: np.ndarray) -> np.ndarray:
+    """float64 [E]: load over the mean load; 1 is an even share, 0 a dead expert."""
+    total = load.sum()
+    return load * len(load) / total if total else np.full(len(load), np.nan)
+
+
+def max_over_mean(load: np.ndarray) -> float:
+    """Largest load over the mean; 1 (even) to E (one expert takes all)."""
+    return float(relative_load(load).max())
+
+
+def maxvio(load: np.ndarray) -> float:
+    """MaxVio: (largest - mean) / mean; 0 to E - 1. Wang et al., arXiv 2408.15664, global form."""
+    return max_over_mean(load) - 1
+
+
+def cv(load: np.ndarray) -> float:
+    """Coefficient of variation: population standard deviation over mean; 0 to sqrt(E - 1). Shazeer et al. 2017 square it."""
+    return float(relative_load(load).std())
+
+
+def gini(load: np.ndarray) -> float:
+    """Gini coefficient: mean absolute difference over twice the mean; 0 to 1 - 1/E."""
+    ordered, n = np.sort(relative_load(load)), len(load)
+    return float(((2 * np.arange(1, n + 1) - n - 1) * ordered).sum() / n**2)
+
+
+def entropy(load: np.ndarray) -> float:
+    """Entropy of the load shares in nats; 0 to ln E."""
+    if not load.sum():
+        return float("nan")
+    share = load[load > 0] / load.sum()
+    return float(-(share * np.log(share)).sum()) + 0.0
+
+
+def effective_experts(load: np.ndarray) -> float:
+    """exp(entropy): the number of evenly used experts with the same entropy; 1 to E."""
+    return float(np.exp(entropy(load)))
+
+
+def balancedness(load: np.ndarray) -> float:
+    """Mean over largest load; 1/E to 1. As EPLB and SGLang report it."""
+    return 1 / max_over_mean(load)
+
+
+def dead(load: np.ndarray) -> float:
+    """Experts with no assignment at all; 0 to E - 1."""
+    return float((load == 0).sum()) if load.sum() else float("nan")
+
+
+def cold(load: np.ndarray) -> float:
+    """Experts with less than a tenth of the mean load, dead ones included; 0 to E - 1."""
+    return float((relative_load(load) < COLD_SHARE).sum()) if load.sum() else float("nan")
+
+
+def chance_cv(tokens: int, n_experts: int, top_k: int) -> float:
+    """CV expected when every token picks ``top_k`` experts uniformly at random: sqrt((1 - k/E) / (T k/E)).
+
+    Each load is Binomial(T, k/E); this is its standard deviation over its mean.
+    """
+    share = top_k / n_experts
+    return float(np.sqrt((1 - share) / (tokens * share))) if tokens else float("nan")
+
+
+def chance_max_over_mean(tokens: int, n_experts: int, top_k: int) -> float:
+    """Largest load over the mean expected under uniform random routing, by the normal approximation of the maximum.
+
+    1 + CV * sqrt(2 ln E) bounds the expectation from above; it is within a few per cent for E >= 8.
+    """
+    return 1 + chance_cv(tokens, n_experts, top_k) * float(np.sqrt(2 * np.log(n_experts)))
+
+
+def switch_auxiliary_loss(load: np.ndarray, probability_sum: np.ndarray) -> float:
+    """E * sum f_e P_e with f the share of assignments and P the mean probability; 1 when even. Switch eq. 4, alpha 1."""
+    if not load.sum() or not probability_sum.sum():
+        return float("nan")
+    return float(len(load) * (load / load.sum() * (probability_sum / probability_sum.sum())).sum())

@@ -1,0 +1,139 @@
+"""The table of metrics: what each is, its range, what chance would give, where it comes from. One entry adds one.
+
+A metric maps a Trace to a pyarrow.Table with one row per site: ``site``, ``layer``, ``n`` (tokens) and ``value``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+
+import numpy as np
+import pyarrow as pa
+
+from . import balance
+from .trace import LayerInfo, Trace
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number per site. ``low`` and ``high`` bound it (high may depend on E); ``chance`` says what chance gives."""
+
+    name: str
+    title: str
+    definition: str
+    low: float
+    high: Callable[[LayerInfo], float]
+    chance: str
+    source: str
+    function: Callable[[Trace, int], float]
+
+    def __call__(self, trace: Trace) -> pa.Table:
+        """One row per site: site, layer, n (tokens), value."""
+        layers = trace.layers
+        return pa.table(
+            {
+                "site": pa.array([x.index for x in layers], pa.int16()),
+                "layer": pa.array([x.layer for x in layers], pa.int32()),
+                "n": pa.array([trace.stats.n_tokens(x.index) for x in layers], pa.int64()),
+                "value": pa.array([self.function(trace, x.index) for x in layers], pa.float64()),
+            }
+        )
+
+
+def _of_load(function: Callable[[np.ndarray], float], trace: Trace, site: int) -> float:
+    return function(trace.stats.load(site)[: trace.layers[site].n_experts])
+
+
+def _auxiliary(trace: Trace, site: int) -> float:
+    n = trace.layers[site].n_experts
+    return balance.switch_auxiliary_loss(trace.stats.load(site)[:n], trace.stats.probability_sum(site)[:n])
+
+
+def _chance(function: Callable[[int, int, int], float], trace: Trace, site: int) -> float:
+    layer = trace.layers[site]
+    return function(trace.stats.n_tokens(site), layer.n_experts, layer.top_k)
+
+
+def _mean(statistic: str, trace: Trace, site: int) -> float:
+    return trace.stats.mean(statistic, site)
+
+
+def _experts(layer: LayerInfo) -> float:
+    return float(layer.n_experts)
+
+
+def _unbounded(layer: LayerInfo) -> float:
+    return float("inf")
+
+
+_ENTRIES = (
+    Metric("max_over_mean", "Max / mean", "largest expert load over the mean load", 1, _experts,
+           "1 + CV sqrt(2 ln E), see chance_max_over_mean", "common; EPLB's inverse", partial(_of_load, balance.max_over_mean)),
+    Metric("maxvio", "MaxVio", "(largest load - mean) / mean, over the whole run", 0, lambda x: x.n_experts - 1.0,
+           "chance_max_over_mean - 1", "arXiv 2408.15664", partial(_of_load, balance.maxvio)),
+    Metric("chance_max_over_mean", "Max / mean by chance", "upper bound of max / mean expected under uniform random routing",
+           1, _unbounded, "is the chance value", "normal approximation of the maximum of E binomial loads",
+           partial(_chance, balance.chance_max_over_mean)),
+    Metric("cv", "CV", "population standard deviation of the loads over their mean", 0, lambda x: float(np.sqrt(x.n_experts - 1)),
+           "chance_cv", "Shazeer et al. 2017 (squared there)", partial(_of_load, balance.cv)),
+    Metric("chance_cv", "CV by chance", "sqrt((1 - k/E) / (T k/E)): CV expected under uniform random routing", 0, _unbounded,
+           "is the chance value", "Binomial(T, k/E)", partial(_chance, balance.chance_cv)),
+    Metric("gini", "Gini", "mean absolute difference of the loads over twice their mean", 0, lambda x: 1 - 1 / x.n_experts,
+           "about 0.56 x chance_cv", "Gini 1912", partial(_of_load, balance.gini)),
+    Metric("entropy", "Load entropy", "entropy of the load shares, in nats", 0, lambda x: float(np.log(x.n_experts)),
+           "ln E less chance_cv^2 / 2", "Shannon 1948", partial(_of_load, balance.entropy)),
+    Metric("effective_experts", "Effective experts", "exp of the load entropy: evenly used experts with the same entropy", 1,
+           _experts, "E less E chance_cv^2 / 2", "Hill number of order 1", partial(_of_load, balance.effective_experts)),
+    Metric("balancedness", "Balancedness", "mean load over largest load", 0, lambda x: 1.0, "1 / chance_max_over_mean",
+           "EPLB, SGLang", partial(_of_load, balance.balancedness)),
+    Metric("dead", "Dead experts", "experts with no assignment in this run", 0, _experts,
+           "E (1 - k/E)^T, nearly 0 for long runs", "common", partial(_of_load, balance.dead)),
+    Metric("cold", "Cold experts", "experts below a tenth of the mean load, dead ones included", 0, _experts,
+           "nearly 0 for long runs", "common", partial(_of_load, balance.cold)),
+    Metric("auxiliary_loss", "Switch auxiliary loss", "E sum f_e P_e: load share times mean router probability; even = 1", 0,
+           _experts, "1", "Switch Transformers eq. 4, alpha = 1", _auxiliary),
+    Metric("router_entropy", "Router entropy", "mean entropy of a token's router probabilities, in nats", 0,
+           lambda x: float(np.log(x.n_classes)), "ln E for an undecided router", "Shannon 1948", partial(_mean, "entropy")),
+    Metric("z_loss", "z-loss", "mean squared logsumexp of the router logits", 0, _unbounded, "(ln E)^2 for zero logits",
+           "ST-MoE, arXiv 2202.08906", partial(_mean, "z")),
+)  # fmt: skip
+
+METRICS: Mapping[str, Metric] = MappingProxyType({m.name: m for m in _ENTRIES})
+
+
+def balance_table(trace: Trace) -> pa.Table:
+    """One row per site with every metric as a column: site, layer, stack, n, then the metrics by name."""
+    first = next(iter(METRICS.values()))(trace).select(["site", "layer", "n"])
+    table = first.add_column(2, "stack", pa.array([x.stack for x in trace.layers]))
+    for name, metric in METRICS.items():
+        table = table.append_column(name, metric(trace)["value"])
+    return table
+
+
+def load_table(trace: Trace) -> pa.Table:
+    """One row per site and expert: assignments, share, relative (1 = even), gate_mass, first_choices, n (tokens)."""
+    rows = []
+    for layer in trace.layers:
+        stats, site = trace.stats, layer.index
+        load = stats.load(site)
+        total = load.sum()
+        rows.append(
+            pa.table(
+                {
+                    "site": pa.array(np.full(len(load), site, np.int16)),
+                    "layer": pa.array(np.full(len(load), layer.layer, np.int32)),
+                    "stack": pa.array([layer.stack] * len(load)),
+                    "expert": pa.array(np.arange(len(load), dtype=np.int32)),
+                    "assignments": pa.array(load),
+                    "share": pa.array(load / total if total else np.full(len(load), np.nan)),
+                    "relative": pa.array(balance.relative_load(load)),
+                    "gate_mass": pa.array(stats.gate_mass(site)),
+                    "first_choices": pa.array(stats.first_choice_load(site)),
+                    "n": pa.array(np.full(len(load), stats.n_tokens(site), np.int64)),
+                }
+            )
+        )
+    return pa.concat_tables(rows)

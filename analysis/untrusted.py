@@ -1,0 +1,145 @@
+"""Files that people upload are parsed here: prompts as .txt, .csv or .jsonl. Nothing is cut; what is wrong is an error.
+
+Every UploadError is one sentence that says what and where, and never repeats the file's own text.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+TEXT_COLUMNS = ("text", "prompt", "content")
+LABEL_COLUMNS = ("label", "domain")
+
+
+class UploadError(ValueError):
+    """An upload that cannot be used; the message is one clear sentence."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an upload may hold."""
+
+    bytes: int = 10_000_000
+    prompts: int = 1_000
+    line: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One document to capture."""
+
+    text: str
+    label: str | None
+    name: str
+
+
+def read_prompts(data: bytes, filename: str, limits: Limits = Limits()) -> tuple[Prompt, ...]:  # noqa: B008 (frozen)
+    """Prompts of an uploaded file: .txt is one prompt, .csv and .jsonl one per row. Raises UploadError."""
+    if len(data) > limits.bytes:
+        raise UploadError(f"the file has {len(data):,} bytes; at most {limits.bytes:,} are taken at once: split it")
+    readers = {".txt": _txt, ".csv": _csv, ".jsonl": _jsonl}
+    reader = readers.get(PurePath(filename.lower()).suffix)
+    if reader is None:
+        raise UploadError("only .txt, .csv and .jsonl files are read")
+    prompts = reader(_decoded(data), limits)
+    if len(prompts) > limits.prompts:
+        raise UploadError(f"the file has {len(prompts):,} prompts; at most {limits.prompts:,} are taken at once: split it")
+    blank = next((i for i, p in enumerate(prompts, 1) if not p.text.strip()), None)
+    if not prompts or blank is not None:
+        raise UploadError("the file is empty" if len(prompts) < 2 else f"prompt {blank} is empty: remove it or fill it in")
+    return tuple(prompts)
+
+
+def _decoded(data: bytes) -> str:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UploadError("the file is UTF-16: save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UploadError(f"the file is not UTF-8: byte {error.start:,} (line {line:,}) is not valid; save it as UTF-8") from None
+    return text
+
+
+def _txt(text: str, limits: Limits) -> list[Prompt]:
+    return [Prompt(text, None, "prompt 1")]
+
+
+def _csv(text: str, limits: Limits) -> list[Prompt]:
+    longest = csv.field_size_limit()  # process-wide, so it is read here and never set
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = [c.strip().lower() for c in next(rows, [])]
+        at = _columns(header)
+        prompts = []
+        for number, row in enumerate(rows, 2):
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise UploadError(f"row {number:,} has {len(row)} fields, the header has {len(header)}")
+            prompts.append(_prompt({k: row[i] for k, i in at.items()}, number - 1))
+    except csv.Error as error:
+        where = f"line {rows.line_num:,}"
+        hint = f"a field is over {longest:,} characters: use .jsonl" if "field larger" in str(error) else "check the quotes"
+        raise UploadError(f"the file is not valid CSV at {where}: {hint}") from None
+    return prompts
+
+
+def _columns(header: Sequence[str]) -> dict[str, int]:
+    """Positions of text, label and name in a CSV header."""
+    doubled = next((c for c in header if c and header.count(c) > 1), None)
+    if doubled is not None:
+        raise UploadError("the header names a column twice")
+    text = next((c for c in TEXT_COLUMNS if c in header), None)
+    if text is None:
+        raise UploadError(f"no text column: the header needs one of {', '.join(TEXT_COLUMNS)} (it has {len(header)} other columns)")
+    found = {"text": header.index(text)}
+    label = next((c for c in LABEL_COLUMNS if c in header), None)
+    if label is not None:
+        found["label"] = header.index(label)
+    if "name" in header:
+        found["name"] = header.index("name")
+    return found
+
+
+def _jsonl(text: str, limits: Limits) -> list[Prompt]:
+    prompts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        if len(line) > limits.line:
+            raise UploadError(f"line {number:,} has {len(line):,} characters; at most {limits.line:,} are read")
+        try:
+            row = json.loads(line)
+        except RecursionError:
+            raise UploadError(f"line {number:,} is nested too deeply") from None
+        except ValueError:
+            raise UploadError(f"line {number:,} is not valid JSON") from None
+        if not isinstance(row, dict):
+            raise UploadError(f"line {number:,} is not a JSON object with a text field")
+        text_key = next((c for c in TEXT_COLUMNS if c in row), None)
+        if text_key is None:
+            raise UploadError(f"line {number:,} has no text: one of the fields {', '.join(TEXT_COLUMNS)} is needed")
+        label_key = next((c for c in LABEL_COLUMNS if c in row), None)
+        values: dict[str, Any] = {"text": row[text_key]}
+        values |= {"label": row[label_key]} if label_key else {}
+        values |= {"name": row["name"]} if "name" in row else {}
+        wrong = next((k for k, v in values.items() if not isinstance(v, str) and not (v is None and k != "text")), None)
+        if wrong is not None:
+            raise UploadError(f"line {number:,}: the field {wrong} is not a string")
+        prompts.append(_prompt(values, len(prompts) + 1))
+    return prompts
+
+
+def _prompt(values: Mapping[str, Any], number: int) -> Prompt:
+    try:
+        values["text"].encode("utf-8")
+    except UnicodeEncodeError:
+        raise UploadError(f"prompt {number:,} holds a lone surrogate, which is no text") from None
+    return Prompt(values["text"], values.get("label") or None, values.get("name") or f"prompt {number}")
