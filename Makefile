@@ -1,58 +1,101 @@
-# make run    serve the dashboard at localhost:$(PORT) with the demo run open
-# make test   run every test, browser tests included
-PORT ?= 8501
+# Routerscope's commands. `make` alone lists them. Nothing is needed beforehand but python3 (3.11 or newer) and make.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+
 PYTHON ?= python3
-BIN = .venv/bin
-# Waiting threads must not spin: on busy cores that slows a small model down by orders of magnitude.
-export OMP_WAIT_POLICY = passive
-export USE_HUB_KERNELS = 0
+PORT ?= 8501
+CHROMIUM ?= /usr/bin/chromium
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+SAY := printf 'routerscope: %s\n'
 
-.PHONY: run test lint demo-model demo-run bench screenshots
+# Waiting threads sleep instead of spinning: on busy cores a spinning team made one forward pass 200 times slower.
+# Nothing is ever fetched from a model hub unless a command asks for it.
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export PYTHONUNBUFFERED ?= 1
 
-run: .venv/run.stamp
-	@echo "routerscope: serving http://localhost:$(PORT) (stop with Ctrl-C)"
-	@$(BIN)/python -m streamlit run app/serve.py --server.port $(PORT) --server.headless true
+.PHONY: help run test lint format env env-dev chromium demo-model demo-run bench faults screenshots clean
 
-test: .venv/test.stamp
-	@echo "routerscope: running the tests"
-	@command -v chromium >/dev/null || $(MAKE) --no-print-directory chromium
-	@$(BIN)/python -m pytest
+help:  ## list the commands
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-lint: .venv/test.stamp
+run: env  ## serve the dashboard at localhost:8501 (PORT=9000 for another port)
+	@$(SAY) "serving http://localhost:$(PORT) with the demo run open; Ctrl-C stops it"
+	exec $(BIN)/python -m streamlit run app/serve.py --server.port $(PORT)
+
+test: env-dev chromium  ## run every test, the browser tests included
+	@$(SAY) "running the tests"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: env-dev  ## style, types and the direction of imports
+	@$(SAY) "ruff, mypy, import-linter"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-.venv/run.stamp: requirements.txt
-	@echo "routerscope: making .venv and installing the pinned requirements (a few minutes, once)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+format: env-dev  ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+demo-model: env  ## train the demo model again, from fetching its text to its card (MINUTES=40)
+	@$(SAY) "training for $(or $(MINUTES),40) minutes; data and results go to data/build"
+	$(BIN)/python -m data.train_demo --minutes $(or $(MINUTES),40)
+	$(BIN)/python -m data.model_card data/build/model
+
+demo-run: env  ## record the demo run again, over data/demo-prompts.jsonl
+	@$(SAY) "recording data/demo-prompts.jsonl through data/demo-model"
+	rm -rf data/build/demo-run && mkdir -p data/build
+	$(BIN)/python -m analysis capture --model data/demo-model --input data/demo-prompts.jsonl --out data/build/demo-run
+	$(BIN)/python -m analysis verify data/build/demo-run
+	rm -rf data/demo-run && mv data/build/demo-run data/demo-run
+
+bench: env-dev chromium  ## measure speed and memory (prints figures, judges nothing)
+	$(BIN)/python -m pytest tests/bench --timeout 0 -s $(ARGS)
+
+faults: env-dev  ## the fault tests alone: kills, broken files, full disks
+	$(BIN)/python -m pytest tests/faults $(ARGS)
+
+screenshots: env-dev chromium  ## take the README's pictures from the running app
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m tests.screenshots docs
+
+clean:  ## remove the environment and the caches; recorded runs stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# The environment. A stamp is newer than the pins it was made from, so a second start installs nothing.
+env: .venv/.installed
+env-dev: .venv/.installed-dev
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { $(SAY) "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { $(SAY) "$(PYTHON) cannot make environments; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(SAY) "making .venv with $$($(PYTHON) --version)"
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv
+
+.venv/.installed: requirements.txt | .venv/bin/python
+	@$(SAY) "installing requirements.txt into .venv (the first time takes a few minutes)"
+	@$(PIP) install --quiet --requirement requirements.txt
 	@touch $@
 
-.venv/test.stamp: requirements-dev.txt .venv/run.stamp
-	@echo "routerscope: installing the test tools"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	@$(SAY) "installing requirements-dev.txt into .venv"
+	@$(PIP) install --quiet --requirement requirements-dev.txt
 	@touch $@
 
-.PHONY: chromium
 chromium:
-	@echo "routerscope: installing Debian's chromium for the browser tests"
-	@if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-noto-core fonts-noto-cjk >/dev/null; \
-	else echo "run as root: apt-get install chromium"; exit 1; fi
-
-demo-model: .venv/test.stamp
-	$(BIN)/python -m data.train_demo --minutes 40
-	$(BIN)/python -m data.model_card --work data/build
-
-demo-run: .venv/run.stamp
-	rm -rf data/demo-run
-	$(BIN)/python -m analysis capture --model data/demo-model --input data/demo-prompts.jsonl --out data/demo-run
-
-bench: .venv/test.stamp
-	$(BIN)/python -m tests.bench.bench_capture
-	$(BIN)/python -m tests.bench.bench_store
-
-screenshots: .venv/test.stamp
-	$(BIN)/python -m tests.browser.screenshots
+	@test -x "$(CHROMIUM)" || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    $(SAY) "installing Chromium and fonts for the browser tests"; \
+	    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+	        chromium fonts-noto-core fonts-noto-cjk; } >.venv/apt.log 2>&1 </dev/null || { tail -n 20 .venv/apt.log >&2; exit 1; }; \
+	  else \
+	    $(SAY) "the browser tests need Chromium at $(CHROMIUM): install it (apt-get install chromium) or say make test CHROMIUM=/path/to/it" >&2; exit 1; \
+	  fi; }

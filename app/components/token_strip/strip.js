@@ -1,0 +1,136 @@
+// The token strip. Everything from data goes through textContent or numbers; no markup is ever built from it.
+const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
+
+function half(bits) {
+  const sign = bits >> 15 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  if (exponent === 0) return sign * fraction * 2 ** -24;
+  return exponent === 31 ? (fraction ? NaN : sign * Infinity) : sign * 2 ** (exponent - 15) * (1 + fraction / 1024);
+}
+
+function element(tag, name, text, parent) {
+  const made = document.createElement(tag);
+  if (name) made.className = name;
+  if (text !== undefined) made.textContent = text;
+  if (parent) parent.appendChild(made);
+  return made;
+}
+
+export default function ({ data, parentElement, setStateValue }) {
+  const root = parentElement.querySelector(".strip");
+  if (root.routerscopeData === data.texts.join("\u0000") + data.layers.map((l) => l.experts.length).join()) return;
+  root.routerscopeData = data.texts.join("\u0000") + data.layers.map((l) => l.experts.length).join();
+  root.replaceChildren();
+  const layers = data.layers.map((l) => ({
+    title: l.title, k: l.k,
+    experts: new Int16Array(bytes(l.experts)),
+    weights: Array.from(new Uint16Array(bytes(l.weights)), half),
+  }));
+  let at = data.start, chosen = -1, spotlight = null;
+
+  const bar = element("div", "bar", undefined, root);
+  const back = element("button", "step", "◀", bar);
+  const title = element("span", "title", "", bar);
+  const on = element("button", "step", "▶", bar);
+  back.setAttribute("aria-label", "previous layer");
+  on.setAttribute("aria-label", "next layer");
+  const find = element("input", "find", undefined, bar);
+  find.type = "search";
+  find.placeholder = "find a token";
+  find.setAttribute("aria-label", "find a token");
+  const legend = element("div", "legend", undefined, root);
+  const text = element("div", "text", undefined, root);
+  text.tabIndex = 0;
+  text.setAttribute("role", "listbox");
+  text.setAttribute("aria-label", "tokens: left and right step through tokens, up and down through layers");
+  const hover = element("div", "hover", "", root);
+  hover.setAttribute("aria-live", "polite");
+
+  let line = element("div", "line", undefined, text);
+  line.dir = "auto";
+  const spans = data.texts.map((t, i) => {
+    const span = element("span", "token", t, line);
+    span.setAttribute("role", "option");
+    span.dataset.at = i;
+    if (data.breaks[i]) {
+      line = element("div", "line", undefined, text);
+      line.dir = "auto";
+    }
+    return span;
+  });
+
+  function choices(i) {
+    const l = layers[at], out = [];
+    for (let s = 0; s < l.k; s++) out.push([l.experts[i * l.k + s], l.weights[i * l.k + s]]);
+    return out.filter((c) => c[0] >= 0).sort((a, b) => b[1] - a[1]);
+  }
+
+  function describe(i) {
+    const found = choices(i).map(([e, w]) => `expert ${e} (${w.toFixed(3)})`);
+    hover.textContent = `token ${i} “${data.texts[i]}” at ${layers[at].title}: ` + (found.join(", ") || "no expert");
+  }
+
+  function draw() {
+    title.textContent = layers[at].title;
+    const tops = spans.map((_, i) => choices(i)[0]);
+    const counts = new Map();
+    for (const t of tops) if (t) counts.set(t[0], (counts.get(t[0]) || 0) + 1);
+    const busiest = [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]).slice(0, data.colours.length).map((c) => c[0]);
+    const colour = (e) => (busiest.includes(e) ? data.colours[busiest.indexOf(e)] : data.other);
+    spans.forEach((span, i) => {
+      const mine = choices(i), top = mine[0];
+      const shown = spotlight === null ? top : mine.find((c) => c[0] === spotlight);
+      const strength = !shown ? 0 : spotlight === null ? 0.42 : 0.15 + 0.7 * Math.min(1, shown[1]);
+      const share = Math.round(strength * 100);
+      span.style.backgroundColor = shown ? `color-mix(in srgb, ${colour(shown[0])} ${share}%, transparent)` : "transparent";
+      span.style.borderBottomColor = top ? colour(top[0]) : "transparent";
+      span.classList.toggle("chosen", i === chosen);
+      span.setAttribute("aria-selected", i === chosen);
+    });
+    legend.replaceChildren();
+    element("span", "hint", "largest weight:", legend);
+    for (const e of busiest) {
+      const chip = element("button", "chip", `expert ${e} · ${counts.get(e)}`, legend);
+      chip.style.setProperty("--hue", colour(e));
+      chip.setAttribute("aria-pressed", spotlight === e);
+      chip.onclick = () => { spotlight = spotlight === e ? null : e; draw(); };
+    }
+    const rest = tops.length - busiest.reduce((n, e) => n + counts.get(e), 0);
+    if (rest > 0) {
+      const chip = element("span", "chip", `others · ${rest}`, legend);
+      chip.style.setProperty("--hue", data.other);
+    }
+    if (chosen >= 0) describe(chosen);
+    else hover.textContent = "Point at a token to see its experts and gate weights; click it to follow it through all layers.";
+  }
+
+  function step(by) { at = Math.min(layers.length - 1, Math.max(0, at + by)); draw(); }
+  function choose(i) {
+    if (i < 0 || i >= spans.length) return;
+    chosen = i;
+    draw();
+    spans[i].scrollIntoView({ block: "nearest" });
+    clearTimeout(root.routerscopeTimer);
+    root.routerscopeTimer = setTimeout(() => setStateValue("token", i), 60);
+  }
+
+  back.onclick = () => step(-1);
+  on.onclick = () => step(1);
+  text.onclick = (event) => { if (event.target.dataset.at !== undefined) choose(Number(event.target.dataset.at)); };
+  text.onmouseover = (event) => { if (event.target.dataset.at !== undefined) describe(Number(event.target.dataset.at)); };
+  text.onkeydown = (event) => {
+    const moves = {
+      ArrowLeft: () => choose(chosen - 1), ArrowRight: () => choose(chosen + 1),
+      ArrowUp: () => step(1), ArrowDown: () => step(-1),
+      Home: () => choose(0), End: () => choose(spans.length - 1),
+      Escape: () => { spotlight = null; chosen = -1; draw(); },
+    };
+    if (moves[event.key]) { event.preventDefault(); moves[event.key](); }
+  };
+  find.oninput = () => {
+    const wanted = find.value.toLowerCase();
+    spans.forEach((s, i) => s.classList.toggle("found", wanted !== "" && data.texts[i].toLowerCase().includes(wanted)));
+    const first = spans.find((s) => s.classList.contains("found"));
+    if (first) first.scrollIntoView({ block: "nearest" });
+  };
+  draw();
+}

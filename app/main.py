@@ -1,0 +1,21 @@
+"""Navigation only: the pages, in order. A new page is one file in views/ and one line here."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app import jobs
+
+st.set_page_config(page_title="Routerscope", page_icon="app/static/favicon.png", layout="wide")
+
+page = st.navigation(
+    [
+        st.Page("views/overview.py", title="Overview", default=True),
+        st.Page("views/tokens.py", title="Tokens", url_path="tokens"),
+        st.Page("views/load.py", title="Load", url_path="load"),
+        st.Page("views/runs.py", title="Runs", url_path="runs"),
+    ],
+    position="top",
+)
+page.run()
+jobs.warm_up()

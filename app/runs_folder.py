@@ -1,0 +1,35 @@
+"""Where runs and models come from, as the operator set it: ROUTERSCOPE_RUNS and ROUTERSCOPE_MODELS.
+
+The demo run ships with the project, is listed first, and cannot be deleted.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from analysis.store import RunSummary, list_runs
+
+HOME = Path(__file__).resolve().parent.parent
+DEMO = "demo-run"
+
+
+def runs_root() -> Path:
+    """The folder of the user's runs; made if missing, readable by its owner alone."""
+    root = Path(os.environ.get("ROUTERSCOPE_RUNS") or HOME / "data" / "runs")
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return root
+
+
+def allowed_models() -> dict[str, Path]:
+    """Name -> folder of the models people may choose: ``name=folder`` pairs separated by semicolons."""
+    given = os.environ.get("ROUTERSCOPE_MODELS") or f"demo model={HOME / 'data' / 'demo-model'}"
+    pairs = (entry.partition("=") for entry in given.split(";") if "=" in entry)
+    return {name.strip(): Path(folder.strip()) for name, _, folder in pairs}
+
+
+def all_runs() -> dict[str, RunSummary]:
+    """Finished and unfinished runs by name, the demo run first, then the newest."""
+    demo = [r for r in list_runs(HOME / "data") if r.name == DEMO]
+    own = [r for r in list_runs(runs_root()) if r.name != DEMO]
+    return {r.name: r for r in (*demo, *own)}

@@ -1,0 +1,99 @@
+"""The ASGI entry: ``python -m streamlit run app/serve.py``. Host checks, security headers, friendly errors.
+
+Streamlit's own allowedHosts guards the WebSocket; the middleware here guards every HTTP route as well.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+HOSTS = ("localhost", "127.0.0.1")
+# Streamlit's internal counters name sessions and scripts; nobody outside needs them.
+CLOSED = ("/_stcore/metrics",)
+
+
+def content_security_policy(page: str) -> str:
+    """The policy for Streamlit's page: own scripts, its one inline script by hash, and blob modules of components."""
+    inline = re.findall(r"<script>(.*?)</script>", page, flags=re.S)
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in inline)
+    return "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src 'self' blob: {hashes}",
+            "style-src 'self' 'unsafe-inline' blob:",
+            "img-src 'self' data: blob:",
+            "font-src 'self' data:",
+            "connect-src 'self' data: blob:",
+            "worker-src 'self' blob:",
+            "manifest-src 'self'",
+            "media-src 'self'",
+            "base-uri 'none'",
+            "form-action 'self'",
+            "frame-ancestors 'none'",
+        )
+    )
+
+
+class SecurityHeaders:
+    """Adds the headers to every response and closes the routes nobody needs."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        page = (Path(st.__file__).parent / "static" / "index.html").read_text(encoding="utf-8")
+        self.headers = {
+            "Content-Security-Policy": content_security_policy(page),
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self.headers.items():
+                    headers[name] = value
+            await send(message)
+
+        closed = scope["path"].rstrip("/") in CLOSED
+        target: Any = PlainTextResponse("not found", status_code=404) if closed else self.app
+        await target(scope, receive, with_headers)
+
+
+def on_script_error(error: Exception) -> bool:
+    """Show one sentence with an id; the log gets the id and the kind of error, never its text (it may hold a prompt)."""
+    mark = uuid.uuid4().hex[:8]
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    where = f"{Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno}" if last is not None else "?"
+    logging.getLogger("routerscope").error("error %s: %s at %s", mark, type(error).__name__, where)
+    st.error("Something went wrong on this page. Reload it; if it stays, look for this id in the log of the server:")
+    st.code(mark, language=None)
+    return True
+
+
+app = st.App(
+    "main.py",
+    middleware=[Middleware(SecurityHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS))],
+    on_script_error=on_script_error,
+)

@@ -1,0 +1,92 @@
+"""The only way data text reaches the screen: tokens, labels, names, anything from a model, a prompt or a file.
+
+``visible_token`` makes every token readable and unmistakable; ``axis_label`` is for Plotly, which reads HTML;
+``plain`` is for Streamlit's Markdown. The ``show_`` functions take data text and escape it themselves.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Sequence
+
+import streamlit as st
+
+_MARKS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+_MARKDOWN = re.compile(r"([!-/:-@\[-`{-~])")
+
+
+def visible_token(text: str) -> str:
+    """A token as shown: space ·, newline ⏎, tab ⇥; controls, bidi marks and zero-width characters as ⟨U+202E⟩."""
+    return "".join(_MARKS.get(c) or (c if _shows(c) else f"⟨U+{ord(c):04X}⟩") for c in text) or "⟨empty⟩"
+
+
+def _shows(c: str) -> bool:
+    category = unicodedata.category(c)
+    # Zero-width joiners and variation selectors belong to emoji and scripts that need them; alone they are marked.
+    return category[0] not in "CZ" or (category == "Zs" and c == "\u3000")
+
+
+def token_texts(texts: Sequence[str], raw: Sequence[bytes | None]) -> list[str]:
+    """Visible text per token. A character split over several tokens appears on each as ``文(1/3)``."""
+    out = [visible_token(t) for t in texts]
+    i = 0
+    while i < len(raw):
+        stop = i + 1
+        if (piece := raw[i]) is not None and not _decodes(piece):
+            whole = piece
+            while stop < len(raw) and stop - i < 8 and not _decodes(whole) and (more := raw[stop]) is not None:
+                whole += more
+                stop += 1
+            if _decodes(whole):
+                character = visible_token(whole.decode())
+                for part in range(i, stop):
+                    out[part] = f"{character}({part - i + 1}/{stop - i})"
+            else:
+                stop = i + 1
+        i = stop
+    return out
+
+
+def _decodes(piece: bytes) -> bool:
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def axis_label(text: str, limit: int = 14) -> str:
+    """Text for a Plotly tick, title or hover: HTML-escaped; longer than ``limit`` ends in an ellipsis."""
+    shown = visible_token(text)
+    return html.escape(shown if len(shown) <= limit else shown[: limit - 1] + "…")
+
+
+def plain(text: str) -> str:
+    """Text for Streamlit's Markdown with nothing left to interpret: punctuation escaped, controls made visible.
+
+    A word joiner after each colon stops shortcodes such as icons and emoji, which are replaced after parsing.
+    """
+    shown = "".join(c if c == " " or _shows(c) else visible_token(c) for c in text)
+    return _MARKDOWN.sub(r"\\\1", shown).replace(":", ":\u2060")
+
+
+def show_heading(text: str) -> None:
+    """A heading made of data text."""
+    st.markdown("### " + plain(text))
+
+
+def show_text(text: str) -> None:
+    """A paragraph made of data text."""
+    st.markdown(plain(text))
+
+
+def show_note(text: str) -> None:
+    """A caption made of data text."""
+    st.caption(plain(text))
+
+
+def show_error(text: str) -> None:
+    """An error sentence, which may name data."""
+    st.error(plain(text))

@@ -1,0 +1,124 @@
+"""Runs: record your own text, watch it, open it; export and delete what is there."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+import pandas as pd
+import streamlit as st
+
+from analysis.export import FORMATS, TABLES, export_bytes
+from analysis.store import RunError, delete_run, valid_run_name
+from analysis.untrusted import Limits, Prompt, UploadError, read_prompts
+from app import text
+from app.jobs import Job, QueueFull, session_id, worker
+from app.runs_folder import DEMO, all_runs, allowed_models, runs_root
+from app.selection import open_named
+
+LIMITS = Limits()
+session = session_id()
+
+
+def new_name(wanted: str) -> str:
+    """A run name that is free: the one asked for, or one made of the time."""
+    if wanted.strip():
+        return valid_run_name(wanted.strip().lower())
+    return datetime.now(UTC).strftime("run-%Y%m%d-%H%M%S")
+
+
+def start(model: str, pasted: str, uploads: list, wanted: str) -> None:
+    """Check everything that was given and queue the capture; one sentence where something is wrong."""
+    if len(pasted.encode()) > LIMITS.bytes:
+        raise UploadError(f"the pasted text has {len(pasted.encode()):,} bytes; at most {LIMITS.bytes:,} are taken at once")
+    prompts = [Prompt(pasted, None, "pasted text")] if pasted.strip() else []
+    for upload in uploads:
+        try:
+            prompts += read_prompts(upload.getvalue(), upload.name)
+        except UploadError as error:
+            raise UploadError(f"{upload.name[:80]}: {error}") from None
+    if not prompts:
+        raise UploadError("paste some text or choose a file first")
+    name = new_name(wanted)
+    if name in all_runs():
+        raise RunError(f"there is a run {name} already: choose another name")
+    worker().submit(Job(session, allowed_models()[model], prompts, runs_root() / name))
+
+
+st.title("Record your own text")
+models = allowed_models()
+pasted = st.text_area("Text to route", height=140, key="pasted", placeholder="Paste any text: prose, code, another language …")
+files = st.file_uploader(
+    "or files: .txt (one prompt), .csv or .jsonl (one prompt per row: text, and label if you like)",
+    type=["txt", "csv", "jsonl"], accept_multiple_files=True, max_upload_size=10, key="files",
+)  # fmt: skip
+options = st.columns(2)
+model = options[0].selectbox("Model", list(models), key="model")
+wanted = options[1].text_input("Name of the run (optional)", key="run_name", placeholder="a-z, 0-9, . _ -")
+if st.button("Record", type="primary", key="record"):
+    try:
+        start(model, pasted, files, wanted)
+    except (UploadError, RunError, QueueFull) as error:
+        text.show_error(str(error)[:1].upper() + str(error)[1:] + ".")
+
+
+@st.fragment(run_every=0.5)
+def watch() -> None:
+    """The session's capture under way; reruns itself until it is over."""
+    job = worker().of_session(session)
+    if job is None or job.over:
+        st.rerun()
+        return
+    total = len(job.prompts)
+    rate = f", {job.tokens / job.seconds:,.0f} tokens/s" if job.seconds else ""
+    left = f", about {job.seconds / job.documents * (total - job.documents):.0f} s left" if job.documents else ""
+    st.progress(job.documents / total, f"{job.state}: {job.documents} of {total} prompts, {job.tokens:,} tokens{rate}{left}")
+    if st.button("Cancel", key="cancel"):
+        job.stop.set()
+
+
+job = worker().of_session(session)
+if job is not None and not job.over:
+    watch()
+elif job is not None and job.state == "done":
+    st.success(f"Recorded {job.tokens:,} tokens of {job.documents} prompts in {job.seconds:.1f} s.")
+    st.page_link("views/tokens.py", label="Open it on the Tokens page", query_params={"run": job.out.name})
+elif job is not None:
+    text.show_error(job.message[:1].upper() + job.message[1:] + ".")
+
+st.subheader("Recorded runs")
+runs = all_runs()
+st.dataframe(
+    pd.DataFrame(
+        [
+            {"run": r.name, "model": r.model, "tokens": r.n_tokens, "documents": r.n_documents, "MB": r.bytes / 1e6,
+             "recorded (UTC)": r.created[:16].replace("T", " "), "state": "complete" if r.complete else "unfinished"}
+            for r in runs.values()
+        ]
+    ),
+    hide_index=True,
+    column_config={"MB": st.column_config.NumberColumn(format="%.2f"), "tokens": st.column_config.NumberColumn(format="localized")},
+)  # fmt: skip
+if not runs:
+    st.info("Nothing recorded yet: paste some text above.")
+    st.stop()
+st.subheader("Take the numbers, or delete a run")
+chosen = st.selectbox("Run", list(runs), key="manage")
+run = runs[chosen]
+if run.complete:
+    picks = st.columns(3, vertical_alignment="bottom")
+    table = picks[0].selectbox("Table", list(TABLES), key="table", help="; ".join(f"{t.name}: {t.definition}" for t in TABLES.values()))
+    kind = picks[1].selectbox("Format", FORMATS, key="format", help="Parquet and JSON are lossless; CSV escapes text for spreadsheets.")
+    try:
+        trace = open_named(run.folder, run.created)
+        picks[2].download_button("Download", data=lambda: export_bytes(trace, table, kind), key="download",
+                                 file_name=f"{re.sub(r'[^a-z0-9._-]', '_', chosen)}-{table}.{kind}", on_click="ignore")  # fmt: skip
+    except RunError as error:
+        text.show_error(str(error))
+if chosen == DEMO:
+    st.caption("The demo run ships with the project and stays.")
+else:
+    sure = st.checkbox("Yes, delete this run and its text for good", key=f"sure-{chosen}")
+    if st.button("Delete", key="delete", disabled=not sure):
+        delete_run(runs_root(), chosen)
+        st.rerun()

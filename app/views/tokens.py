@@ -1,0 +1,117 @@
+"""Tokens: which expert does each token go to, at every layer?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from analysis.balance import chance_cv, relative_load
+from analysis.stats import first_choices
+from analysis.trace import SiteRouting, SiteScores
+from app import charts, text
+from app.components.token_strip import token_strip
+from app.selection import document_picker, layer_picker, run_picker, theme
+
+WINDOW = 4_096
+
+st.title("Which expert does each token go to?")
+pickers = st.columns(3)
+with pickers[0]:
+    trace = run_picker()
+if trace.load_tokens is None:
+    st.info("This run holds statistics only. The Load page shows them; capture the text again to see tokens.")
+    st.stop()
+with pickers[1]:
+    document = document_picker(trace)
+with pickers[2]:
+    site = layer_picker(trace)
+
+stream = trace.layers[site].stream
+start, stop = trace.document_range(document, stream)
+length = stop - start
+if length > WINDOW:
+    first = st.number_input(f"First token shown (of {length:,}; {WINDOW:,} are shown at once)", 0, length - 1, 0, WINDOW)
+    start, stop = start + int(first), min(stop, start + int(first) + WINDOW)
+    st.caption(f"Tokens {int(first):,} to {int(first) + stop - start - 1:,} of this document are shown; nothing is left out of the run.")
+sites = [x for x in trace.layers if x.stream == stream]
+rows = trace.stream_tokens(stream).slice(start, stop - start)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def decisions(name: str, created: str, stream: str, start: int, stop: int) -> list[tuple[SiteRouting, SiteScores]]:
+    """Decisions and scores of every layer for a range of rows; the run's name and date identify it."""
+    return [(trace.routing(x.index, start, stop), trace.scores(x.index, start, stop)) for x in sites]
+
+
+read = decisions(trace.name, str(trace.options.get("created")), stream, start, stop)
+shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())
+breaks = [(t or "").endswith("\n") for t in rows["token"].to_pylist()]
+titles = [x.title for x in sites]
+here = [x.index for x in sites].index(site)
+st.caption(
+    f"{len(shown):,} tokens. Colour: the expert with the largest gate weight at the layer shown; the 8 busiest have a hue, the rest are "
+    "grey. · is a space, ⏎ a line end; (1/2) marks a character that several tokens share. Arrow keys: ← → tokens, ↑ ↓ layers."
+)
+chosen = token_strip(
+    shown, breaks, [r.experts for r, _ in read], [r.weights for r, _ in read], titles, here,
+    key=f"strip-{trace.name}-{document}-{start}-{site}",
+)  # fmt: skip
+
+if chosen is not None:
+    row = rows.slice(chosen, 1).to_pylist()[0]
+    text.show_heading(f"Token {row['position']}: {shown[chosen]}")
+    loss = row["loss"]
+    facts = f"token id {row['token_id']}, {row['phase']}"
+    facts += f"; loss of the next token {loss:.3f} nats" if loss is not None and loss == loss else "; no next token to predict"
+    text.show_note(facts)
+    table = []
+    for layer, (routing, scores) in zip(sites, read, strict=True):
+        order = np.argsort(-routing.weights[chosen], kind="stable")
+        pairs = [(int(routing.experts[chosen, s]), float(routing.weights[chosen, s])) for s in order]
+        table.append(
+            {
+                "layer": layer.title,
+                "experts, by gate weight": ", ".join(f"{e} ({w:.4f})" for e, w in pairs if e >= 0) or "none (dropped)",
+                "router entropy (nats)": float(scores.entropy[chosen]),
+                "undecided = ln E": float(np.log(layer.n_classes)),
+                "margin": float(scores.margin[chosen]),
+            }
+        )
+    st.dataframe(pd.DataFrame(table), hide_index=True)
+    st.caption(
+        "Margin: selection score of the last chosen expert less that of the best rejected one; near 0 means the choice was close."
+    )
+
+st.subheader("The same document, all layers at once")
+kind = st.segmented_control(
+    "Show", ["expert", "router entropy", "margin"], default="expert", key="map", bind="query-params", label_visibility="collapsed"
+)
+values = {
+    "expert": lambda r, s: first_choices(r),
+    "router entropy": lambda r, s: s.entropy,
+    "margin": lambda r, s: s.margin,
+}[kind or "expert"]
+matrix = np.stack([values(r, s) for r, s in read])
+labels = [text.axis_label(t) for t in shown]
+st.plotly_chart(
+    charts.token_map(matrix, labels, titles, kind or "expert", theme(), kind in (None, "expert")),
+    config=charts.CONFIG,
+    key="token_map",
+    alt=f"Heatmap of {len(titles)} layers by {len(shown)} tokens showing the {kind or 'expert'}.",
+)
+if kind in (None, "expert"):
+    st.caption("Each cell is the expert with the largest gate weight. Hues repeat every 8 experts; point at a cell for its number.")
+
+st.subheader("How this document loads the experts")
+loads = [np.bincount(r.experts[r.experts >= 0], minlength=x.n_classes)[: x.n_experts] for x, (r, _) in zip(sites, read, strict=True)]
+st.plotly_chart(
+    charts.load_map([relative_load(n) for n in loads], titles, theme()),
+    config=charts.CONFIG,
+    key="document_load",
+    alt="Heatmap of layers by experts: load of this document relative to an even share.",
+)
+st.caption(
+    f"n = {len(shown):,} tokens. One document is a small sample: by chance alone its loads vary by about "
+    f"±{chance_cv(len(shown), sites[0].n_experts, sites[0].top_k):.0%} (one standard deviation)."
+)

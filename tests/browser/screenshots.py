@@ -1,0 +1,38 @@
+"""Screenshots of every page, light and dark, wide and narrow: ``make screenshots`` (the README shows the first)."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from .served import chromium, served
+
+PAGES = {"overview": "", "tokens": "tokens", "load": "load", "runs": "runs"}
+
+
+def take(folder: Path, wanted: list[str]) -> None:
+    """Write PAGE-THEME-WIDTH.png for every combination below ``folder``; the README's picture is overview-light-1280."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, served(Path(scratch) / "runs") as address, chromium() as browser:
+        for name in wanted:
+            for theme in ("light", "dark"):
+                for width, height in ((1280, 900), (390, 844)):
+                    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
+                    page.goto(f"{address}/{PAGES[name]}")
+                    page.get_by_test_id("stMainBlockContainer").locator("h1").first.wait_for(timeout=60_000)
+                    page.wait_for_timeout(4_000)
+                    page.screenshot(path=folder / f"{name}-{theme}-{width}.png", full_page=False)
+                    if width == 1280:
+                        page.get_by_test_id("stMain").evaluate("e => e.scrollTo(0, 700)")
+                        page.wait_for_timeout(1_500)
+                        page.screenshot(path=folder / f"{name}-{theme}-{width}-below.png")
+                    page.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("build/screenshots"))
+    parser.add_argument("pages", nargs="*", default=list(PAGES))
+    arguments = parser.parse_args()
+    take(arguments.out, arguments.pages)
