@@ -17,6 +17,7 @@ SAY := printf 'routerscope: %s\n'
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
+export USE_HUB_KERNELS ?= 0
 export PYTHONUNBUFFERED ?= 1
 
 .PHONY: help run test lint format env env-dev chromium demo-model demo-run bench faults screenshots clean
@@ -46,7 +47,7 @@ format: env-dev  ## rewrite the sources in the project's style
 demo-model: env  ## train the demo model again, from fetching its text to its card (MINUTES=40)
 	@$(SAY) "training for $(or $(MINUTES),40) minutes; data and results go to data/build"
 	$(BIN)/python -m data.train_demo --minutes $(or $(MINUTES),40)
-	$(BIN)/python -m data.model_card data/build/model
+	$(BIN)/python -m data.model_card --work data/build
 
 demo-run: env  ## record the demo run again, over data/demo-prompts.jsonl
 	@$(SAY) "recording data/demo-prompts.jsonl through data/demo-model"
@@ -55,14 +56,15 @@ demo-run: env  ## record the demo run again, over data/demo-prompts.jsonl
 	$(BIN)/python -m analysis verify data/build/demo-run
 	rm -rf data/demo-run && mv data/build/demo-run data/demo-run
 
-bench: env-dev chromium  ## measure speed and memory (prints figures, judges nothing)
-	$(BIN)/python -m pytest tests/bench --timeout 0 -s $(ARGS)
+bench: env-dev  ## measure speed and memory (prints figures, judges nothing)
+	for bench in tests/bench/bench_*.py; do $(BIN)/python -m tests.bench.$$(basename "$$bench" .py); done
 
 faults: env-dev  ## the fault tests alone: kills, broken files, full disks
 	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 screenshots: env-dev chromium  ## take the README's pictures from the running app
-	CHROMIUM=$(CHROMIUM) $(BIN)/python -m tests.screenshots docs
+	$(BIN)/python -m tests.browser.screenshots --out build/screenshots
+	mkdir -p docs && cp build/screenshots/overview-light-1280.png docs/overview.png
 
 clean:  ## remove the environment and the caches; recorded runs stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -82,12 +84,12 @@ env-dev: .venv/.installed-dev
 
 .venv/.installed: requirements.txt | .venv/bin/python
 	@$(SAY) "installing requirements.txt into .venv (the first time takes a few minutes)"
-	@$(PIP) install --quiet --requirement requirements.txt
+	@$(PIP) install -qq --requirement requirements.txt
 	@touch $@
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
 	@$(SAY) "installing requirements-dev.txt into .venv"
-	@$(PIP) install --quiet --requirement requirements-dev.txt
+	@$(PIP) install -qq --requirement requirements-dev.txt
 	@touch $@
 
 chromium:

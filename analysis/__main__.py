@@ -1,18 +1,40 @@
-"""The command line: python -m analysis capture | stats | verify | export | runs | delete. Errors are one sentence, exit 2."""
+"""The command line: python -m analysis capture | stats | verify | export | runs | delete.
+
+Exit status: 0 done, 1 verify found problems, 2 an error (one sentence on stderr), 130 stopped by Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
-from .export import FORMATS, TABLES, ExportError, export_table
+import pyarrow as pa
+
+from .export import FORMATS, TABLES, ExportError, describe, export_table
 from .metrics import METRICS, balance_table
-from .store import RunError, delete_run, list_runs, open_run, verify_run
+from .store import RunError, delete_run, list_runs, open_run, valid_run_name, verify_run
 from .trace import TraceError
 from .untrusted import Prompt, UploadError, read_prompts
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _at_least_none(text: str) -> int:
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,20 +56,24 @@ def parser() -> argparse.ArgumentParser:
     capture.add_argument("--text", action="append", default=[], help="a document given here; may be repeated")
     capture.add_argument("--label", help="label of the documents given with --text")
     capture.add_argument("--out", type=Path, required=True, help="folder of the new run")
-    capture.add_argument("--batch-size", type=int, default=8, help="documents per forward pass (default 8)")
-    capture.add_argument("--new-tokens", type=int, default=0, help="continue each document greedily by so many tokens")
-    capture.add_argument("--max-tokens", type=int, help="refuse longer documents (default: the model's context)")
+    capture.add_argument("--batch-size", type=_at_least_one, default=8, help="documents per forward pass (default 8)")
+    capture.add_argument("--new-tokens", type=_at_least_none, default=0, help="continue each document greedily by so many tokens")
+    capture.add_argument("--max-tokens", type=_at_least_one, help="refuse longer documents (default: the model's context)")
     capture.add_argument("--probabilities", action="store_true", help="keep every expert's probability (large)")
-    capture.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
-    capture.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: small models are fastest so)")
+    capture.add_argument("--dtype", default="auto", choices=DTYPES, help="auto (default) is as stored")
+    capture.add_argument("--threads", type=_at_least_one, default=1, help="CPU threads (default 1: small models are fastest so)")
     stats = add("stats", "print a run's load balance per layer", "stats data/demo-run")
     verify = add("verify", "check every file, invariant and count of a run", "verify data/demo-run")
     export = add("export", "write a table of a run", "export data/demo-run --table load --format csv -o load.csv")
     for command in (stats, verify, export):
         command.add_argument("run", type=Path, help="folder of the run")
-    export.add_argument("--table", choices=sorted(TABLES), required=True, help="; ".join(f"{t.name}: {t.definition}" for t in TABLES.values()))
+    export.add_argument(
+        "--table", choices=sorted(TABLES), required=True, help="; ".join(f"{t.name}: {t.definition}" for t in TABLES.values())
+    )
     export.add_argument("--format", choices=FORMATS, default="parquet")
-    export.add_argument("-o", "--output", type=Path, required=True)
+    to = export.add_mutually_exclusive_group(required=True)
+    to.add_argument("-o", "--output", type=Path, help="the file to write")
+    to.add_argument("--describe", action="store_true", help="print what the table means, as JSON, and write nothing")
     runs = add("runs", "list the runs in a folder", "runs data/runs")
     runs.add_argument("folder", type=Path)
     delete = add("delete", "delete a run for good", "delete data/runs mine")
@@ -62,24 +88,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(globals()[f"_{arguments.command}"](arguments))
     except (RunError, TraceError, UploadError, ExportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        _say(f"error: {error}", sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `head` does
+        return 141
+    except OSError as error:
+        _say(f"error: {error.filename or arguments.command}: {error.strerror or error}", sys.stderr)
+    except pa.ArrowException as error:
+        _say(f"error: a file of the run cannot be read ({error}): try python -m analysis verify", sys.stderr)
+    except MemoryError:
+        _say("error: not enough memory: use a smaller --batch-size or fewer tokens", sys.stderr)
+    except KeyboardInterrupt:
+        _say("stopped", sys.stderr)
+        return 130
+    return 2
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Print data text so that it cannot steer the terminal: what is not printable shows as its escape."""
+    safe = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    stream = sys.stdout if file is None else file
+    coding = stream.encoding or "utf-8"
+    print(safe.encode(coding, "backslashreplace").decode(coding), file=stream)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    if arguments.label is not None and not arguments.text:
+        raise UploadError("--label names the texts given with --text; files carry labels in a column or field of their own")
     prompts = [Prompt(t, arguments.label, f"text {i}") for i, t in enumerate(arguments.text, 1)]
+    if any(not p.text.strip() for p in prompts):
+        raise UploadError("a text given with --text is empty")
+    several = len(arguments.input) > 1
     for path in arguments.input:
         try:
-            data = path.read_bytes()
+            found = read_prompts(path.read_bytes(), path.name)
         except OSError as error:
             raise UploadError(f"{path} cannot be read: {error.strerror}") from None
-        prompts += read_prompts(data, path.name)
+        except UploadError as error:
+            raise UploadError(f"{path}: {error}") from None
+        prompts += [replace(p, name=f"{path.name}: {p.name}") for p in found] if several else found
     if not prompts:
         raise UploadError("give text with --input or --text")
     return prompts
 
 
 def _capture(arguments: argparse.Namespace) -> int:
+    valid_run_name(arguments.out.name)
     prompts = _prompts(arguments)
     # Spinning OpenMP threads make a small model slower by orders of magnitude where the cores are busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -104,45 +158,63 @@ def _capture(arguments: argparse.Namespace) -> int:
             max_tokens=arguments.max_tokens, probabilities=arguments.probabilities, progress=show,
         )  # fmt: skip
     except (ModelError, CaptureError, RouterError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        _say(f"\nerror: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped: repeat the same command to resume where it was", file=sys.stderr)
+        _say(f"\nstopped: finished parts are kept in {arguments.out}; repeat the same command to go on after them", sys.stderr)
         return 130
-    print(f"\n{arguments.out}: {trace.n_tokens():,} tokens, {len(trace.layers)} routed layers", file=sys.stderr)
+    streams = dict.fromkeys(x.stream for x in trace.layers)
+    tokens = ", ".join(f"{trace.n_tokens(s):,} {s} tokens" for s in streams)
+    _say(f"\n{arguments.out}: {tokens}, {len(trace.layers)} routed layers", sys.stderr)
     return 0
 
 
 def _stats(arguments: argparse.Namespace) -> int:
     trace = open_run(arguments.run)
-    table = balance_table(trace)
-    print(f"{trace.model.name} ({trace.model.family}); columns: " + "; ".join(f"{m.name} = {m.definition}" for m in METRICS.values()))
-    print(table.to_pandas().round(4).to_string(index=False))
+    table = balance_table(trace).to_pandas()
+    table.insert(0, "", [x.title for x in trace.layers])
+    _say(f"{trace.name}: {trace.model.name} ({trace.model.family}), one column per routed layer, n = tokens\n")
+    shown = table.drop(columns=["site", "layer", "stack"]).set_index("").T
+    # One metric a line, so that the definitions can stand below and the table stays narrow; 8 layers fit 100 columns.
+    for start in range(0, shown.shape[1], 8):
+        block = shown.iloc[:, start : start + 8]
+        _say(block.to_string(float_format=lambda x: f"{x:,.0f}" if x == int(x) else f"{x:.4g}") + "\n")
+    for metric in METRICS.values():
+        _say(f"  {metric.name}: {metric.definition} [{metric.unit}]; by chance: {metric.chance}")
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     problems = verify_run(arguments.run)
-    print("\n".join(problems) if problems else f"{arguments.run}: sound")
+    _say("\n".join(problems) if problems else f"{arguments.run}: sound")
     return 1 if problems else 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    rows = export_table(open_run(arguments.run), arguments.table, arguments.format, arguments.output)
-    print(f"{arguments.output}: {rows:,} rows")
+    trace = open_run(arguments.run)
+    if arguments.describe:
+        print(json.dumps(describe(trace, arguments.table), indent=1))
+        return 0
+    rows = export_table(trace, arguments.table, arguments.format, arguments.output)
+    _say(f"{arguments.output}: {rows:,} rows")
     return 0
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    for run in list_runs(arguments.folder):
+    if not arguments.folder.is_dir():
+        raise RunError(f"there is no folder {arguments.folder}")
+    found = list_runs(arguments.folder)
+    for run in found:
         state = "" if run.complete else "  UNFINISHED"
-        print(f"{run.name:32} {run.n_tokens:>12,} tokens  {run.bytes / 1e6:>9.1f} MB  {run.created}  {run.model}{state}")
+        _say(f"{run.name:32} {run.n_tokens:>12,} tokens  {run.bytes / 1e6:>9.1f} MB  {run.created}  {run.model}{state}")
+    if not found:
+        _say(f"no runs in {arguments.folder}")
     return 0
 
 
 def _delete(arguments: argparse.Namespace) -> int:
     delete_run(arguments.folder, arguments.name)
-    print(f"deleted {arguments.name}")
+    _say(f"deleted {arguments.name}")
     return 0
 
 

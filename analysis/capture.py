@@ -28,8 +28,19 @@ from .stats import merge_statistics, part_statistics
 from .store import RunWriter
 from .tokens import Pieces, encode
 from .trace import (
-    DOCUMENTS, TOKENS, LayerInfo, Part, PartsInMemory, SiteRouting, SiteScores, Trace,
-    check_part, id_dtype, join_routing, join_scores, token_digest,
+    DOCUMENTS,
+    TOKENS,
+    LayerInfo,
+    Part,
+    PartsInMemory,
+    SiteRouting,
+    SiteScores,
+    Trace,
+    check_part,
+    id_dtype,
+    join_routing,
+    join_scores,
+    token_digest,
 )  # fmt: skip
 
 PART_TOKENS = 65_536
@@ -263,8 +274,14 @@ def _context(model: nn.Module) -> int | None:
 
 def _documents(tokenizer: Any, texts: Iterable[str], labels: Iterable[str | None] | None, names: Iterable[str] | None,
                skip: int, limit: int) -> Iterator[_Document]:  # fmt: skip
-    rows = zip(texts, labels or itertools.repeat(None), names or itertools.repeat(None), strict=False)
-    for index, (text, label, name) in enumerate(rows):
+    end: Any = object()
+    given: list[Iterator[Any]] = [iter(texts), *(itertools.repeat(None) if x is None else iter(x) for x in (labels, names))]
+    for index in itertools.count():
+        text, label, name = (next(x, end) for x in given)
+        if end in (text, *(v for v, x in ((label, labels), (name, names)) if x is not None)):
+            if any(v is not end for v, x in ((text, texts), (label, labels), (name, names)) if x is not None):
+                raise CaptureError("texts, labels and names differ in number: give one of each per document")
+            return
         if index < skip:
             continue
         name = name or f"document {index + 1}"
@@ -388,8 +405,8 @@ def _scores(info: LayerInfo, routed: Routed, rows: slice) -> SiteScores:
         taken = torch.zeros_like(selection, dtype=torch.bool).scatter_(1, routed.chosen[rows].to(torch.long), True)
         last = selection.masked_fill(~taken, torch.inf).amin(-1)
         margin = last - selection.masked_fill(taken, -torch.inf).amax(-1)
-    columns = (x.cpu().numpy().astype(np.float32) for x in (entropy, margin, logits.logsumexp(-1)))
-    return SiteScores(*columns, shares.cpu().numpy())
+    first, second, third = (x.cpu().numpy().astype(np.float32) for x in (entropy, margin, logits.logsumexp(-1)))
+    return SiteScores(first, second, third, shares.cpu().numpy())
 
 
 def _part(index: int, pieces: Sequence[_Piece], sites: Sequence[Site], texts: Pieces, rows: dict[str, int],

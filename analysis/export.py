@@ -1,33 +1,39 @@
 """The only writer of files for people: tables of a run as CSV, Parquet or JSON.
 
-Parquet and JSON are lossless and carry the run, its n and the definitions. CSV holds visible text: token text is
-JSON-escaped, every field is quoted, and a cell that a spreadsheet would run as a formula starts with an apostrophe
-(``csv_text`` and ``csv_original`` are inverse). CSV has no place for metadata; ``describe`` gives it.
+Parquet and JSON are lossless and carry the run, its n and the definitions. In JSON, bytes are base64, NaN is null and
+infinities are the strings "inf" and "-inf". CSV holds visible text: text is JSON-escaped, every field is quoted, and a
+cell that a spreadsheet would run as a formula starts with an apostrophe (``csv_text`` and ``csv_original`` are
+inverse); missing values and NaN are empty, ``token_bytes`` is left out. Comment lines would break CSV readers, so what
+the other formats carry along comes from ``describe`` (``python -m analysis export RUN --table T --describe``).
 """
 
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from .metrics import METRICS, balance_table, load_table
 from .store import write_atomically
-from .trace import SCHEMA_VERSION, Trace
+from .trace import NO_EXPERT, SCHEMA_VERSION, Trace
 
 FORMATS = ("csv", "parquet", "json")
 BATCH = 65_536
-_FORMULA = ("=", "+", "-", "@", "'", "\t", "\r", "\n", "|", "%")
+# The last four are the full-width forms, which spreadsheets in East Asian settings take for the plain ones.
+_FORMULA = ("=", "+", "-", "@", "'", "|", "%", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 class ExportError(ValueError):
@@ -44,11 +50,12 @@ class ExportTable:
 
 
 def _decisions(trace: Trace) -> Iterator[pa.Table]:
-    """One row per token and site, site by site, in pieces of at most BATCH tokens."""
+    """One row per token and site, site by site, in pieces of at most BATCH tokens; at least one piece, maybe empty."""
     width = max(x.top_k for x in trace.layers)
+    native = any(x.native_capacity is not None for x in trace.layers)
     for layer in trace.layers:
         tokens = trace.stream_tokens(layer.stream)
-        for start in range(0, len(tokens), BATCH):
+        for start in range(0, max(1, len(tokens)), BATCH):
             rows = tokens.slice(start, BATCH)
             stop = start + len(rows)
             routing, scores = trace.routing(layer.index, start, stop), trace.scores(layer.index, start, stop)
@@ -56,14 +63,21 @@ def _decisions(trace: Trace) -> Iterator[pa.Table]:
             columns["site"] = pa.array([layer.index] * len(rows), pa.int16())
             columns["layer"] = pa.array([layer.layer] * len(rows), pa.int32())
             for i in range(width):
-                there = i < layer.top_k
-                experts = routing.experts[:, i] if there else None
-                columns[f"expert_{i}"] = pa.nulls(len(rows), pa.int32()) if experts is None else pa.array(
-                    experts.astype("int32"), mask=experts < 0)  # fmt: skip
-                columns[f"weight_{i}"] = pa.array(routing.weights[:, i]) if there else pa.nulls(len(rows), pa.float32())
+                columns[f"expert_{i}"] = _slot(routing.experts, i, pa.int32())
+                columns[f"weight_{i}"] = _slot(routing.weights, i, pa.float32())
+                if native:
+                    columns[f"chosen_{i}"] = _slot(routing.chosen, i, pa.int32())
             for name in ("entropy", "margin", "logsumexp"):
-                columns[name] = pa.array(getattr(scores, name), from_pandas=True)
+                columns[name] = pa.array(getattr(scores, name), pa.float32(), from_pandas=True)
             yield pa.table(columns)
+
+
+def _slot(values: np.ndarray, i: int, type_: pa.DataType) -> pa.Array:
+    """Slot i of ids or weights [n, k]; null where the site has fewer slots or, for ids, where there is no expert."""
+    if i >= values.shape[1]:
+        return pa.nulls(len(values), type_)
+    column = np.ascontiguousarray(values[:, i])
+    return pa.array(column, type_) if type_ == pa.float32() else pa.array(column.astype("int32"), mask=column == NO_EXPERT)
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -83,7 +97,7 @@ TABLES: Mapping[str, ExportTable] = MappingProxyType(
             ExportTable("load", "one row per layer and expert: assignments, share of the layer's, relative to an even share",
                         lambda trace: iter([load_table(trace)])),
             ExportTable("balance", "one row per layer: every balance metric", lambda trace: iter([balance_table(trace)])),
-            ExportTable("decisions", "one row per token and layer: experts and gate weights as executed, and router scores",
+            ExportTable("decisions", "one row per token and layer: experts and gate weights as executed (slot order is not rank), and router scores",
                         _decisions),
             ExportTable("tokens", "one row per token", _tokens),
             ExportTable("documents", "one row per document and token stream", lambda trace: iter([trace.documents])),
@@ -103,7 +117,7 @@ def describe(trace: Trace, table: str) -> dict[str, Any]:
         "tokens": {s: trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in trace.layers)},
         "table": table,
         "row": TABLES[table].definition,
-        "definitions": {m.name: f"{m.definition}; by chance: {m.chance} ({m.source})" for m in METRICS.values()},
+        "definitions": {m.name: f"{m.definition} [{m.unit}]; by chance: {m.chance} ({m.source})" for m in METRICS.values()},
         "schema_version": SCHEMA_VERSION,
         "routerscope": __version__,
     }
@@ -113,8 +127,9 @@ def export_table(trace: Trace, table: str, format: str, target: Path | BinaryIO)
     """Write a table to a path (atomically) or an open binary file; returns the rows written. Raises ExportError."""
     if table not in TABLES or format not in FORMATS:
         raise ExportError(f"no table {table!r} as {format!r}: tables are {', '.join(TABLES)}; formats {', '.join(FORMATS)}")
-    if table in ("decisions", "tokens") and trace.load_tokens is None:
-        raise ExportError(f"run {trace.name!r} holds statistics only: it has no {table}")
+    without = trace.load_tokens is None or (table == "decisions" and trace.source is None)
+    if table in ("decisions", "tokens") and without:
+        raise ExportError(f"run {trace.name!r} holds statistics only, no {table}: capture it again with tokens")
     writer = {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format]
     if not isinstance(target, Path):
         return writer(TABLES[table].read(trace), describe(trace, table), target)
@@ -154,18 +169,29 @@ def _escape(character: str) -> str:
 
 
 def _write_csv(tables: Iterator[pa.Table], about: Mapping[str, Any], file: BinaryIO) -> int:
+    first = _visible(next(tables))
     rows = 0
-    text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-    writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
-    for table in tables:
-        columns = [n for n in table.column_names if n != "token_bytes"]
-        if rows == 0:
-            writer.writerow(columns)
-        for row in zip(*(table[n].to_pylist() for n in columns), strict=True):
-            writer.writerow([csv_text(x) if isinstance(x, str) else "" if x is None else x for x in row])
-        rows += len(table)
-    text.detach()
+    options = pa_csv.WriteOptions(quoting_style="all_valid")
+    with pa_csv.CSVWriter(file, first.schema, write_options=options) as writer:
+        for table in itertools.chain([first], map(_visible, tables)):
+            writer.write_table(table)
+            rows += len(table)
     return rows
+
+
+def _visible(table: pa.Table) -> pa.Table:
+    """A table as it goes into a CSV: text made visible and guarded, NaN missing, no raw bytes."""
+    columns = {}
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        if pa.types.is_string(column.type):
+            coded = column.dictionary_encode()
+            column = pa.array([csv_text(x) for x in coded.dictionary.to_pylist()], pa.string()).take(coded.indices)
+        elif pa.types.is_floating(column.type):
+            column = pc.if_else(pc.is_nan(column), None, column)
+        if not pa.types.is_binary(column.type):
+            columns[name] = column
+    return pa.table(columns)
 
 
 def _write_parquet(tables: Iterator[pa.Table], about: Mapping[str, Any], file: BinaryIO) -> int:
@@ -183,8 +209,8 @@ def _write_json(tables: Iterator[pa.Table], about: Mapping[str, Any], file: Bina
     """{"about": ..., "rows": [...]} written in pieces; bytes as base64, NaN as null."""
     rows = 0
     file.write(b'{"about": ' + json.dumps(about).encode() + b', "rows": [')
-    for table in tables:
-        for row in table.to_pylist():
+    for batch in itertools.chain.from_iterable(t.to_batches(max_chunksize=4096) for t in tables):
+        for row in batch.to_pylist():
             file.write((b",\n" if rows else b"\n") + json.dumps({k: _json(v) for k, v in row.items()}, allow_nan=False).encode())
             rows += 1
     file.write(b"\n]}\n")
@@ -194,4 +220,6 @@ def _write_json(tables: Iterator[pa.Table], about: Mapping[str, Any], file: Bina
 def _json(value: Any) -> Any:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    return None if isinstance(value, float) and value != value else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

@@ -89,7 +89,7 @@ def read_scores(path: Path, layer: LayerInfo, start: int, stop: int) -> SiteScor
         names = ["entropy", "margin", "logsumexp", *(f"p{i}" for i in range(layer.n_classes if kept else 0))]
         table = file.read_row_group(layer.index, columns=names).slice(start, stop - start)
     columns = [table[n].to_numpy() for n in names]
-    return SiteScores(*columns[:3], np.stack(columns[3:], axis=1) if kept else None)
+    return SiteScores(columns[0], columns[1], columns[2], np.stack(columns[3:], axis=1) if kept else None)
 
 
 def _keys(part: Part, layer: LayerInfo) -> list[pa.Array]:

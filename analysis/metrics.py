@@ -19,11 +19,14 @@ from .trace import LayerInfo, Trace
 
 @dataclass(frozen=True)
 class Metric:
-    """One number per site. ``low`` and ``high`` bound it (high may depend on E); ``chance`` says what chance gives."""
+    """One number per site, in ``unit``. ``low`` and ``high`` bound it (high may depend on E); ``chance`` says what
+    uniform random routing gives. NaN where a site saw nothing the metric could be made of.
+    """
 
     name: str
     title: str
     definition: str
+    unit: str
     low: float
     high: Callable[[LayerInfo], float]
     chance: str
@@ -54,7 +57,7 @@ def _auxiliary(trace: Trace, site: int) -> float:
 
 def _chance(function: Callable[[int, int, int], float], trace: Trace, site: int) -> float:
     layer = trace.layers[site]
-    return function(trace.stats.n_tokens(site), layer.n_experts, layer.top_k)
+    return function(trace.stats.n_tokens(site), layer.n_classes, layer.top_k)
 
 
 def _mean(statistic: str, trace: Trace, site: int) -> float:
@@ -70,35 +73,40 @@ def _unbounded(layer: LayerInfo) -> float:
 
 
 _ENTRIES = (
-    Metric("max_over_mean", "Max / mean", "largest expert load over the mean load", 1, _experts,
-           "1 + CV sqrt(2 ln E), see chance_max_over_mean", "common; EPLB's inverse", partial(_of_load, balance.max_over_mean)),
-    Metric("maxvio", "MaxVio", "(largest load - mean) / mean, over the whole run", 0, lambda x: x.n_experts - 1.0,
-           "chance_max_over_mean - 1", "arXiv 2408.15664", partial(_of_load, balance.maxvio)),
-    Metric("chance_max_over_mean", "Max / mean by chance", "upper bound of max / mean expected under uniform random routing",
-           1, _unbounded, "is the chance value", "normal approximation of the maximum of E binomial loads",
+    Metric("max_over_mean", "Max / mean", "largest expert load over the mean load", "ratio", 1, _experts,
+           "at most chance_max_over_mean", "common; EPLB's inverse", partial(_of_load, balance.max_over_mean)),
+    Metric("maxvio", "MaxVio", "(largest load - mean) / mean, over the whole run", "ratio", 0, lambda x: x.n_experts - 1.0,
+           "at most chance_max_over_mean - 1", "arXiv 2408.15664", partial(_of_load, balance.maxvio)),
+    Metric("chance_max_over_mean", "Max / mean by chance",
+           "upper bound of max / mean expected under uniform random routing without capacity", "ratio", 1, _unbounded,
+           "is the chance value", "union bound over E loads, each Binomial(T, k/E)",
            partial(_chance, balance.chance_max_over_mean)),
-    Metric("cv", "CV", "population standard deviation of the loads over their mean", 0, lambda x: float(np.sqrt(x.n_experts - 1)),
-           "chance_cv", "Shazeer et al. 2017 (squared there)", partial(_of_load, balance.cv)),
-    Metric("chance_cv", "CV by chance", "sqrt((1 - k/E) / (T k/E)): CV expected under uniform random routing", 0, _unbounded,
-           "is the chance value", "Binomial(T, k/E)", partial(_chance, balance.chance_cv)),
-    Metric("gini", "Gini", "mean absolute difference of the loads over twice their mean", 0, lambda x: 1 - 1 / x.n_experts,
-           "about 0.56 x chance_cv", "Gini 1912", partial(_of_load, balance.gini)),
-    Metric("entropy", "Load entropy", "entropy of the load shares, in nats", 0, lambda x: float(np.log(x.n_experts)),
-           "ln E less chance_cv^2 / 2", "Shannon 1948", partial(_of_load, balance.entropy)),
-    Metric("effective_experts", "Effective experts", "exp of the load entropy: evenly used experts with the same entropy", 1,
-           _experts, "E less E chance_cv^2 / 2", "Hill number of order 1", partial(_of_load, balance.effective_experts)),
-    Metric("balancedness", "Balancedness", "mean load over largest load", 0, lambda x: 1.0, "1 / chance_max_over_mean",
-           "EPLB, SGLang", partial(_of_load, balance.balancedness)),
-    Metric("dead", "Dead experts", "experts with no assignment in this run", 0, _experts,
+    Metric("cv", "CV", "population standard deviation of the loads over their mean", "ratio", 0,
+           lambda x: float(np.sqrt(x.n_experts - 1)), "chance_cv", "Shazeer et al. 2017 (squared there)",
+           partial(_of_load, balance.cv)),
+    Metric("chance_cv", "CV by chance", "sqrt((1 - k/E) / (T k/E)): root mean square CV under uniform random routing", "ratio",
+           0, _unbounded, "is the chance value", "each load Binomial(T, k/E)", partial(_chance, balance.chance_cv)),
+    Metric("gini", "Gini", "mean absolute difference of the loads over twice their mean", "1", 0,
+           lambda x: 1 - 1 / x.n_experts, "about 0.56 x chance_cv", "Gini 1912", partial(_of_load, balance.gini)),
+    Metric("entropy", "Load entropy", "-sum p ln p of the load shares p", "nats", 0, lambda x: float(np.log(x.n_experts)),
+           "about ln E less chance_cv^2 / 2", "Shannon 1948", partial(_of_load, balance.entropy)),
+    Metric("normalised_entropy", "Normalised entropy", "load entropy over ln E; even = 1", "1", 0, lambda x: 1.0,
+           "about 1 less chance_cv^2 / (2 ln E)", "Shannon 1948", partial(_of_load, balance.normalised_entropy)),
+    Metric("effective_experts", "Effective experts", "exp of the load entropy: evenly used experts with the same entropy",
+           "experts", 1, _experts, "about E less E chance_cv^2 / 2", "Hill number of order 1",
+           partial(_of_load, balance.effective_experts)),
+    Metric("balancedness", "Balancedness", "mean load over largest load", "ratio", 0, lambda x: 1.0,
+           "at least 1 / chance_max_over_mean", "EPLB, SGLang", partial(_of_load, balance.balancedness)),
+    Metric("dead", "Dead experts", "experts with no assignment in this run", "experts", 0, lambda x: x.n_experts - 1.0,
            "E (1 - k/E)^T, nearly 0 for long runs", "common", partial(_of_load, balance.dead)),
-    Metric("cold", "Cold experts", "experts below a tenth of the mean load, dead ones included", 0, _experts,
-           "nearly 0 for long runs", "common", partial(_of_load, balance.cold)),
-    Metric("auxiliary_loss", "Switch auxiliary loss", "E sum f_e P_e: load share times mean router probability; even = 1", 0,
-           _experts, "1", "Switch Transformers eq. 4, alpha = 1", _auxiliary),
-    Metric("router_entropy", "Router entropy", "mean entropy of a token's router probabilities, in nats", 0,
+    Metric("cold", "Cold experts", "experts below a tenth of the mean load, dead ones included", "experts", 0,
+           lambda x: x.n_experts - 1.0, "nearly 0 for long runs", "common", partial(_of_load, balance.cold)),
+    Metric("auxiliary_loss", "Switch auxiliary loss", "E sum f_e P_e: load share times mean router probability; even = 1", "1",
+           0, _experts, "1", "Switch Transformers eq. 4, alpha = 1", _auxiliary),
+    Metric("router_entropy", "Router entropy", "mean entropy of a token's router probabilities", "nats", 0,
            lambda x: float(np.log(x.n_classes)), "ln E for an undecided router", "Shannon 1948", partial(_mean, "entropy")),
-    Metric("z_loss", "z-loss", "mean squared logsumexp of the router logits", 0, _unbounded, "(ln E)^2 for zero logits",
-           "ST-MoE, arXiv 2202.08906", partial(_mean, "z")),
+    Metric("z_loss", "z-loss", "mean squared logsumexp of the router logits", "nats^2", 0, _unbounded,
+           "(ln E)^2 for zero logits", "ST-MoE, arXiv 2202.08906", partial(_mean, "z")),
 )  # fmt: skip
 
 METRICS: Mapping[str, Metric] = MappingProxyType({m.name: m for m in _ENTRIES})

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .routers import Site, find_sites
 from .trace import ModelCard
@@ -81,7 +80,7 @@ def model_card(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     idle = sum(_expert_parameters(s) * (1 - s.info.top_k / s.info.n_experts) for s in sites)
     folder = Path(path) if path is not None and Path(path).is_dir() else None
     name = folder.resolve().name if folder else str(path or getattr(config, "_name_or_path", "") or config.model_type)
-    layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", 0)
+    layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None) or 0
     if getattr(config, "is_encoder_decoder", False):
         layers = config.num_layers + config.num_decoder_layers
     return ModelCard(

@@ -162,10 +162,10 @@ def _site(model: nn.Module, names: Mapping[str, nn.Module], declared: frozenset[
     kind = ROUTERS.get(type(router).__name__, UNKNOWN)
     config = _config_of(model, parent)
     stack = "encoder" if "encoder" in parent.split(".") else "decoder"
-    settings = {k: v for k in ("num_group", "topk_group", "topk_method", "routed_scaling_factor", "expert_capacity")
+    settings: dict[str, Any] = {k: v for k in ("num_group", "topk_group", "topk_method", "routed_scaling_factor", "expert_capacity")
                 if isinstance(v := getattr(router, k, None), (int, float, str))}  # fmt: skip
-    if getattr(router, "e_score_correction_bias", None) is not None:
-        settings["bias"] = router.e_score_correction_bias.detach().float().tolist()
+    if isinstance(bias := getattr(router, "e_score_correction_bias", None), Tensor):
+        settings["bias"] = bias.detach().float().tolist()
     info = LayerInfo(
         index=index,
         layer=int((re.findall(r"\.(\d+)(?=\.|$)", parent) or ["0"])[0]),
@@ -239,8 +239,6 @@ def selection_scores(info: LayerInfo, logits: Tensor) -> tuple[Tensor, Tensor | 
         scores = scores if bias is None else scores + torch.tensor(bias, device=scores.device)
     else:
         scores = probabilities = logits.float().softmax(-1)
-    groups, kept = info.router.get("num_group"), info.router.get("topk_group")
-    limited = bool(groups) and bool(kept) and kept < groups and info.router.get("topk_method") != "greedy"
+    groups, kept = info.router.get("num_group") or 0, info.router.get("topk_group") or 0
+    limited = 0 < kept < groups and info.router.get("topk_method") != "greedy"
     return probabilities, None if limited else scores
-
-

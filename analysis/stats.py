@@ -46,12 +46,8 @@ CORE = pa.schema(
         ("sum", pa.float64()),
     ]
 )
-BY_TOKEN = pa.schema(
-    [("site", pa.int16()), ("token_id", pa.int32()), ("expert", pa.int32()), ("count", pa.int64())]
-)
-BY_DOCUMENT = pa.schema(
-    [("document", pa.int32()), ("site", pa.int16()), ("expert", pa.int32()), ("count", pa.int64())]
-)
+BY_TOKEN = pa.schema([("site", pa.int16()), ("token_id", pa.int32()), ("expert", pa.int32()), ("count", pa.int64())])
+BY_DOCUMENT = pa.schema([("document", pa.int32()), ("site", pa.int16()), ("expert", pa.int32()), ("count", pa.int64())])
 
 
 @dataclass(frozen=True)
@@ -316,9 +312,7 @@ def _flow_rows(site: int, here: SiteRouting, after: SiteRouting, width: int, nex
 def _keyed(keys: np.ndarray, experts: np.ndarray, width: int, site: int, name: str) -> pa.Table:
     """Counts per (key, expert) that occur."""
     kept = experts >= 0
-    cells, counts = np.unique(
-        np.repeat(keys.astype(np.int64), experts.shape[1])[kept.ravel()] * width + experts[kept], return_counts=True
-    )
+    cells, counts = np.unique(np.repeat(keys.astype(np.int64), experts.shape[1])[kept.ravel()] * width + experts[kept], return_counts=True)
     sites = np.full(len(cells), site, np.int16)
     return pa.table({name: cells // width, "site": sites, "expert": cells % width, "count": counts})
 

@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,8 +34,18 @@ import pyarrow.parquet as pq
 from .layout import read_routing, read_scores, write_routing, write_scores, write_table
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, following_sites, merge_statistics, part_statistics
 from .trace import (
-    DOCUMENTS, SCHEMA_VERSION, LayerInfo, ModelCard, Part, SiteRouting, SiteScores, Trace, TraceError,
-    check_site, join_routing, join_scores,
+    DOCUMENTS,
+    SCHEMA_VERSION,
+    LayerInfo,
+    ModelCard,
+    Part,
+    SiteRouting,
+    SiteScores,
+    Trace,
+    TraceError,
+    check_site,
+    join_routing,
+    join_scores,
 )  # fmt: skip
 
 MANIFEST = "run.json"
@@ -133,7 +144,7 @@ class RunWriter:
         progress = self.folder / "progress"
         tables = (part.documents, stats.core, stats.by_token, stats.by_document)
         for name, table in zip(("documents", "core", "tokens", "by_documents"), tables, strict=True):
-            write_atomically(progress / f"{name}-{number}.parquet", lambda p, t=table: write_table(t, p))
+            write_atomically(progress / f"{name}-{number}.parquet", partial(write_table, table))
         rows = {s: len(part.stream_tokens(s)) for s in part.first_rows}
         record = {
             "index": part.index,
@@ -164,7 +175,7 @@ class RunWriter:
         tables = (joined("documents"), stats.core, stats.by_token, stats.by_document)
         names = ("documents.parquet", *(n for n, _ in STATISTICS))
         for name, table in zip(names, tables, strict=True):
-            write_atomically(self.folder / name, lambda p, t=table: write_table(t, p))
+            write_atomically(self.folder / name, partial(write_table, table))
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -196,7 +207,8 @@ class StoredRouting:
         return self._folder / kind / f"part-{part['index']:05d}.parquet"
 
     def _pieces(self, site: int, start: int, stop: int) -> list[tuple[Mapping[str, Any], int, int]]:
-        stream, out = self._layers[site].stream, []
+        stream = self._layers[site].stream
+        out: list[tuple[Mapping[str, Any], int, int]] = []
         for part in self._parts:
             first, n = part["first_rows"].get(stream, 0), part["rows"].get(stream, 0)
             a, b = max(start - first, 0), min(stop - first, n)
@@ -393,4 +405,9 @@ def _stamp(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    write_atomically(path, lambda p: p.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8") and None)
+    text = json.dumps(values, indent=1, ensure_ascii=False)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)

@@ -298,8 +298,8 @@ def join_scores(pieces: Sequence[SiteScores]) -> SiteScores:
     """Concatenate scores of one site along tokens; probabilities only where every piece has them."""
     known = [p.probabilities for p in pieces if p.probabilities is not None]
     probabilities = np.concatenate(known) if pieces and len(known) == len(pieces) else None
-    columns = (np.concatenate([getattr(p, c) for p in pieces]) for c in ("entropy", "margin", "logsumexp"))
-    return SiteScores(*columns, probabilities)
+    entropy, margin, logsumexp = (np.concatenate([getattr(p, c) for p in pieces]) for c in ("entropy", "margin", "logsumexp"))
+    return SiteScores(entropy, margin, logsumexp, probabilities)
 
 
 def check_part(part: Part, layers: Sequence[LayerInfo]) -> None:

@@ -39,7 +39,7 @@ class Prompt:
     name: str
 
 
-def read_prompts(data: bytes, filename: str, limits: Limits = Limits()) -> tuple[Prompt, ...]:  # noqa: B008 (frozen)
+def read_prompts(data: bytes, filename: str, limits: Limits = Limits()) -> tuple[Prompt, ...]:
     """Prompts of an uploaded file: .txt is one prompt, .csv and .jsonl one per row. Raises UploadError."""
     if len(data) > limits.bytes:
         raise UploadError(f"the file has {len(data):,} bytes; at most {limits.bytes:,} are taken at once: split it")
@@ -58,12 +58,15 @@ def read_prompts(data: bytes, filename: str, limits: Limits = Limits()) -> tuple
 
 def _decoded(data: bytes) -> str:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UploadError("the file is UTF-16: save it as UTF-8")
+        raise UploadError("the file is UTF-16 or UTF-32: save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UploadError(f"the file is not UTF-8: byte {error.start:,} (line {line:,}) is not valid; save it as UTF-8") from None
+    if "\0" in text:  # valid UTF-8, but no text editor writes it: UTF-16 without its mark looks like this
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UploadError(f"the file holds a NUL character (line {line:,}): it is UTF-16 or not text; save it as UTF-8")
     return text
 
 
@@ -77,7 +80,7 @@ def _csv(text: str, limits: Limits) -> list[Prompt]:
     try:
         header = [c.strip().lower() for c in next(rows, [])]
         at = _columns(header)
-        prompts = []
+        prompts: list[Prompt] = []
         for number, row in enumerate(rows, 2):
             if not row:
                 continue
@@ -109,14 +112,16 @@ def _columns(header: Sequence[str]) -> dict[str, int]:
 
 
 def _jsonl(text: str, limits: Limits) -> list[Prompt]:
-    prompts = []
+    prompts: list[Prompt] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         if len(line) > limits.line:
             raise UploadError(f"line {number:,} has {len(line):,} characters; at most {limits.line:,} are read")
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_once)
+        except UploadError as error:
+            raise UploadError(f"line {number:,} {error}") from None
         except RecursionError:
             raise UploadError(f"line {number:,} is nested too deeply") from None
         except ValueError:
@@ -137,9 +142,16 @@ def _jsonl(text: str, limits: Limits) -> list[Prompt]:
     return prompts
 
 
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; the parser alone would keep the last of two equal names and drop the other silently."""
+    if len({k for k, _ in pairs}) != len(pairs):
+        raise UploadError("names a field twice")
+    return dict(pairs)
+
+
 def _prompt(values: Mapping[str, Any], number: int) -> Prompt:
     try:
-        values["text"].encode("utf-8")
+        "".join(v for v in values.values() if v).encode("utf-8")
     except UnicodeEncodeError:
         raise UploadError(f"prompt {number:,} holds a lone surrogate, which is no text") from None
     return Prompt(values["text"], values.get("label") or None, values.get("name") or f"prompt {number}")

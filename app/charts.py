@@ -42,8 +42,10 @@ def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, ma
                            marker={"symbol": "x-thin", "size": 10, "line": {"width": 2, "color": palette.DEAD}},
                            hovertemplate="expert %{x}: no token at all<extra></extra>", showlegend=False)  # fmt: skip
     if mark is not None:
-        row, expert = mark
-        figure.add_shape(type="rect", x0=expert - 0.5, x1=expert + 0.5, y0=row - 0.5, y1=row + 0.5, line={"width": 3, "color": palette.DEAD})
+        line, expert = mark
+        figure.add_shape(
+            type="rect", x0=expert - 0.5, x1=expert + 0.5, y0=line - 0.5, y1=line + 0.5, line={"width": 3, "color": palette.DEAD}
+        )
     figure.update_xaxes(title="expert", range=[-0.5, width - 0.5], constrain="domain", dtick=1 if width <= 16 else max(1, width // 16))
     figure.update_yaxes(autorange="reversed", type="category")
     return _sized(figure, max(240, 26 * len(rows) + 90))
@@ -86,5 +88,7 @@ def token_map(values: np.ndarray, tokens: Sequence[str], rows: Sequence[str], wh
 
 
 def _sized(figure: go.Figure, height: int) -> go.Figure:
-    figure.update_layout(height=height, margin={"l": 8, "r": 8, "t": 16, "b": 8}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
+    figure.update_layout(
+        height=height, margin={"l": 8, "r": 8, "t": 16, "b": 8}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)"
+    )
     return figure

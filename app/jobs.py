@@ -98,7 +98,7 @@ class Worker:
             job.documents, job.tokens, job.seconds = p.documents, p.tokens, p.seconds
 
         job.state = "running"
-        columns = {c: [getattr(p, s) for p in job.prompts] for c, s in (("labels", "label"), ("names", "name"))}
+        columns: dict[str, Any] = {c: [getattr(p, s) for p in job.prompts] for c, s in (("labels", "label"), ("names", "name"))}
         capture(model, tokenizer, [p.text for p in job.prompts], **columns, out=job.out, model_path=job.model,
                 progress=show, cancelled=job.stop.is_set)  # fmt: skip
         job.state = "done"

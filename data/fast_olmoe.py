@@ -8,6 +8,7 @@ processor has no bfloat16 units (measured: 2.7 times as fast there), bfloat16 wh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def mixture(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, k: int) ->
     return torch.zeros_like(x).index_add(0, token, out), counts.float()
 
 
-def forward(model: torch.nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def forward(model: Any, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [B, T, V], balance loss (sum over layers) and z-loss (mean over layers) for token ids [B, T]."""
     config = model.config
     heads, eps, k = config.num_attention_heads, config.rms_norm_eps, config.num_experts_per_tok
@@ -78,7 +79,7 @@ def forward(model: torch.nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Te
     return F.linear(x, embedding), balance, z
 
 
-def losses(model: torch.nn.Module, ids: Tensor, dtype: torch.dtype) -> Losses:
+def losses(model: Any, ids: Tensor, dtype: torch.dtype) -> Losses:
     """Training losses on windows of token ids [B, T + 1]."""
     logits, balance, z = forward(model, ids[:, :-1], dtype)
     return Losses(F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()), balance, z)

@@ -13,9 +13,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def token_streams(documents: Sequence[Document], tokenizer: PreTrainedTokenizerF
     return streams
 
 
-def windows(streams: Mapping[str, np.ndarray], tokens: int, seed: int) -> Iterator[torch.Tensor]:
+def windows(streams: Mapping[str, np.ndarray], tokens: int, seed: int) -> Generator[torch.Tensor, int, None]:
     """Endless batches [tokens // T, T + 1] of random windows; send T to the generator (first next() takes none)."""
     rng = np.random.default_rng(seed)
     domains = sorted(streams)
@@ -194,7 +195,8 @@ def prepare(work: Path, recipe: Recipe, documents: Sequence[Document]) -> None:
     """Tokenizer and token streams of the training split, written below ``work``."""
     tokenizer = train_tokenizer(documents, recipe.vocabulary)
     tokenizer.save_pretrained(work / "tokenizer")
-    np.savez(work / "streams.npz", **token_streams(documents, tokenizer, recipe.seed))
+    streams: Mapping[str, Any] = token_streams(documents, tokenizer, recipe.seed)
+    np.savez(work / "streams.npz", **streams)
     held_out = [d.__dict__ for d in documents if d.split == "held-out"]
     (work / "held-out.jsonl").write_text("\n".join(json.dumps(d, ensure_ascii=False) for d in held_out) + "\n")
 

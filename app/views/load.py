@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import streamlit as st
 
@@ -25,7 +27,9 @@ peaks = [float(r.max()) for r in relative]
 worst = int(np.nanargmax(peaks))
 layer = trace.layers[worst]
 chance = chance_max_over_mean(stats.n_tokens(worst), layer.n_experts, layer.top_k)
-text.show_heading(f"{layer.title.capitalize()} is the least even: expert {int(relative[worst].argmax())} gets {peaks[worst]:.2f} times its share.")
+text.show_heading(
+    f"{layer.title.capitalize()} is the least even: expert {int(relative[worst].argmax())} gets {peaks[worst]:.2f} times its share."
+)
 text.show_note(f"n = {stats.n_tokens(worst):,} tokens; uniform random routing would give at most about {chance:.2f} times.")
 st.plotly_chart(
     charts.load_map(relative, [x.title for x in trace.layers], theme()),
@@ -63,7 +67,7 @@ downloads = st.columns(3)
 for column, (name, kind) in zip(downloads, (("load", "csv"), ("load", "parquet"), ("balance", "csv")), strict=True):
     column.download_button(
         f"{name.capitalize()} as {kind.upper()}",
-        data=lambda n=name, k=kind: export_bytes(trace, n, k),
+        data=partial(export_bytes, trace, name, kind),
         file_name=f"{name}.{kind}",
         on_click="ignore",
         key=f"get-{name}-{kind}",

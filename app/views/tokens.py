@@ -46,7 +46,7 @@ def decisions(name: str, created: str, stream: str, start: int, stop: int) -> li
 
 read = decisions(trace.name, str(trace.options.get("created")), stream, start, stop)
 shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())
-breaks = [(t or "").endswith("\n") for t in rows["token"].to_pylist()]
+breaks = ["\n" in (t or "") for t in rows["token"].to_pylist()]
 titles = [x.title for x in sites]
 here = [x.index for x in sites].index(site)
 st.caption(
@@ -79,9 +79,7 @@ if chosen is not None:
             }
         )
     st.dataframe(pd.DataFrame(table), hide_index=True)
-    st.caption(
-        "Margin: selection score of the last chosen expert less that of the best rejected one; near 0 means the choice was close."
-    )
+    st.caption("Margin: selection score of the last chosen expert less that of the best rejected one; near 0 means the choice was close.")
 
 st.subheader("The same document, all layers at once")
 kind = st.segmented_control(

@@ -29,7 +29,7 @@ def token_strip(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[
                 layers: Sequence[str], start: int, key: str) -> int | None:  # fmt: skip
     """Draw the strip; returns the index of the token clicked, or None.
 
-    texts [n] visible text per token; breaks [n] True where a line ends after the token; experts and weights one
+    texts [n] visible text per token; breaks [n] True where the token holds a line end (shown as ⏎); experts and weights one
     [n, k] array per layer; ``start`` is the layer shown first.
     """
     data: dict[str, Any] = {

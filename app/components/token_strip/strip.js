@@ -47,15 +47,19 @@ export default function ({ data, parentElement, setStateValue }) {
 
   let line = element("div", "line", undefined, text);
   line.dir = "auto";
+  // A token that holds line ends continues on the next line, so a token is a list of spans.
   const spans = data.texts.map((t, i) => {
-    const span = element("span", "token", t, line);
-    span.setAttribute("role", "option");
-    span.dataset.at = i;
-    if (data.breaks[i]) {
-      line = element("div", "line", undefined, text);
-      line.dir = "auto";
-    }
-    return span;
+    const pieces = data.breaks[i] ? t.split(/(?<=⏎)/) : [t];
+    return pieces.map((piece) => {
+      const span = element("span", "token", piece, line);
+      span.setAttribute("role", "option");
+      span.dataset.at = i;
+      if (data.breaks[i] && piece.endsWith("⏎")) {
+        line = element("div", "line", undefined, text);
+        line.dir = "auto";
+      }
+      return span;
+    });
   });
 
   function choices(i) {
@@ -76,15 +80,17 @@ export default function ({ data, parentElement, setStateValue }) {
     for (const t of tops) if (t) counts.set(t[0], (counts.get(t[0]) || 0) + 1);
     const busiest = [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]).slice(0, data.colours.length).map((c) => c[0]);
     const colour = (e) => (busiest.includes(e) ? data.colours[busiest.indexOf(e)] : data.other);
-    spans.forEach((span, i) => {
+    spans.forEach((pieces, i) => {
       const mine = choices(i), top = mine[0];
       const shown = spotlight === null ? top : mine.find((c) => c[0] === spotlight);
       const strength = !shown ? 0 : spotlight === null ? 0.42 : 0.15 + 0.7 * Math.min(1, shown[1]);
       const share = Math.round(strength * 100);
-      span.style.backgroundColor = shown ? `color-mix(in srgb, ${colour(shown[0])} ${share}%, transparent)` : "transparent";
-      span.style.borderBottomColor = top ? colour(top[0]) : "transparent";
-      span.classList.toggle("chosen", i === chosen);
-      span.setAttribute("aria-selected", i === chosen);
+      for (const span of pieces) {
+        span.style.backgroundColor = shown ? `color-mix(in srgb, ${colour(shown[0])} ${share}%, transparent)` : "transparent";
+        span.style.borderBottomColor = top ? colour(top[0]) : "transparent";
+        span.classList.toggle("chosen", i === chosen);
+        span.setAttribute("aria-selected", i === chosen);
+      }
     });
     legend.replaceChildren();
     element("span", "hint", "largest weight:", legend);
@@ -108,7 +114,7 @@ export default function ({ data, parentElement, setStateValue }) {
     if (i < 0 || i >= spans.length) return;
     chosen = i;
     draw();
-    spans[i].scrollIntoView({ block: "nearest" });
+    spans[i][0].scrollIntoView({ block: "nearest" });
     clearTimeout(root.routerscopeTimer);
     root.routerscopeTimer = setTimeout(() => setStateValue("token", i), 60);
   }
@@ -128,9 +134,9 @@ export default function ({ data, parentElement, setStateValue }) {
   };
   find.oninput = () => {
     const wanted = find.value.toLowerCase();
-    spans.forEach((s, i) => s.classList.toggle("found", wanted !== "" && data.texts[i].toLowerCase().includes(wanted)));
-    const first = spans.find((s) => s.classList.contains("found"));
-    if (first) first.scrollIntoView({ block: "nearest" });
+    const found = data.texts.map((t) => wanted !== "" && t.toLowerCase().includes(wanted));
+    spans.forEach((pieces, i) => pieces.forEach((s) => s.classList.toggle("found", found[i])));
+    if (found.includes(true)) spans[found.indexOf(true)][0].scrollIntoView({ block: "nearest" });
   };
   draw();
 }

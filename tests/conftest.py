@@ -1,0 +1,25 @@
+"""Fixtures shared by the suite. Models are small and random; one thread, so that busy cores cannot stall OpenMP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+REAL = ROOT.parent / "shared" / "real"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """Real routing data beside the project; skips where it is absent."""
+    if not REAL.is_dir():
+        pytest.skip("no real routing data beside this checkout (../shared/real)")
+    return REAL
