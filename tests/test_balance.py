@@ -1,0 +1,117 @@
+"""Load imbalance: published vectors, properties that hold for every load, and the chance values against simulation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis import balance
+
+VECTOR = np.array([4, 2, 1, 1])
+LOADS = st.lists(st.integers(0, 10**12), min_size=1, max_size=64).filter(any).map(lambda x: np.array(x, np.int64))
+# name -> (value on the vector, even, collapsed onto one of E), as functions of E
+PUBLISHED: dict[str, tuple[float, Callable[[int], float], Callable[[int], float]]] = {
+    "max_over_mean": (2.0, lambda e: 1, lambda e: e),
+    "maxvio": (1.0, lambda e: 0, lambda e: e - 1),
+    "cv": (0.6123724, lambda e: 0, lambda e: math.sqrt(e - 1)),
+    "gini": (0.3125, lambda e: 0, lambda e: 1 - 1 / e),
+    "entropy": (1.2130076, lambda e: math.log(e), lambda e: 0),
+    "normalised_entropy": (0.875, lambda e: 1, lambda e: 0),
+    "effective_experts": (3.3635857, lambda e: e, lambda e: 1),
+    "balancedness": (0.5, lambda e: 1, lambda e: 1 / e),
+    "dead": (0, lambda e: 0, lambda e: e - 1),
+    "cold": (0, lambda e: 0, lambda e: e - 1),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_vector(name: str) -> None:
+    assert getattr(balance, name)(VECTOR) == pytest.approx(PUBLISHED[name][0], abs=1e-7)
+
+
+@pytest.mark.parametrize("n_experts", [2, 16, 300])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_even_and_collapsed_loads_meet_the_ends_of_the_range(name: str, n_experts: int) -> None:
+    _, even, collapsed = PUBLISHED[name]
+    one = np.zeros(n_experts, np.int64)
+    one[n_experts // 2] = 1_000
+    assert getattr(balance, name)(np.full(n_experts, 7)) == pytest.approx(even(n_experts), abs=1e-9)
+    assert getattr(balance, name)(one) == pytest.approx(collapsed(n_experts), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@given(load=LOADS, seed=st.integers(0, 2**32 - 1))
+def test_between_its_ends_and_blind_to_names_and_scale(name: str, load: np.ndarray, seed: int) -> None:
+    _, even, collapsed = PUBLISHED[name]
+    function, n = getattr(balance, name), len(load)
+    value = function(load)
+    if n > 1:  # a layer of one expert is even and collapsed at once
+        low, high = sorted((even(n), collapsed(n)))
+        assert low - 1e-7 <= value <= high + 1e-7
+    assert function(np.random.default_rng(seed).permutation(load)) == pytest.approx(value, rel=1e-9, abs=1e-9)
+    assert function(load * 3) == pytest.approx(value, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_no_assignments_give_nan(name: str) -> None:
+    assert math.isnan(getattr(balance, name)(np.zeros(4, np.int64)))
+
+
+@given(load=LOADS)
+def test_gini_is_the_mean_absolute_difference(load: np.ndarray) -> None:
+    x = load.astype(float)
+    direct = np.abs(x[:, None] - x[None]).sum() / (2 * len(x) ** 2 * x.mean())
+    assert balance.gini(load) == pytest.approx(direct, abs=1e-9)
+
+
+def test_dead_and_cold_are_told_apart() -> None:
+    load = np.array([0, 9, 10, 81, 900])  # mean 200: below 20 is cold
+    assert (balance.dead(load), balance.cold(load)) == (1, 3)
+
+
+def test_relative_load() -> None:
+    assert balance.relative_load(VECTOR).tolist() == [2, 1, 0.5, 0.5]
+
+
+def test_switch_auxiliary_loss() -> None:
+    even = np.ones(4)
+    assert balance.switch_auxiliary_loss(VECTOR, VECTOR / 8) == pytest.approx(1.375)
+    assert balance.switch_auxiliary_loss(VECTOR, even) == pytest.approx(1)  # even probabilities: 1 whatever the load
+    assert balance.switch_auxiliary_loss(np.array([8, 0, 0, 0]), np.array([5.0, 0, 0, 0])) == pytest.approx(4)
+    assert math.isnan(balance.switch_auxiliary_loss(VECTOR, np.zeros(4)))
+    assert math.isnan(balance.switch_auxiliary_loss(np.zeros(4, np.int64), even))
+
+
+def simulated(tokens: int, n_experts: int, top_k: int, runs: int) -> tuple[np.ndarray, np.ndarray]:
+    """(max / mean, CV^2) of ``runs`` runs in which every token picks top_k different experts uniformly."""
+    rng = np.random.default_rng([tokens, n_experts, top_k])
+    peaks, squares = np.empty(runs), np.empty(runs)
+    for i in range(runs):
+        ids = rng.random((tokens, n_experts)).argpartition(top_k - 1, axis=1)[:, :top_k]
+        load = np.bincount(ids.ravel(), minlength=n_experts)
+        peaks[i], squares[i] = balance.max_over_mean(load), balance.cv(load) ** 2
+    return peaks, squares
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n_experts", "top_k"),
+    [(1, 8, 2), (5, 64, 1), (20, 64, 8), (100, 16, 2), (512, 8, 1), (400, 2, 1), (500, 64, 8), (512, 128, 1)],
+)
+def test_chance_against_simulation(tokens: int, n_experts: int, top_k: int) -> None:
+    peaks, squares = simulated(tokens, n_experts, top_k, 400)
+    peak_error, square_error = (3.5 * x.std() / np.sqrt(len(x)) + 1e-9 for x in (peaks, squares))
+    assert abs(balance.chance_cv(tokens, n_experts, top_k) ** 2 - squares.mean()) <= square_error
+    bound = balance.chance_max_over_mean(tokens, n_experts, top_k)
+    assert peaks.mean() - peak_error <= bound <= 1.05 * (peaks.mean() + peak_error)
+
+
+def test_chance_at_the_edges() -> None:
+    assert balance.chance_max_over_mean(1, 8, 2) == pytest.approx(4)  # one token: two experts at 1, mean 1/4
+    assert balance.chance_cv(10, 4, 4) == 0 and balance.chance_max_over_mean(10, 4, 4) == 1  # every expert, always
+    assert math.isnan(balance.chance_cv(0, 8, 2)) and math.isnan(balance.chance_max_over_mean(0, 8, 2))
+    assert 1 < balance.chance_max_over_mean(10**9, 64, 8) < 1.001

@@ -1,0 +1,117 @@
+"""The table of metrics: every entry keeps its range, ignores the numbering of experts, and survives tiny traces."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from analysis.metrics import METRICS, balance_table, load_table
+from analysis.stats import merge_statistics, part_statistics
+from analysis.trace import Part, SiteRouting, SiteScores, Trace
+from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_parts, make_trace
+
+TRACES = {"plain": PLAIN, "300 experts": MANY, "two streams, dropping": TWO_STREAMS}
+
+
+def relabelled(part: Part) -> Part:
+    """The same routing with the experts of every site numbered otherwise."""
+    rng = np.random.default_rng(7)
+    routing, sums = [], []
+    for mine, total in zip(part.routing, part.probability_sums, strict=True):
+        order = rng.permutation(len(total))
+        new = np.append(order, -1)  # id -1, no expert, stays
+        routing.append(SiteRouting(new[mine.experts], mine.weights, new[mine.chosen]))
+        moved = np.empty_like(total)
+        moved[order] = total
+        sums.append(moved)
+    return replace(part, routing=tuple(routing), probability_sums=tuple(sums))
+
+
+def emptied(trace: Trace) -> Trace:
+    """As if every assignment had been dropped."""
+    (part,) = [make_part(trace.layers, [6, 4])]
+    none = tuple(SiteRouting(np.full_like(r.experts, -1), np.zeros_like(r.weights), r.chosen) for r in part.routing)
+    unknown = tuple(SiteScores(*(np.full(len(s.entropy), np.nan, np.float32) for _ in range(3))) for s in part.scores)
+    zeros = tuple(np.zeros_like(p) for p in part.probability_sums)
+    return make_trace(trace.layers, [replace(part, routing=none, scores=unknown, probability_sums=zeros)])
+
+
+@pytest.mark.parametrize("layers", TRACES.values(), ids=TRACES)
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_range(metric, layers) -> None:
+    trace = make_trace(layers)
+    table = metric(trace)
+    assert table.column_names == ["site", "layer", "n", "value"]
+    assert table["n"].to_pylist() == [trace.n_tokens(x.stream) for x in layers]
+    for layer, value in zip(layers, table["value"].to_pylist(), strict=True):
+        assert metric.low - 1e-9 <= value <= metric.high(layer) + 1e-9
+
+
+@pytest.mark.parametrize("layers", TRACES.values(), ids=TRACES)
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_numbering_of_experts_does_not_matter(metric, layers) -> None:
+    parts = make_parts(layers)
+    before, after = (metric(make_trace(layers, p))["value"].to_numpy() for p in (parts, [relabelled(p) for p in parts]))
+    np.testing.assert_allclose(after, before, rtol=1e-9)
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_one_token(metric) -> None:
+    for layer, value in zip(PLAIN, metric(make_trace(PLAIN, [make_part(PLAIN, [1])]))["value"].to_pylist(), strict=True):
+        assert metric.low - 1e-9 <= value <= metric.high(layer) + 1e-9
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_a_layer_that_executed_nothing(metric) -> None:
+    """What is made of loads or scores is NaN; the chance values follow from n alone."""
+    values = metric(emptied(make_trace(TWO_STREAMS)))["value"].to_pylist()
+    assert all(math.isnan(v) != metric.name.startswith("chance") for v in values)
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_statistics_of_parts_merged_give_the_metric_of_the_whole(metric) -> None:
+    parts = make_parts(PLAIN)
+    whole = make_trace(PLAIN, parts)
+    backwards = replace(whole, stats=merge_statistics(part_statistics(p, PLAIN) for p in reversed(parts)))
+    np.testing.assert_allclose(metric(backwards)["value"].to_numpy(), metric(whole)["value"].to_numpy(), rtol=1e-12)
+
+
+def test_entries_say_what_they_are() -> None:
+    for name, metric in METRICS.items():
+        assert metric.name == name
+        assert all((metric.title, metric.definition, metric.unit, metric.chance, metric.source))
+        assert metric.low < metric.high(PLAIN[0])
+    assert len({m.title for m in METRICS.values()}) == len(METRICS)
+
+
+def test_z_loss_vector() -> None:
+    """Logits 1, 2, 3: log(e + e^2 + e^3) squared is 11.61178."""
+    part = make_part(PLAIN, [4])
+    same = np.full(4, np.log(np.exp([1, 2, 3]).sum()), np.float32)
+    trace = make_trace(PLAIN, [replace(part, scores=tuple(replace(s, logsumexp=same) for s in part.scores))])
+    assert METRICS["z_loss"](trace)["value"].to_pylist() == pytest.approx([11.61178] * 2, abs=1e-4)
+
+
+def test_balance_table_has_every_metric_once_per_site() -> None:
+    table = balance_table(make_trace(TWO_STREAMS))
+    assert table.column_names == ["site", "layer", "stack", "n", *METRICS]
+    assert table["stack"].to_pylist() == ["encoder", "encoder", "decoder"]
+
+
+@pytest.mark.parametrize("layers", TRACES.values(), ids=TRACES)
+def test_load_table_counts_what_was_routed(layers) -> None:
+    trace = make_trace(layers)
+    rows = load_table(trace).to_pandas()
+    for layer in layers:
+        mine = rows[rows.site == layer.index]
+        routing = trace.routing(layer.index)
+        counted = [int((routing.experts == e).sum()) for e in range(layer.n_experts)]
+        mass = [routing.weights[routing.experts == e].astype(float).sum() for e in range(layer.n_experts)]
+        assert mine.assignments.tolist() == counted and mine.expert.tolist() == list(range(layer.n_experts))
+        np.testing.assert_allclose(mine.gate_mass, mass, rtol=1e-12)
+        assert mine.share.sum() == pytest.approx(1) and mine.relative.mean() == pytest.approx(1)
+        assert mine.first_choices.sum() == (routing.experts >= 0).any(1).sum()
+        assert set(mine.n) == {trace.n_tokens(layer.stream)}

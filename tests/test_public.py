@@ -1,0 +1,58 @@
+"""The public names: what a notebook may rely on, whatever was imported before, and without torch until it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import analysis
+
+ROOT = Path(__file__).parent.parent
+CALLED = "assert callable(capture) and capture.__name__ == 'capture', capture"
+# "capture" is both a module and a public function; importing the module must not hide the function.
+ORDERS = {
+    "name first": f"from analysis import capture; {CALLED}",
+    "name twice": f"from analysis import capture; from analysis import capture; {CALLED}",
+    "module first": f"from analysis.capture import Progress; from analysis import capture; {CALLED}",
+    "module after": f"from analysis import capture; import analysis.capture; from analysis import capture; {CALLED}",
+    "by attribute": f"import analysis; analysis.load_model; capture = analysis.capture; {CALLED}",
+}
+WITHOUT_TORCH = {
+    "import": "import analysis",
+    "open_run": "import analysis; analysis.open_run('data/demo-run').experts(0)",
+    "metrics": "from analysis import METRICS, open_run; METRICS['cv'](open_run('data/demo-run'))",
+    "dir": "import analysis; dir(analysis)",
+    "command line": "from analysis.__main__ import main; main(['stats', 'data/demo-run'])",
+}
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("code", ORDERS.values(), ids=ORDERS)
+def test_capture_is_the_function(code: str) -> None:
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("code", WITHOUT_TORCH.values(), ids=WITHOUT_TORCH)
+def test_torch_is_not_imported_by(code: str) -> None:
+    done = run(f"import sys\n{code}\nsys.exit(3 if {{'torch', 'transformers'}} & set(sys.modules) else 0)")
+    assert done.returncode == 0, done.stderr or "torch was imported"
+
+
+@pytest.mark.parametrize("name", analysis.__all__)
+def test_name_exists_and_is_listed(name: str) -> None:
+    assert getattr(analysis, name) is getattr(analysis, name)
+    assert name in dir(analysis)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'captures'"):
+        _ = analysis.captures
+    with pytest.raises(ImportError):
+        exec("from analysis import captures", {})
