@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,7 @@ from .trace import NO_EXPERT, SCHEMA_VERSION, Trace
 
 FORMATS = ("csv", "parquet", "json")
 BATCH = 65_536
-# The last four are the full-width forms, which spreadsheets in East Asian settings take for the plain ones.
-_FORMULA = ("=", "+", "-", "@", "'", "|", "%", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_FORMULA = frozenset("=+-@|%'")
 
 
 class ExportError(ValueError):
@@ -155,7 +155,8 @@ def csv_text(text: str) -> str:
     """Text as it stands in a CSV cell: JSON-escaped without quotes, guarded with an apostrophe against formulas."""
     escaped = json.dumps(text, ensure_ascii=False)[1:-1]
     escaped = "".join(c if c.isprintable() else _escape(c) for c in escaped)
-    return f"'{escaped}" if escaped.startswith(_FORMULA) else escaped
+    # Spreadsheets in East Asian settings take full-width signs for the plain ones, so those are guarded as well.
+    return f"'{escaped}" if unicodedata.normalize("NFKC", escaped[:1])[:1] in _FORMULA else escaped
 
 
 def csv_original(cell: str) -> str:

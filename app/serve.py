@@ -11,7 +11,6 @@ import logging
 import re
 import uuid
 from pathlib import Path
-from typing import Any
 
 import streamlit as st
 from starlette.datastructures import MutableHeaders
@@ -48,7 +47,7 @@ def content_security_policy(page: str) -> str:
 
 
 class SecurityHeaders:
-    """Adds the headers to every response and closes the routes nobody needs."""
+    """Adds the headers to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -74,9 +73,19 @@ class SecurityHeaders:
                     headers[name] = value
             await send(message)
 
-        closed = scope["path"].rstrip("/") in CLOSED
-        target: Any = PlainTextResponse("not found", status_code=404) if closed else self.app
-        await target(scope, receive, with_headers)
+        await self.app(scope, receive, with_headers)
+
+
+class ClosedRoutes:
+    """Answers 404 on the routes nobody needs."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        closed = scope["type"] == "http" and scope["path"].rstrip("/") in CLOSED
+        target = PlainTextResponse("not found", status_code=404) if closed else self.app
+        await target(scope, receive, send)
 
 
 def on_script_error(error: Exception) -> bool:
@@ -94,6 +103,6 @@ def on_script_error(error: Exception) -> bool:
 
 app = st.App(
     "main.py",
-    middleware=[Middleware(SecurityHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS))],
+    middleware=[Middleware(SecurityHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS)), Middleware(ClosedRoutes)],
     on_script_error=on_script_error,
 )

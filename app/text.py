@@ -66,10 +66,10 @@ def axis_label(text: str, limit: int = 14) -> str:
 def plain(text: str) -> str:
     """Text for Streamlit's Markdown with nothing left to interpret: punctuation escaped, controls made visible.
 
-    A word joiner after each colon stops shortcodes such as icons and emoji, which are replaced after parsing.
+    A word joiner after a colon before a word stops shortcodes such as icons and emoji, which are replaced after parsing.
     """
     shown = "".join(c if c == " " or _shows(c) else visible_token(c) for c in text)
-    return _MARKDOWN.sub(r"\\\1", shown).replace(":", ":\u2060")
+    return _MARKDOWN.sub(r"\\\1", re.sub(r":(?=\w)", ":\u2060", shown))
 
 
 def show_heading(text: str) -> None:

@@ -76,9 +76,7 @@ def make_part(layers: Sequence[LayerInfo], lengths: Sequence[int], seed: int = 0
         scores.append(SiteScores(*columns3))
         sums.append(rng.random(layer.n_classes))
     table = pa.table(dict(zip(DOCUMENTS.names, zip(*documents, strict=True), strict=True)), schema=DOCUMENTS)
-    return Part(
-        index, pa.concat_tables(tokens), table, tuple(routing), tuple(scores), tuple(sums), {s: first_row for s in streams}
-    )
+    return Part(index, pa.concat_tables(tokens), table, tuple(routing), tuple(scores), tuple(sums), {s: first_row for s in streams})
 
 
 def make_parts(layers: Sequence[LayerInfo], n: int = 3, seed: int = 0) -> list[Part]:

@@ -115,3 +115,54 @@ def test_chance_at_the_edges() -> None:
     assert balance.chance_cv(10, 4, 4) == 0 and balance.chance_max_over_mean(10, 4, 4) == 1  # every expert, always
     assert math.isnan(balance.chance_cv(0, 8, 2)) and math.isnan(balance.chance_max_over_mean(0, 8, 2))
     assert 1 < balance.chance_max_over_mean(10**9, 64, 8) < 1.001
+
+
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [(balance.max_over_mean, 2.0), (balance.maxvio, 1.0), (balance.cv, 0.61237), (balance.gini, 0.3125), (balance.entropy, 1.21301),
+     (balance.effective_experts, 3.3636), (balance.balancedness, 0.5), (balance.dead, 0), (balance.cold, 0)],
+)  # fmt: skip
+def test_published_vector(function: object, value: float) -> None:
+    assert function(VECTOR) == pytest.approx(value, abs=5e-5)
+
+
+def test_auxiliary_loss_vector() -> None:
+    assert balance.switch_auxiliary_loss(VECTOR, VECTOR / 8) == pytest.approx(1.375)
+    assert balance.switch_auxiliary_loss(np.ones(4), np.ones(4)) == pytest.approx(1)
+
+
+def test_dead_and_cold_experts() -> None:
+    load = np.array([0, 0, 3, 97])
+    assert (balance.dead(load), balance.cold(load)) == (2, 2)
+    assert balance.relative_load(load).tolist() == [0, 0, 0.12, 3.88]
+
+
+def test_chance_values_against_simulated_routing() -> None:
+    rng = np.random.default_rng(0)
+    cvs, peaks = [], []
+    for _ in range(300):
+        chosen = rng.random((500, 16)).argsort(1)[:, :2]
+        load = np.bincount(chosen.ravel(), minlength=16)
+        cvs.append(balance.cv(load) ** 2)
+        peaks.append(balance.max_over_mean(load))
+    assert np.sqrt(np.mean(cvs)) == pytest.approx(balance.chance_cv(500, 16, 2), rel=0.05)
+    bound = balance.chance_max_over_mean(500, 16, 2)
+    assert np.mean(peaks) - 1 < bound - 1 < 1.5 * (np.mean(peaks) - 1)
+
+
+def test_a_layer_without_assignments_is_nan() -> None:
+    empty = np.zeros(4, np.int64)
+    for function in (balance.max_over_mean, balance.cv, balance.gini, balance.entropy, balance.balancedness, balance.dead, balance.cold):
+        assert np.isnan(function(empty)), function
+    assert np.isnan(balance.switch_auxiliary_loss(empty, empty))
+
+
+loads = st.lists(st.integers(0, 10_000), min_size=2, max_size=40).filter(any).map(np.array)
+
+
+@given(loads, st.randoms())
+def test_relabelling_experts_changes_nothing(load: np.ndarray, rng: object) -> None:
+    shuffled = load.copy()
+    rng.shuffle(shuffled)
+    for function in (balance.maxvio, balance.cv, balance.gini, balance.entropy, balance.dead, balance.cold):
+        assert function(load) == pytest.approx(function(shuffled), abs=1e-9)

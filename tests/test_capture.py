@@ -83,10 +83,8 @@ def test_perturbing_an_expert_changes_exactly_its_tokens(family: str) -> None:
         ids = recorder.take()[i][0].ids
         changes = 0
         for expert in range(site.info.n_experts):
-            if family == "switch_transformers":
-                weight = site.experts[f"expert_{expert}"].wo.weight
-            else:
-                weight = site.experts.down_proj[expert]
+            switch = family == "switch_transformers"
+            weight = site.experts[f"expert_{expert}"].wo.weight if switch else site.experts.down_proj[expert]
             before = weight.detach().clone()
             with torch.no_grad():
                 weight.mul_(3.0)

@@ -115,3 +115,60 @@ def test_load_table_counts_what_was_routed(layers) -> None:
         assert mine.share.sum() == pytest.approx(1) and mine.relative.mean() == pytest.approx(1)
         assert mine.first_choices.sum() == (routing.experts >= 0).any(1).sum()
         assert set(mine.n) == {trace.n_tokens(layer.stream)}
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("layers", [PLAIN, MANY, TWO_STREAMS], ids=["plain", "many", "streams"])
+def test_values_lie_in_the_stated_range(name: str, layers: tuple) -> None:
+    trace, metric = make_trace(layers), METRICS[name]
+    table = metric(trace).to_pylist()
+    assert [r["site"] for r in table] == [x.index for x in layers]
+    for row, layer in zip(table, layers, strict=True):
+        assert metric.low - 1e-9 <= row["value"] <= metric.high(layer) + 1e-9
+        assert row["n"] == trace.n_tokens(layer.stream)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_relabelling_experts_changes_nothing(name: str) -> None:
+    parts = make_parts(PLAIN)
+    order = np.random.default_rng(0).permutation(8)
+
+    def relabelled(r: SiteRouting) -> SiteRouting:
+        ids = order[r.experts].astype(r.experts.dtype)
+        return SiteRouting(ids, r.weights, ids)
+
+    def sums(p: np.ndarray) -> np.ndarray:
+        out = np.empty_like(p)
+        out[order] = p
+        return out
+
+    moved = [replace(p, routing=tuple(map(relabelled, p.routing)), probability_sums=tuple(map(sums, p.probability_sums))) for p in parts]
+    a, b = (METRICS[name](make_trace(PLAIN, x))["value"].to_numpy() for x in (parts, moved))
+    np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def trace_of(n: int) -> Trace:
+    return make_trace(PLAIN, [make_part(PLAIN, [n])])
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_single_token_is_no_error(name: str) -> None:
+    for value in METRICS[name](trace_of(1))["value"].to_pylist():
+        assert value is not None and not math.isinf(value)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_definitions_are_written(name: str) -> None:
+    metric = METRICS[name]
+    assert metric.name == name and all((metric.title, metric.definition, metric.chance, metric.source))
+
+
+def test_tables() -> None:
+    trace = make_trace()
+    table = balance_table(trace)
+    assert set(METRICS) <= set(table.column_names) and len(table) == 2
+    load = load_table(trace).to_pandas()
+    for layer in trace.layers:
+        mine = load[load["site"] == layer.index]
+        assert mine["assignments"].tolist() == np.bincount(trace.experts(layer.index).ravel(), minlength=8).tolist()
+        assert mine["share"].sum() == pytest.approx(1) and mine["relative"].mean() == pytest.approx(1)

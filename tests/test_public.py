@@ -14,10 +14,9 @@ ROOT = Path(__file__).parent.parent
 CALLED = "assert callable(capture) and capture.__name__ == 'capture', capture"
 # "capture" is both a module and a public function; importing the module must not hide the function.
 ORDERS = {
-    "name first": f"from analysis import capture; {CALLED}",
-    "name twice": f"from analysis import capture; from analysis import capture; {CALLED}",
+    "name, twice, then module": f"from analysis import capture; {CALLED}\nfrom analysis import capture; {CALLED}\n"
+    f"import analysis.capture\nfrom analysis import capture; {CALLED}",
     "module first": f"from analysis.capture import Progress; from analysis import capture; {CALLED}",
-    "module after": f"from analysis import capture; import analysis.capture; from analysis import capture; {CALLED}",
     "by attribute": f"import analysis; analysis.load_model; capture = analysis.capture; {CALLED}",
 }
 WITHOUT_TORCH = {
@@ -54,5 +53,19 @@ def test_name_exists_and_is_listed(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'captures'"):
         _ = analysis.captures
-    with pytest.raises(ImportError):
-        exec("from analysis import captures", {})
+
+
+def test_opening_a_run_does_not_import_torch() -> None:
+    code = (
+        "import sys, analysis; from analysis import open_run, METRICS; t = open_run('data/demo-run');"
+        "METRICS['cv'](t); t.experts(0); assert t.tokens.num_rows; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_public_names_and_unknown_ones() -> None:
+    import analysis
+
+    assert all(getattr(analysis, name) is not None for name in analysis.__all__)
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        _ = analysis.nothing_like_this

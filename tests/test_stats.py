@@ -3,16 +3,18 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from analysis import balance
 from analysis.stats import BINS, first_choices, following_sites, merge_statistics, part_statistics
 from analysis.trace import LayerInfo, SiteRouting
 
-from .synthetic import MANY, PLAIN, TWO_STREAMS, make_parts, make_trace, site
+from .synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_parts, make_trace, site
 
 UNEVEN = (site(0, 6, 1), site(1, 9, 3))
 
@@ -93,9 +95,28 @@ def test_statistics_of_different_models_do_not_merge() -> None:
         merge_statistics([])
 
 
-def test_real_deepseek_v2_lite_load_and_repetition(real: Path) -> None:
-    """Golden figures of 26 layers, 64 experts, top-6; recomputed by others from the same file."""
+def test_real_deepseek_v2_lite_equals_the_golden_figures(real: Path) -> None:
+    """26 layers, 64 experts, top-6, 8,222 tokens: load, imbalance and repetition as recomputed elsewhere."""
     golden = json.loads((real / "golden.json").read_text())["deepseek-v2-lite"]["intent"]
-    table = pq.read_table(real / "deepseek-v2-lite" / "routing.parquet")
-    print(table.schema)
-    assert golden["tokens"] == 8222
+    table = pq.read_table(real / "deepseek-v2-lite" / "routing.parquet").to_pandas()
+    table = table[table["task"] == "intent"].sort_values(["layer", "seq", "pos", "slot"])
+    numbers = [int(n) for n in golden["layers"]]
+    layers = tuple(site(i, 64, 6) for i in range(len(numbers)))
+    one = table[table["layer"] == numbers[0]].iloc[::6]
+    lengths = one.groupby("seq", sort=False).size().tolist()
+    blank = make_part(layers, lengths)
+    routing = []
+    for n in numbers:
+        mine = table[table["layer"] == n]
+        experts = mine["expert"].to_numpy().reshape(-1, 6).astype(np.int16)
+        routing.append(SiteRouting(experts, mine["weight"].to_numpy().reshape(-1, 6).astype(np.float32), experts))
+    stats = part_statistics(replace(blank, routing=tuple(routing)), layers)
+    assert stats.n_tokens(0) == golden["tokens"]
+    for i, n in enumerate(numbers):
+        figures, load = golden["layers"][str(n)], stats.load(i)
+        pairs, first, shared = stats.repetition(i)
+        ours = {"cv": balance.cv(load), "maxvio": balance.maxvio(load), "entropy_nats": balance.entropy(load), "gini": balance.gini(load),
+                "dead": balance.dead(load), "top_expert": int(load.argmax()), "repeat_any": shared / pairs}  # fmt: skip
+        for name, value in ours.items():
+            assert value == pytest.approx(figures[name], rel=5e-8), (n, name)
+        assert first / pairs == pytest.approx(figures["repeat_first"], rel=5e-8), n

@@ -81,7 +81,7 @@ job = worker().of_session(session)
 if job is not None and not job.over:
     watch()
 elif job is not None and job.state == "done":
-    st.success(f"Recorded {job.tokens:,} tokens of {job.documents} prompts in {job.seconds:.1f} s.")
+    st.success(f"Recorded {job.tokens:,} tokens of {job.documents:,} prompts in {job.seconds:.1f} s.")
     st.page_link("views/tokens.py", label="Open it on the Tokens page", query_params={"run": job.out.name})
 elif job is not None:
     text.show_error(job.message[:1].upper() + job.message[1:] + ".")

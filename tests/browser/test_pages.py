@@ -1,0 +1,198 @@
+"""The main job in real Chromium against the served app; every test also counts console errors and foreign requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from analysis.store import RunWriter, open_run
+from tests.synthetic import PLAIN, card, make_part
+
+from .served import chromium, served
+
+NASTY = [
+    "<script>window.__pwn=1</script>",
+    "<img src=x onerror=window.__pwn=1>",
+    "![b](/beacon)",
+    "\u202eabc",
+    "\0",
+    "$x$",
+    "选",
+    "سلام",
+    "</span>",
+    "<s>",
+]
+
+
+expect.set_options(timeout=30_000)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("browser") / "runs"
+    folder.mkdir()
+    with RunWriter.open(folder / "nasty", card(PLAIN, NASTY[1]), {}) as writer:
+        writer.write(make_part(PLAIN, [60, 30], texts=NASTY, labels=[NASTY[0], NASTY[2]]))
+        writer.commit()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(runs: Path) -> Iterator[str]:
+    with served(runs) as url:
+        yield url
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    troubles: list[str] = []
+    page.on("console", lambda m: troubles.append(m.text) if m.type == "error" and not probe(m.location["url"]) else None)
+    page.on("pageerror", lambda e: troubles.append(str(e)))
+    page.on("dialog", lambda d: (troubles.append(d.message), d.dismiss()))
+    page.on("request", lambda r: troubles.append(r.url) if foreign(r.url, address) or "beacon" in r.url else None)
+    yield page
+    pwned = page.evaluate("window.__pwn")
+    context.close()
+    assert pwned is None and troubles == []
+
+
+def probe(url: str) -> bool:
+    """Streamlit's own search for its base path: on a deep link it first asks below the page's path, and gets 404."""
+    return urlparse(url).path in {f"/{p}/_stcore/{w}" for p in ("tokens", "load", "runs") for w in ("health", "host-config")}
+
+
+def foreign(url: str, address: str) -> bool:
+    return urlparse(url).scheme in ("http", "https", "ws") and urlparse(url).netloc != urlparse(address).netloc
+
+
+def test_first_view(page: Page, address: str) -> None:
+    page.goto(address)
+    expect(page.get_by_role("heading", name="What does this router do?")).to_be_visible()
+    expect(page.get_by_text("is used for")).to_be_visible()
+    expect(page.locator(".js-plotly-plot .heatmaplayer image").first).to_be_visible()
+
+
+def test_switch_layer_and_click_a_token(page: Page, address: str) -> None:
+    page.goto(f"{address}/tokens?run=demo-run")
+    text = page.locator(".text .token")
+    expect(text.first).to_be_visible()
+    page.get_by_role("button", name="previous layer").click()
+    expect(page.locator(".title")).to_have_text("layer 4")
+    trace = open_run(Path("data/demo-run"))
+    text.nth(3).click()
+    expect(page.get_by_role("heading", name="Token 3:")).to_be_visible()
+    best = trace.routing(4, 3, 4)
+    top = int(best.experts[0, best.weights[0].argmax()])
+    expect(page.locator(".hover")).to_contain_text(f"at layer 4: expert {top} (")
+    page.locator(".strip .text").press("ArrowRight")
+    expect(page.get_by_role("heading", name="Token 4:")).to_be_visible()
+
+
+def test_layer_in_the_link_opens_that_layer(page: Page, address: str) -> None:
+    page.goto(f"{address}/load?run=demo-run&layer=layer+2")
+    expect(page.get_by_role("heading", name="Layer 2: 16 experts")).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Load as CSV").click()
+    assert Path(download.value.path()).read_text().count("\n") == 6 * 16 + 1
+
+
+def test_hostile_tokens_are_shown_exactly(page: Page, address: str) -> None:
+    from app.text import token_texts
+
+    page.goto(f"{address}/tokens?run=nasty")
+    expect(page.locator(".text .token").first).to_be_visible()
+    shown = page.locator(".text .token").all_text_contents()
+    assert set(shown) <= set(token_texts(NASTY, [None] * len(NASTY))) and len(shown) == 60
+    page.goto(f"{address}/?run=nasty")
+    expect(page.get_by_role("heading", name="What does this router do?")).to_be_visible()
+    page.goto(f"{address}/runs")
+    expect(page.get_by_role("heading", name="Recorded runs")).to_be_visible()
+
+
+def record(page: Page, name: str) -> None:
+    page.get_by_label("Name of the run (optional)").fill(name)
+    page.get_by_label("Name of the run (optional)").press("Tab")
+    page.wait_for_timeout(600)
+    page.get_by_role("button", name="Record", exact=True).click()
+    expect(page.get_by_text("Open it on the Tokens page")).to_be_visible(timeout=120_000)
+
+
+def test_paste_record_open_delete(page: Page, address: str, runs: Path) -> None:
+    page.goto(f"{address}/runs")
+    page.get_by_label("Text to route").fill("The king said: 选择 café.")
+    page.get_by_label("Text to route").press("Control+Enter")
+    record(page, "pasted")
+    assert "".join(x.decode("latin-1") for x in open_run(runs / "pasted").tokens["token_bytes"].to_pylist()).encode("latin-1").decode() == (
+        "The king said: 选择 café."
+    )
+    page.get_by_text("Open it on the Tokens page").click()
+    expect(page.locator(".text .token").first).to_have_text("The")
+    page.goto(f"{address}/runs")
+    page.get_by_role("combobox", name="Run").last.click()
+    page.get_by_role("option", name="pasted").click()
+    page.get_by_text("Yes, delete this run").click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    expect(page.get_by_role("button", name="Delete", exact=True)).to_have_count(0)
+    assert not (runs / "pasted").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "n"),
+    [
+        ("a.txt", "Hello there", 1),
+        ("a.csv", "text,label\none two,x\nthree,y\n", 2),
+        ("a.jsonl", json.dumps({"text": "uno", "label": "es"}), 1),
+    ],
+)
+def test_upload_each_kind_of_file(page: Page, address: str, runs: Path, name: str, content: str, n: int) -> None:
+    page.goto(f"{address}/runs")
+    page.locator("input[type=file]").set_input_files({"name": name, "mimeType": "text/plain", "buffer": content.encode()})
+    expect(page.get_by_text(name)).to_be_visible()
+    record(page, "up-" + name.replace(".", "-"))
+    assert len(open_run(runs / ("up-" + name.replace(".", "-"))).documents) == n
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("b.txt", b"\xff\xfe\x00", "UTF-16"), ("b.csv", b"a,b\n1,2", "no text column"), ("b.jsonl", b"{", "not valid JSON"),
+     ("c.txt", b"long " * 3_000, "the limit is 2,048")],
+)  # fmt: skip
+def test_bad_uploads_get_one_sentence(page: Page, address: str, name: str, content: bytes, message: str) -> None:
+    page.goto(f"{address}/runs")
+    page.locator("input[type=file]").set_input_files({"name": name, "mimeType": "text/plain", "buffer": content})
+    expect(page.get_by_text(name)).to_be_visible()
+    page.get_by_role("button", name="Record", exact=True).click()
+    expect(page.get_by_text(message)).to_be_visible()
+    expect(page.get_by_text(name).first).to_be_visible()
+
+
+def test_two_tabs_do_not_mix(browser: Browser, address: str, runs: Path) -> None:
+    tabs = [browser.new_context().new_page() for _ in range(2)]
+    for i, tab in enumerate(tabs):
+        tab.goto(f"{address}/runs")
+        tab.get_by_label("Text to route").fill(f"only in tab {i}")
+        tab.get_by_label("Text to route").press("Control+Enter")
+        tab.get_by_label("Name of the run (optional)").fill(f"tab-{i}")
+        tab.get_by_label("Name of the run (optional)").press("Tab")
+        tab.wait_for_timeout(800)
+    for tab in tabs:
+        tab.get_by_role("button", name="Record", exact=True).click()
+    for i, tab in enumerate(tabs):
+        expect(tab.get_by_text("Open it on the Tokens page")).to_be_visible(timeout=120_000)
+        assert f"run=tab-{i}" in (tab.get_by_role("link", name="Open it on the Tokens page").get_attribute("href") or "")
+        assert "".join(open_run(runs / f"tab-{i}").tokens["token"].to_pylist()) == f"only in tab {i}"
+        tab.context.close()

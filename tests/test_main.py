@@ -1,0 +1,185 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from analysis.__main__ import main, parser
+from analysis.store import open_run
+
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.build("mixtral").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_whole_way(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"text": "one", "label": "x"}) + "\n" + json.dumps({"text": "two"}))
+    run = str(tmp_path / "run")
+    assert main(["capture", "--model", model, "--input", str(prompts), "--text", "three", "--label", "y", "--out", run]) == 0
+    trace = open_run(run)
+    assert trace.n_tokens() == 11 and trace.labels == ("x", "y") and trace.model.family == "mixtral"
+    assert main(["verify", run]) == 0 and main(["stats", run]) == 0 and main(["runs", str(tmp_path)]) == 0
+    assert "maxvio" in capsys.readouterr().out
+    assert main(["export", run, "--table", "load", "--format", "json", "-o", str(tmp_path / "l.json")]) == 0
+    assert len(json.loads((tmp_path / "l.json").read_text())["rows"]) == 16
+    next((tmp_path / "run" / "routing").iterdir()).write_bytes(b"x")
+    assert main(["verify", run]) == 1 and main(["stats", run]) == 2
+    assert main(["delete", str(tmp_path), "run"]) == 0 and not Path(run).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["capture", "--model", "{model}", "--out", "{tmp}/r"], "give text"), (["capture", "--model", "/none", "--text", "a", "--out", "{tmp}/r"], "no model at"),
+     (["capture", "--model", "{model}", "--text", "{long}", "--out", "{tmp}/r"], "the limit is 256"), (["stats", "{tmp}/none"], "not a finished run"),
+     (["capture", "--model", "{model}", "--input", "{tmp}/none.txt", "--out", "{tmp}/r"], "cannot be read"),
+     (["capture", "--model", "x/y", "--hub", "--text", "a", "--out", "{tmp}/r"], "40 hex"), (["delete", "{tmp}", "../x"], "run name")],
+)  # fmt: skip
+def test_errors_are_one_sentence(
+    arguments: list[str], message: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"{model}": model, "{tmp}": str(tmp_path), "{long}": "x" * 300}
+    for key, value in values.items():
+        arguments = [a.replace(key, value) for a in arguments]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "Traceback" not in error
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    assert set(commands) == {"capture", "stats", "verify", "export", "runs", "delete"}
+    for name in commands:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert f"python -m analysis {name}" in capsys.readouterr().out
+
+
+def test_an_interrupted_capture_resumes(model: str, tmp_path: Path) -> None:
+    from analysis.capture import CaptureCancelled, capture
+    from analysis.models import load_model
+
+    loaded, tokenizer = load_model(model)
+    texts = [f"document {i}" for i in range(9)]
+    done = []
+    with pytest.raises(CaptureCancelled):
+        capture(
+            loaded,
+            tokenizer,
+            texts,
+            out=tmp_path / "r",
+            batch_size=1,
+            part_tokens=30,
+            progress=done.append,
+            cancelled=lambda: len(done) >= 5,
+        )
+    resumed = capture(loaded, tokenizer, texts, out=tmp_path / "r", batch_size=1, part_tokens=30)
+    whole = capture(loaded, tokenizer, texts, batch_size=1, part_tokens=30)
+    from .synthetic import differences
+
+    assert differences(whole, resumed) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["capture", "--model", "{tmp}", "--text", "a", "--out", "{tmp}/Bad Name"], "run name"),
+        (["capture", "--model", "{tmp}", "--text", " ", "--out", "{tmp}/r"], "--text is empty"),
+        (["capture", "--model", "{tmp}", "--input", "{tmp}/p.txt", "--label", "x", "--out", "{tmp}/r"], "--label names"),
+        (["capture", "--model", "{tmp}", "--input", "{tmp}/bad.jsonl", "--out", "{tmp}/r"], "bad.jsonl: line 1"),
+        (["runs", "{tmp}/none"], "there is no folder"),
+        (["export", "data/demo-run", "--table", "load", "-o", "{tmp}"], "Is a directory"),
+        (["export", "data/demo-run", "--table", "load", "-o", "/proc/none/l.csv"], "No such file"),
+    ],
+)
+def test_more_errors_are_one_sentence(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("text")
+    (tmp_path / "bad.jsonl").write_text("{")
+    assert main([a.replace("{tmp}", str(tmp_path)) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--batch-size=0", "--batch-size=x", "--new-tokens=-1", "--threads=0", "--max-tokens=0", "--dtype=int8"])
+def test_numbers_out_of_range_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["capture", "--model", "m", "--text", "a", "--out", "r", option])
+    assert caught.value.code == 2 and option.split("=")[0] in capsys.readouterr().err
+
+
+def test_what_a_model_is_called_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from .synthetic import make_trace
+
+    trace = make_trace()
+    hostile = replace(trace, model=replace(trace.model, name="\x1b[2J\u202eevil\r"))
+    monkeypatch.setattr("analysis.__main__.open_run", lambda run: hostile)
+    assert main(["stats", "run"]) == 0
+    shown = capsys.readouterr().out
+    assert "\\x1b[2J\\u202eevil\\r" in shown and all(c.isprintable() or c == "\n" for c in shown)
+
+
+def test_describe_says_what_a_csv_cannot(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "data/demo-run", "--table", "balance", "--describe"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["run"] == "demo-run" and about["tokens"]["decoder"] == open_run("data/demo-run").n_tokens()
+    assert "Binomial" in about["definitions"]["chance_cv"]
+
+
+def test_stats_shows_n_and_every_metric_with_its_definition(capsys: pytest.CaptureFixture[str]) -> None:
+    from analysis.metrics import METRICS
+
+    assert main(["stats", "data/demo-run"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{open_run('data/demo-run').n_tokens():,}" in shown
+    assert [m.name for m in METRICS.values() if f"  {m.name}: {m.definition}" not in shown] == []
+
+
+def test_documents_of_several_files_keep_apart(model: str, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    inputs = [x for name in ("a.txt", "b.txt") for x in ("--input", str(tmp_path / name))]
+    assert main(["capture", "--model", model, *inputs, "--out", str(tmp_path / "r")]) == 0
+    assert open_run(tmp_path / "r").documents["name"].to_pylist() == ["a.txt: prompt 1", "b.txt: prompt 1"]
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_so(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interrupt arrives while the second part is written; repeating the command gives the uninterrupted run."""
+    import sys
+    from functools import partial
+
+    from analysis import capture as whole
+    from analysis.models import load_model
+    from analysis.store import RunWriter
+
+    from .synthetic import differences
+
+    texts = [f"document {i}" for i in range(9)]
+    command = ["capture", "--model", model, "--out", str(tmp_path / "r"), "--batch-size", "1"]
+    command += [x for t in texts for x in ("--text", t)]
+    module = sys.modules["analysis.capture"]
+    monkeypatch.setattr(module, "capture_parts", partial(module.capture_parts, part_tokens=30))
+    write = RunWriter.write
+
+    def interrupted(self: RunWriter, part: object) -> None:
+        if self.parts == 1:
+            raise KeyboardInterrupt
+        write(self, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunWriter, "write", interrupted)
+        assert main(command) == 130
+    assert "repeat the same command" in capsys.readouterr().err
+    assert not (tmp_path / "r/run.json").exists() and list((tmp_path / "r/routing").iterdir())
+    assert main(command) == 0
+    loaded, tokenizer = load_model(model)
+    names = [f"text {i}" for i in range(1, 10)]
+    assert differences(whole(loaded, tokenizer, texts, names=names, batch_size=1), open_run(tmp_path / "r")) == []

@@ -1,0 +1,88 @@
+"""Every page over several runs, without a browser: no exception, and what must be on screen is."""
+
+import re
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from analysis.store import RunWriter
+from analysis.trace import LayerInfo
+
+from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, site
+
+ROOT = Path(__file__).parent.parent
+NASTY = [
+    "<script>alert(1)</script>",
+    "![b](http://127.0.0.1:9/x)",
+    "\u202eabc",
+    "\0",
+    "$x^2$",
+    ":material/home:",
+    "`",
+    "</span>",
+    "é选🎉",
+    "",
+]
+KINDS = {"plain": PLAIN, "many": MANY, "streams": TWO_STREAMS, "top1": (site(0, 8, 1),)}
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ROUTERSCOPE_RUNS", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    return tmp_path
+
+
+def store(folder: Path, layers: tuple[LayerInfo, ...], lengths: list[int]) -> None:
+    with RunWriter.open(folder, card(layers, "<img src=x onerror=alert(1)>"), {}) as writer:
+        writer.write(make_part(layers, lengths, texts=NASTY, labels=["![l](http://127.0.0.1:9/l)", None]))
+        writer.commit()
+
+
+def shown(page: str, run: str) -> AppTest:
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+    test.query_params["run"] = run
+    test.run()
+    if page != "overview":
+        test.switch_page(f"views/{page}.py")
+        test.run()
+    return test
+
+
+@pytest.mark.parametrize("page", ["overview", "tokens", "load", "runs"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [[1], [30, 700]], ids=["one token", "documents"])
+def test_every_page_over_every_kind_of_run(runs: Path, page: str, kind: str, lengths: list[int]) -> None:
+    store(runs / kind, KINDS[kind], lengths)
+    test = shown(page, kind)
+    assert not test.exception and test.title
+    if page == "overview":
+        assert test.metric[0].value == f"{sum(lengths) * len({x.stream for x in KINDS[kind]}):,}"
+    for element in [*test.markdown, *test.caption]:
+        unescaped = re.sub(r"\\[!-/:-@\[-`{-~]", "", element.value)
+        assert "![" not in unescaped and "<" not in unescaped
+
+
+def test_demo_run_opens_first_with_a_finding(runs: Path) -> None:
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30).run()
+    assert test.selectbox(key="run").value == "demo-run"
+    assert any("is used for" in m.value for m in test.markdown)
+    assert any("n = " in c.value for c in test.caption)
+
+
+def test_bad_prompts_get_a_sentence_and_stay(runs: Path) -> None:
+    test = shown("runs", "demo-run")
+    test.button(key="record").click().run()
+    assert "Paste some text" in test.error[0].value
+    test.text_area(key="pasted").set_value("kept text").run()
+    test.text_input(key="run_name").set_value("Bad Name!").run()
+    test.button(key="record").click().run()
+    assert "run name" in test.error[0].value and test.text_area(key="pasted").value == "kept text"
+
+
+def test_an_unknown_run_in_the_link_is_said(runs: Path) -> None:
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+    test.query_params["run"] = "<b>gone</b>"
+    test.run()
+    assert any("not on this server" in e.value for e in test.error)
