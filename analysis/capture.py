@@ -188,7 +188,7 @@ def capture_parts(
     max_tokens: int | None = None,
     probabilities: bool = False,
     new_tokens: int = 0,
-    skip_documents: int = 0,
+    committed: Sequence[tuple[str, str | None, str]] = (),
     first_part: int = 0,
     first_rows: dict[str, int] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -199,15 +199,16 @@ def capture_parts(
     Documents keep their order and are never split. ``texts`` may be a generator. ``new_tokens`` continues each
     document greedily with a KV cache; the last generated token is never fed back, so it has no routing and no row.
     Encoder-decoder models read the text in the encoder; their decoder runs on its start token alone.
-    Batches never straddle parts, so a resumed capture runs exactly the batches of an uninterrupted one.
+    Batches never straddle parts, so a resumed capture runs exactly the batches of an uninterrupted one. ``committed``
+    holds (digest, label, name) of the documents already recorded, which are compared and passed over.
     Raises PromptTooLong, CaptureCancelled, CaptureError, RouterError, TraceError.
     """
     sites = find_sites(model)
     total = len(texts) if isinstance(texts, Sequence) else None
     limit = min(x for x in (max_tokens, _context(model), 1 << 31) if x is not None)
-    documents = _documents(tokenizer, texts, labels, names, skip_documents, limit - new_tokens)
+    documents = _documents(tokenizer, texts, labels, names, committed, limit - new_tokens)
     pieces_of, rows, began = Pieces.of(tokenizer), dict(first_rows or {}), time.monotonic()
-    done = Progress(skip_documents, total, 0, 0.0)
+    done = Progress(len(committed), total, 0, 0.0)
     for index in itertools.count(first_part):
         pieces: list[_Piece] = []
         tokens = 0
@@ -260,7 +261,7 @@ def capture(
         source = PartsInMemory(parts, len(card.layers))
         return Trace(card, documents, stats, source, lambda: tokens, kept, name)
     with RunWriter.open(Path(out), card, kept) as writer:
-        resumed = {"skip_documents": writer.documents, "first_part": writer.parts, "first_rows": writer.rows}
+        resumed: dict[str, Any] = {"committed": writer.committed(), "first_part": writer.parts, "first_rows": writer.rows}
         for part in capture_parts(model, tokenizer, texts, labels=labels, names=names, **options, **resumed):
             writer.write(part)
         return writer.commit()
@@ -273,7 +274,7 @@ def _context(model: nn.Module) -> int | None:
 
 
 def _documents(tokenizer: Any, texts: Iterable[str], labels: Iterable[str | None] | None, names: Iterable[str] | None,
-               skip: int, limit: int) -> Iterator[_Document]:  # fmt: skip
+               committed: Sequence[tuple[str, str | None, str]], limit: int) -> Iterator[_Document]:  # fmt: skip
     end: Any = object()
     given: list[Iterator[Any]] = [iter(texts), *(itertools.repeat(None) if x is None else iter(x) for x in (labels, names))]
     for index in itertools.count():
@@ -282,10 +283,14 @@ def _documents(tokenizer: Any, texts: Iterable[str], labels: Iterable[str | None
             if any(v is not end for v, x in ((text, texts), (label, labels), (name, names)) if x is not None):
                 raise CaptureError("texts, labels and names differ in number: give one of each per document")
             return
-        if index < skip:
-            continue
         name = name or f"document {index + 1}"
         ids = encode(tokenizer, [text])[0]
+        if index < len(committed):
+            if committed[index] != (token_digest(ids), label, name):
+                raise CaptureError(
+                    f"{name} differs from what this interrupted run recorded in its place: give the same texts, or delete the run"
+                )
+            continue
         if not ids:
             raise CaptureError(f"{name} is empty: it has no tokens to route")
         if len(ids) > limit:
@@ -420,7 +425,7 @@ def _part(index: int, pieces: Sequence[_Piece], sites: Sequence[Site], texts: Pi
         at = rows.get(stream, 0)
         for piece in mine:
             d = piece.document
-            documents.append((d.index, stream, d.name, d.label, at, len(piece.ids), token_digest(piece.ids.tolist())))
+            documents.append((d.index, stream, d.name, d.label, at, len(piece.ids), token_digest(d.ids)))
             at += len(piece.ids)
     routing, scores, sums = [], [], []
     for s, site in enumerate(sites):

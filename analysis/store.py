@@ -19,16 +19,18 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .layout import read_routing, read_scores, write_routing, write_scores, write_table
@@ -50,6 +52,7 @@ from .trace import (
 
 MANIFEST = "run.json"
 STATISTICS = (("stats.parquet", CORE), ("token_stats.parquet", BY_TOKEN), ("document_stats.parquet", BY_DOCUMENT))
+_Piece = TypeVar("_Piece", SiteRouting, SiteScores)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))})
 
@@ -125,6 +128,12 @@ class RunWriter:
             raise
         return cls(folder, card, options, lock)
 
+    def committed(self) -> list[tuple[str, str | None, str]]:
+        """(digest, label, name) of every document already stored, in order."""
+        tables = [pq.read_table(self.folder / "progress" / f"documents-{i:05d}.parquet").to_pylist() for i in range(self.parts)]
+        rows = {r["document"]: (r["digest"], r["label"], r["name"]) for table in tables for r in table}
+        return [rows[d] for d in sorted(rows)]
+
     def __enter__(self) -> RunWriter:
         return self
 
@@ -196,15 +205,18 @@ class StoredRouting:
         self._folder, self._layers, self._parts = folder, layers, parts
 
     def routing(self, site: int, start: int, stop: int) -> SiteRouting:
-        pieces = [read_routing(self._file(p, "routing"), self._layers[site], a, b) for p, a, b in self._pieces(site, start, stop)]
-        return join_routing(pieces)
+        return join_routing(self._read(read_routing, "routing", site, start, stop))
 
     def scores(self, site: int, start: int, stop: int) -> SiteScores:
-        pieces = [read_scores(self._file(p, "scores"), self._layers[site], a, b) for p, a, b in self._pieces(site, start, stop)]
-        return join_scores(pieces)
+        return join_scores(self._read(read_scores, "scores", site, start, stop))
 
-    def _file(self, part: Mapping[str, Any], kind: str) -> Path:
-        return self._folder / kind / f"part-{part['index']:05d}.parquet"
+    def _read(self, read: Callable[[Path, LayerInfo, int, int], _Piece], kind: str, site: int, start: int, stop: int) -> list[_Piece]:
+        pieces = []
+        for part, a, b in self._pieces(site, start, stop):
+            name = f"{kind}/part-{part['index']:05d}.parquet"
+            with _naming(self._folder, name):
+                pieces.append(read(self._folder / name, self._layers[site], a, b))
+        return pieces
 
     def _pieces(self, site: int, start: int, stop: int) -> list[tuple[Mapping[str, Any], int, int]]:
         stream = self._layers[site].stream
@@ -232,7 +244,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         try:
             manifest = json.load(file)
             version = manifest["schema_version"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            if version == SCHEMA_VERSION:
+                _check_manifest(manifest)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RunError(f"{folder.name}/{MANIFEST} is damaged: restore it, or capture the run again") from None
     if version != SCHEMA_VERSION:
         raise RunError(f"{folder.name} has schema version {version}, this program reads {SCHEMA_VERSION}")
@@ -254,14 +268,17 @@ def open_run(folder: str | Path) -> Trace:
         card = ModelCard.from_json(manifest["model"])
         documents = _read(folder / "documents.parquet", DOCUMENTS)
         core, tokens, by_document = (_read(folder / n, schema) for n, schema in STATISTICS)
-    except (TypeError, KeyError, pa.ArrowException, OSError) as error:
+    except (TypeError, KeyError) as error:
         raise RunError(f"{folder.name} is damaged ({error}): run `python -m analysis verify`") from error
     stats = Statistics(core, tokens, by_document, tuple(x.n_classes for x in card.layers), following_sites(card.layers))
     parts = manifest["parts"]
 
     def load_tokens() -> pa.Table:
-        files = [folder / f"tokens/part-{p['index']:05d}.parquet" for p in parts]
-        return pa.concat_tables([pq.read_table(f, page_checksum_verification=True) for f in files]).unify_dictionaries()
+        tables = []
+        for name in (f"tokens/part-{p['index']:05d}.parquet" for p in parts):
+            with _naming(folder, name):
+                tables.append(pq.read_table(folder / name, page_checksum_verification=True))
+        return pa.concat_tables(tables).unify_dictionaries()
 
     options = {**manifest["options"], "created": manifest["created"]}
     return Trace(card, documents, stats, StoredRouting(folder, card.layers, parts), load_tokens, options, folder.name)
@@ -307,8 +324,15 @@ def _recomputed(trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Statistics:
 
 
 def _same_counts(a: pa.Table, b: pa.Table) -> bool:
+    """Equal keys and counts, and sums within 1e-9, but for the probability sums, which only the capture knew."""
     columns = [n for n in a.column_names if n != "sum"]
-    return bool(a.select(columns).combine_chunks().equals(b.select(columns).combine_chunks()))
+    if not a.select(columns).combine_chunks().equals(b.select(columns).combine_chunks()):
+        return False
+    if "sum" not in a.column_names:
+        return True
+    derivable = pc.not_equal(a["statistic"], "probability")
+    mine, other = (t["sum"].filter(derivable).to_numpy() for t in (a, b))
+    return bool(np.allclose(mine, other, rtol=1e-9, atol=1e-9))
 
 
 @dataclass(frozen=True)
@@ -396,7 +420,38 @@ def _all_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:
-    return pq.read_table(path, page_checksum_verification=True).select(schema.names).cast(schema)
+    with _naming(path.parent, path.name):
+        return pq.read_table(path, page_checksum_verification=True).select(schema.names).cast(schema)
+
+
+@contextmanager
+def _naming(folder: Path, name: str) -> Iterator[None]:
+    """Turn whatever a damaged or vanished file raises on reading into a RunError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise RunError(f"{folder.name}/{name} is {reason}: restore it, or capture the run again ({type(error).__name__})") from error
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """ValueError, or what a missing key raises, unless every field that is read later is there and names its own run's files."""
+    for i, part in enumerate(manifest["parts"]):
+        counts = [part["documents"], *part["rows"].values(), *part["first_rows"].values()]
+        if part["index"] != i or any(not isinstance(n, int) or n < 0 for n in counts) or part["rows"].keys() != part["first_rows"].keys():
+            raise ValueError("parts out of order, or counts that are none")
+        if set(part["files"]) != {f"{kind}/part-{i:05d}.parquet" for kind in ("tokens", "routing", "scores")}:
+            raise ValueError("a part lists other files")
+    if set(manifest["files"]) != {"documents.parquet", *(n for n, _ in STATISTICS)}:
+        raise ValueError("the run lists other files")
+    for stamp in _all_files(manifest).values():
+        if not isinstance(stamp["bytes"], int) or not isinstance(stamp["sha256"], str):
+            raise ValueError("a file without size or digest")
+    if not isinstance(manifest["options"], dict):
+        raise ValueError("options that are none")
+    for text in (manifest["created"], manifest["model"]["name"], manifest["model"]["family"]):
+        if not isinstance(text, str):
+            raise ValueError("a name that is no text")
 
 
 def _stamp(path: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ DOCUMENTS = pa.schema(
         ("label", pa.string()),
         ("first_row", pa.int64()),
         ("n_tokens", pa.int32()),
-        ("digest", pa.string()),  # sha256 of the token ids as little-endian int32
+        ("digest", pa.string()),  # sha256 of the text's token ids as little-endian int32, the same in every stream
     ]
 )
 

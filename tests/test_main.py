@@ -61,7 +61,7 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
 
 
 def test_an_interrupted_capture_resumes(model: str, tmp_path: Path) -> None:
-    from analysis.capture import CaptureCancelled, capture
+    from analysis.capture import CaptureCancelled, CaptureError, capture
     from analysis.models import load_model
 
     loaded, tokenizer = load_model(model)
@@ -78,6 +78,8 @@ def test_an_interrupted_capture_resumes(model: str, tmp_path: Path) -> None:
             progress=done.append,
             cancelled=lambda: len(done) >= 5,
         )
+    with pytest.raises(CaptureError, match="document 2 differs"):
+        capture(loaded, tokenizer, ["document 0", "another", *texts[2:]], out=tmp_path / "r", batch_size=1, part_tokens=30)
     resumed = capture(loaded, tokenizer, texts, out=tmp_path / "r", batch_size=1, part_tokens=30)
     whole = capture(loaded, tokenizer, texts, batch_size=1, part_tokens=30)
     from .synthetic import differences

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from analysis import balance
 from analysis.stats import BINS, first_choices, following_sites, merge_statistics, part_statistics
-from analysis.trace import LayerInfo, SiteRouting
+from analysis.trace import LayerInfo, SiteRouting, SiteScores
 
 from .synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_parts, make_trace, site
 
@@ -55,6 +57,16 @@ def test_counts_equal_a_loop_over_decisions(layers: tuple[LayerInfo, ...]) -> No
         np.testing.assert_allclose(stats.gate_mass(i), mass, rtol=1e-12)
         assert stats.dropped(i) == (trace.chosen(i) != trace.experts(i)).sum()
         assert stats.chosen_load(i).sum() == (trace.chosen(i) >= 0).sum()
+        margin = trace.scores(i).margin
+        assert stats.histogram("margin", i).tolist() == [
+            sum(min(int(x * BINS), BINS - 1) == b for x in margin.tolist()) for b in range(BINS)
+        ]
+        z = [float(x) ** 2 for x in trace.scores(i).logsumexp]
+        assert stats.mean("z", i) == pytest.approx(sum(z) / len(z), rel=1e-9)
+        for key, long in (("token_id", stats.by_token), ("document", stats.by_document)):
+            sparse = Counter((tokens[t][key], e) for t, row in enumerate(experts) for e in row)
+            mine = [r for r in long.to_pylist() if r["site"] == i]
+            assert len(mine) == len(sparse) and {(r[key], r["expert"]): r["count"] for r in mine} == sparse
         entropy = trace.scores(i).entropy
         edges = np.linspace(0, np.log(n), BINS + 1)
         assert stats.histogram("entropy", i).tolist() == np.histogram(entropy.clip(0, edges[-1]), edges)[0].tolist()
@@ -63,6 +75,8 @@ def test_counts_equal_a_loop_over_decisions(layers: tuple[LayerInfo, ...]) -> No
             later = trace.experts(after)
             flow = Counter((e, int(f)) for t, row in enumerate(experts) for e in row for f in later[t] if f >= 0)
             width = layers[after].n_classes
+            firsts = Counter(zip(first, (int(x) for x in first_choices(trace.routing(after))), strict=True))
+            assert stats.flow(i, first=True).tolist() == [[firsts[a, b] for b in range(width)] for a in range(n)]
             assert stats.flow(i).tolist() == [[flow[a, b] for b in range(width)] for a in range(n)]
 
 
@@ -86,6 +100,34 @@ def test_merging_in_any_order_gives_the_same_counts(seed: int) -> None:
         assert a.select(counts).equals(b.select(counts))
         if "sum" in a.column_names:
             np.testing.assert_allclose(a["sum"].to_numpy(), b["sum"].to_numpy(), rtol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=6),
+    cut=st.integers(1, 5),
+    experts=st.integers(1, 9),
+    k=st.integers(1, 3),
+    seed=st.integers(0, 999),
+)
+def test_statistics_of_the_halves_add_up_to_those_of_the_whole(lengths: list[int], cut: int, experts: int, k: int, seed: int) -> None:
+    """One part cut between two documents: the statistics of both pieces merge to those of the uncut part."""
+    layers = (site(0, experts, min(k, experts)), site(1, experts, 1))
+    whole, documents = make_part(layers, lengths, seed), min(cut, len(lengths) - 1)
+    rows = sum(lengths[:documents])
+    pieces = []
+    for mine in (slice(0, rows), slice(rows, None)):
+        routing = tuple(SiteRouting(r.experts[mine], r.weights[mine], r.experts[mine]) for r in whole.routing)
+        scores = tuple(SiteScores(s.entropy[mine], s.margin[mine], s.logsumexp[mine]) for s in whole.scores)
+        sums = tuple(np.zeros(x.n_classes) for x in layers)
+        pieces.append(replace(whole, tokens=whole.tokens[mine], routing=routing, scores=scores, probability_sums=sums))
+    merged = merge_statistics([part_statistics(p, layers) for p in reversed(pieces)])
+    uncut = part_statistics(replace(whole, probability_sums=sums), layers)
+    for name in ("core", "by_token", "by_document"):
+        a, b = getattr(merged, name), getattr(uncut, name)
+        counted = [c for c in a.column_names if c != "sum"]
+        assert a.select(counted).equals(b.select(counted))
+    np.testing.assert_allclose(merged.core["sum"].to_numpy(), uncut.core["sum"].to_numpy(), rtol=1e-12, atol=1e-12)
 
 
 def test_statistics_of_different_models_do_not_merge() -> None:

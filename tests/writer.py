@@ -1,4 +1,4 @@
-"""A capture-like process for test_store: writes known parts slowly, so that it can be killed anywhere. No torch."""
+"""A capture-like process for faults/test_kill.py: writes known parts slowly, so that it can be killed anywhere. No torch."""
 
 import sys
 from pathlib import Path

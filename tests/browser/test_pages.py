@@ -106,7 +106,7 @@ def test_layer_in_the_link_opens_that_layer(page: Page, address: str) -> None:
     page.goto(f"{address}/load?run=demo-run&layer=layer+2")
     expect(page.get_by_role("heading", name="Layer 2: 16 experts")).to_be_visible()
     with page.expect_download() as download:
-        page.get_by_role("button", name="Load as CSV").click()
+        page.get_by_role("button", name="Load as CSV", exact=True).click()
     assert Path(download.value.path()).read_text().count("\n") == 6 * 16 + 1
 
 
@@ -142,8 +142,9 @@ def test_paste_record_open_delete(page: Page, address: str, runs: Path) -> None:
     page.get_by_text("Open it on the Tokens page").click()
     expect(page.locator(".text .token").first).to_have_text("The")
     page.goto(f"{address}/runs")
-    page.get_by_role("combobox", name="Run").last.click()
-    page.get_by_role("option", name="pasted").click()
+    choice = page.get_by_role("combobox", name="Run", exact=True)
+    choice.fill("pasted")
+    choice.press("Enter")
     page.get_by_text("Yes, delete this run").click()
     page.get_by_role("button", name="Delete", exact=True).click()
     expect(page.get_by_role("button", name="Delete", exact=True)).to_have_count(0)
@@ -175,6 +176,7 @@ def test_bad_uploads_get_one_sentence(page: Page, address: str, name: str, conte
     page.goto(f"{address}/runs")
     page.locator("input[type=file]").set_input_files({"name": name, "mimeType": "text/plain", "buffer": content})
     expect(page.get_by_text(name)).to_be_visible()
+    page.wait_for_timeout(1_500)
     page.get_by_role("button", name="Record", exact=True).click()
     expect(page.get_by_text(message)).to_be_visible()
     expect(page.get_by_text(name).first).to_be_visible()
