@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -28,6 +29,7 @@ from analysis.trace import Trace, by_document
 
 HOME = Path(__file__).parent
 PROMPTS_PER_DOMAIN = 9
+PROMPT_TOKENS = 1_500
 EVALUATION_TOKENS = 12_000  # per domain, in whole documents
 SAMPLES = ("Elizabeth", "The king", "Vous pouvez", "import os", "static int", "Выберите", "选择", "\\begin{", "17 + 25 =")
 
@@ -74,6 +76,16 @@ def held_out(path: Path) -> list[dict[str, str]]:
     """Held-out documents in a fixed order that mixes sources."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return sorted(rows, key=lambda r: hashlib.sha256(r["text"].encode()).hexdigest())
+
+
+def write_prompts(documents: Sequence[dict[str, str]], tokenizer: Any, path: Path) -> None:
+    """The first PROMPTS_PER_DOMAIN held-out documents of each domain that have at most PROMPT_TOKENS, as JSON lines."""
+    prompts = []
+    for domain in sorted({d["domain"] for d in documents}):
+        fitting = (d for d in documents if d["domain"] == domain and len(tokenizer(d["text"])["input_ids"]) <= PROMPT_TOKENS)
+        mine = itertools.islice(fitting, PROMPTS_PER_DOMAIN)
+        prompts += [{"text": d["text"], "label": domain, "name": f"{domain} {i}"} for i, d in enumerate(mine, 1)]
+    path.write_text("\n".join(json.dumps(p, ensure_ascii=False) for p in prompts) + "\n", encoding="utf-8")
 
 
 def evaluate(model: Any, tokenizer: Any, documents: Sequence[dict[str, str]]) -> Trace:
@@ -183,12 +195,7 @@ def main() -> None:
     torch.manual_seed(0)
     blank = OlmoeForCausalLM(model.config).to(model.dtype).eval()
     untrained = evaluate(blank, tokenizer, documents)
-    prompts = []
-    for domain in sorted({d["domain"] for d in documents}):
-        mine = [d for d in documents if d["domain"] == domain][:PROMPTS_PER_DOMAIN]
-        prompts += [{"text": d["text"], "label": domain, "name": f"{domain} {i}"} for i, d in enumerate(mine, 1)]
-    lines = "\n".join(json.dumps(p, ensure_ascii=False) for p in prompts)
-    (HOME / "demo-prompts.jsonl").write_text(lines + "\n", encoding="utf-8")
+    write_prompts(documents, tokenizer, HOME / "demo-prompts.jsonl")
     text = card(work, folder, trained, untrained, samples(model, tokenizer))
     (folder / "MODEL_CARD.md").write_text(text, encoding="utf-8")
     print(text)

@@ -52,7 +52,6 @@ class Recipe:
     seed: int = 20_261_121
     vocabulary: int = 8_192
     compute: str = "float32"
-    start: str = ""  # folder of a model to go on from; empty trains from scratch
 
 
 def model_config(vocabulary: int) -> OlmoeConfig:
@@ -124,10 +123,7 @@ def train(rank: int, recipe: Recipe, work: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=recipe.processes, init_method=f"file://{work}/rendezvous")
     streams = dict(np.load(work / "streams.npz"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
-    if recipe.start:
-        model = OlmoeForCausalLM.from_pretrained(recipe.start, local_files_only=True, use_safetensors=True).float().train()
-    else:
-        model = OlmoeForCausalLM(model_config(len(tokenizer))).float().train()
+    model = OlmoeForCausalLM(model_config(len(tokenizer))).float().train()
     named = [(n, p) for n, p in model.named_parameters()]
     matrices = [(n, p) for n, p in named if p.ndim >= 2 and "embed" not in n and "mlp.gate." not in n]
     others = [p for n, p in named if not any(p is q for _, q in matrices)]
