@@ -147,11 +147,19 @@ def _after_router(recorder: Recorder, at: int, module: nn.Module, arguments: Any
         recorder.router_done(at, output)
 
 
-def _before_experts(recorder: Recorder, at: int, names: tuple[str, str], module: nn.Module, arguments: tuple[Any, ...],
-                    keywords: dict[str, Any]) -> None:  # fmt: skip
+def _before_experts(
+    recorder: Recorder,
+    at: int,
+    names: tuple[str, str],
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any] | None = None,
+) -> None:
+    # Torch adds a hook and notes "with keywords" in two steps: between them another thread's forward calls it without.
     if _ACTIVE.get() is recorder:
-        ids = arguments[1] if len(arguments) > 1 else keywords[names[0]]
-        weights = arguments[2] if len(arguments) > 2 else keywords[names[1]]
+        given = keywords or {}
+        ids = arguments[1] if len(arguments) > 1 else given[names[0]]
+        weights = arguments[2] if len(arguments) > 2 else given[names[1]]
         recorder.experts_called(at, ids, weights)
 
 

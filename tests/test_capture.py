@@ -198,6 +198,12 @@ def test_eight_threads_on_one_model_get_their_own_data() -> None:
     wrong: list[str] = []
 
     def work(i: int) -> None:
+        try:
+            turns(i)
+        except Exception as error:
+            wrong.append(repr(error))
+
+    def turns(i: int) -> None:
         for turn in range(50):
             if turn % 10 == 9:
                 with pytest.raises(RuntimeError, match="stop"), recording(model):

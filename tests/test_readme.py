@@ -36,7 +36,6 @@ def test_readers_agree_on_the_demo_run() -> None:
     routing = ROOT / "data/demo-run/routing"
     by_pandas = pd.read_parquet(routing)["w0"].astype("float64").sum()
     by_polars = pl.scan_parquet(str(routing / "*.parquet")).select(pl.col("w0").cast(pl.Float64).sum()).collect().item()
-    row = duckdb.execute(f"SELECT sum(w0::DOUBLE), count(*) FROM '{routing}/*.parquet'").fetchone()
-    assert row is not None
+    row = duckdb.connect().execute(f"SELECT sum(w0::DOUBLE), count(*) FROM '{routing}/*.parquet'").fetchall()[0]
     assert row[0] == pytest.approx(by_pandas, rel=1e-12) and by_polars == pytest.approx(by_pandas, rel=1e-12)
     assert row[1] == len(pd.read_parquet(routing)) > 0

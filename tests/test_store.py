@@ -50,7 +50,7 @@ def test_every_reader_gives_equal_sums(tmp_path: Path) -> None:
     ids = sum(int(trace.experts(x.index)[:, 0].astype(int).sum()) for x in trace.layers)
     by_pandas = pd.read_parquet(tmp_path / "run" / "routing")
     assert by_pandas["w0"].astype(float).sum() == pytest.approx(expected, rel=1e-12) and by_pandas["e0"].astype(int).sum() == ids
-    row = duckdb.sql(f"SELECT sum(w0::DOUBLE), sum(e0::BIGINT) FROM '{files}'").fetchall()[0]
+    row = duckdb.connect().execute(f"SELECT sum(w0::DOUBLE), sum(e0::BIGINT) FROM '{files}'").fetchall()[0]
     assert row[0] == pytest.approx(expected, rel=1e-12) and row[1] == ids
     lazy = pl.scan_parquet(files).select(pl.col("w0").cast(pl.Float64).sum(), pl.col("e0").cast(pl.Int64).sum()).collect()
     assert lazy["w0"][0] == pytest.approx(expected, rel=1e-12) and lazy["e0"][0] == ids
