@@ -72,11 +72,11 @@ def token_map(values: np.ndarray, tokens: Sequence[str], rows: Sequence[str], wh
     shown = z
     if discrete:
         steps = len(palette.EXPERTS)
-        shown = z % steps
+        shown = np.where(z < 0, np.float32(np.nan), z % steps)  # -1, no expert, must not take a hue
         colours = [(s, c) for i, c in enumerate(palette.EXPERTS) for s in (i / steps, (i + 1) / steps)]
     figure = go.Figure(
         go.Heatmap(
-            z=shown, x=x, y=list(rows), customdata=z, colorscale=colours, showscale=not discrete,
+            z=shown, x=x, y=list(rows), customdata=z, colorscale=colours, showscale=not discrete, hoverongaps=False,
             zmin=0 if discrete else None, zmax=len(palette.EXPERTS) - 1e-3 if discrete else None,
             colorbar={"thickness": 12, "title": {"text": what}},
             hovertemplate="%{y}, token %{x}<br>" + what + " %{customdata:" + (".0f" if discrete else ".3f") + "}<extra></extra>",

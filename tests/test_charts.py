@@ -19,6 +19,11 @@ def test_token_map_keeps_repeated_tokens_apart() -> None:
     assert np.asarray(figure.data[0].z).tolist() == [[0, 1, 0]] and np.asarray(figure.data[0].customdata).tolist() == [[0, 9, 0]]
 
 
+def test_no_expert_takes_no_hue() -> None:
+    heat = charts.token_map(np.array([[-1, 7, 15]]), ["a", "b", "c"], ["layer 0"], "expert", "light", True).data[0]
+    assert np.isnan(np.asarray(heat.z)[0, 0]) and np.asarray(heat.z)[0, 1:].tolist() == [7, 7]
+
+
 def test_sorted_load_is_busiest_first() -> None:
     bars = charts.sorted_load(np.array([0.5, 2.0, 0.5]), "light").data[0]
     assert list(bars.x) == ["1", "0", "2"]

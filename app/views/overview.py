@@ -59,7 +59,7 @@ st.plotly_chart(
 )
 st.caption(
     f"Load relative to an even share, n = {stats.n_tokens(0):,} tokens per layer. White is even, orange carries more, blue less; "
-    f"by chance every cell would lie within about {chance['value'][0]:.2f} of 1. "
+    f"by chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×. "
     "The framed cell is the finding above. Experts of different layers are unrelated, even with the same number."
 )
 st.subheader("Where to look next")

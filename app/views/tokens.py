@@ -99,7 +99,7 @@ st.plotly_chart(
     alt=f"Heatmap of {len(titles)} layers by {len(shown)} tokens showing the {kind or 'expert'}.",
 )
 if kind in (None, "expert"):
-    st.caption("Each cell is the expert with the largest gate weight. Hues repeat every 8 experts; point at a cell for its number.")
+    st.caption("Each cell is the expert with the largest gate weight. Hues repeat every 8 experts; point for its number. Empty: no expert.")
 
 st.subheader("How this document loads the experts")
 loads = [np.bincount(r.experts[r.experts >= 0], minlength=x.n_classes)[: x.n_experts] for x, (r, _) in zip(sites, read, strict=True)]
