@@ -29,8 +29,9 @@ from .corpora import Document, extract
 from .fast_olmoe import Muon, losses
 
 END = "<|endoftext|>"
-MIXTURE = {"english": 0.22, "python": 0.13, "french": 0.12, "russian": 0.12, "chinese": 0.11, "c": 0.10,
-           "latex": 0.10, "json": 0.05, "math": 0.05}  # fmt: skip
+# Nearly even: a domain with less text than one expert's even share (1/16) cannot claim an expert of its own.
+MIXTURE = {"english": 0.13, "python": 0.12, "latex": 0.12, "french": 0.11, "russian": 0.11, "chinese": 0.11, "c": 0.11,
+           "json": 0.095, "math": 0.095}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ class Recipe:
     decay: float = 0.35
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
-    balance: float = 0.01  # per layer, over the batch of one process; not transformers' pooled loss
+    # Per layer, over the batch of one process; not transformers' pooled loss. It falls geometrically over the run:
+    # strong while experts could still die, weak while they specialise.
+    balance: float = 0.01
+    last_balance: float = 0.001
     z: float = 1e-4
     seed: int = 20_261_121
     vocabulary: int = 8_192
@@ -116,6 +120,11 @@ def rate_at(done: float, recipe: Recipe) -> float:
     return min(1.0, done / recipe.warm_up, (1 - done) / recipe.decay)
 
 
+def balance_at(done: float, recipe: Recipe) -> float:
+    """Weight of the balance loss when ``done`` of the time (0 to 1) has passed."""
+    return recipe.balance ** (1 - done) * recipe.last_balance**done
+
+
 def train(rank: int, recipe: Recipe, work: Path) -> None:
     """One process of the training run; process 0 logs and saves to ``work / "model"``."""
     torch.set_num_threads(1)
@@ -142,7 +151,7 @@ def train(rank: int, recipe: Recipe, work: Path) -> None:
             break
         length = recipe.last_length if done > 1 - recipe.last_share else recipe.length
         loss = losses(model, batches.send(length), getattr(torch, recipe.compute))
-        (loss.cross_entropy + recipe.balance * loss.balance + recipe.z * loss.z).backward()
+        (loss.cross_entropy + balance_at(done, recipe) * loss.balance + recipe.z * loss.z).backward()
         _share_gradients([p for _, p in named], recipe.processes)
         rate = rate_at(done, recipe)
         muon.step(recipe.muon_rate * rate, range(shares[rank][0], shares[rank][-1] + 1))
