@@ -15,12 +15,13 @@ from .trace import Trace
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence in three parts: the claim, its n and chance level, and where to look (site and expert)."""
+    """A sentence in three parts: the claim, its n and chance level, and where to look (site, expert, label if any)."""
 
     claim: str
     evidence: str
     site: int
     expert: int
+    label: str | None = None
 
 
 def strongest_label(trace: Trace) -> Finding | None:
@@ -54,7 +55,7 @@ def strongest_label(trace: Trace) -> Finding | None:
                         f" {layer.top_k}/{layer.n_experts} = {layer.top_k / layer.n_experts:.1%} of every label.")  # fmt: skip
             gap = float(share[expert] - base[expert])
             if best is None or gap > best[0]:
-                best = gap, Finding(claim, evidence, layer.index, expert)
+                best = gap, Finding(claim, evidence, layer.index, expert, label)
     return best[1] if best else None
 
 

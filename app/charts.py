@@ -13,40 +13,40 @@ CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "scale
 OCTAVES = 3
 
 
-def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, mark: tuple[int, int] | None = None) -> go.Figure:
+def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, mark: tuple[int, int] | None = None,
+             by_load: bool = False) -> go.Figure:  # fmt: skip
     """Layers x experts, log2 of load over an even share, fixed at 1/8 to 8 times. Dead experts carry a cross.
 
-    ``relative`` holds one array [E] per row; rows may differ in E. ``mark`` frames one (row, expert).
+    ``relative`` holds one array [E] per row; rows may differ in E. ``mark`` frames one (row, expert). ``by_load`` puts each
+    row's busiest expert first, so that a column is a rank; the hover names the expert.
     """
     width = max(len(r) for r in relative)
-    z = np.full((len(relative), width), np.nan, np.float32)
-    for i, row in enumerate(relative):
-        with np.errstate(divide="ignore"):
-            z[i, : len(row)] = np.clip(np.log2(row), -OCTAVES, OCTAVES)
-    ticks = list(range(-OCTAVES, OCTAVES + 1))
-    names = ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"]
-    shown = np.full((len(relative), width), np.nan, np.float32)
-    for i, row in enumerate(relative):
-        shown[i, : len(row)] = row
+    orders = [np.argsort(-r, kind="stable") if by_load else np.arange(len(r)) for r in relative]
+    shown, experts = np.full((2, len(relative), width), np.nan, np.float32)
+    for i, (row, order) in enumerate(zip(relative, orders, strict=True)):
+        shown[i, : len(row)], experts[i, : len(row)] = row[order], order
+    with np.errstate(divide="ignore"):
+        z = np.clip(np.log2(shown), -OCTAVES, OCTAVES)
     figure = go.Figure(
         go.Heatmap(
-            z=z, x=np.arange(width), y=list(rows), customdata=shown, colorscale=palette.scale(palette.LOAD[theme]),
-            zmin=-OCTAVES, zmax=OCTAVES, xgap=1, ygap=1, hoverongaps=False,
-            colorbar={"tickvals": ticks, "ticktext": names, "title": {"text": "even share"}, "thickness": 12},
-            hovertemplate="%{y}, expert %{x}<br>%{customdata:.2f} × its even share<extra></extra>",
+            z=z, x=np.arange(width), y=list(rows), customdata=np.stack([shown, experts], -1).tolist(),
+            colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES, xgap=1, ygap=1, hoverongaps=False,
+            colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"],
+                      "title": {"text": "even share"}, "thickness": 12},
+            hovertemplate="%{y}, expert %{customdata[1]:.0f}<br>%{customdata[0]:.2f} × its even share<extra></extra>",
         )
     )  # fmt: skip
-    dead = [(e, rows[i]) for i, row in enumerate(relative) for e in np.flatnonzero(row == 0)]
-    if dead:
-        figure.add_scatter(x=[d[0] for d in dead], y=[d[1] for d in dead], mode="markers", name="dead",
+    places = [(int(p), i) for i in range(len(relative)) for p in np.flatnonzero(shown[i] == 0)]
+    if places:
+        figure.add_scatter(x=[p for p, _ in places], y=[rows[i] for _, i in places], mode="markers", name="dead",
                            marker={"symbol": "x-thin", "size": 10, "line": {"width": 2, "color": palette.DEAD}},
-                           hovertemplate="expert %{x}: no token at all<extra></extra>", showlegend=False)  # fmt: skip
+                           customdata=[float(experts[i, p]) for p, i in places],
+                           hovertemplate="expert %{customdata:.0f}: no token at all<extra></extra>", showlegend=False)  # fmt: skip
     if mark is not None:
-        line, expert = mark
-        figure.add_shape(
-            type="rect", x0=expert - 0.5, x1=expert + 0.5, y0=line - 0.5, y1=line + 0.5, line={"width": 3, "color": palette.DEAD}
-        )
-    figure.update_xaxes(title="expert", range=[-0.5, width - 0.5], constrain="domain", dtick=1 if width <= 16 else max(1, width // 16))
+        line, at = mark[0], int(np.flatnonzero(orders[mark[0]] == mark[1])[0])
+        figure.add_shape(type="rect", x0=at - 0.5, x1=at + 0.5, y0=line - 0.5, y1=line + 0.5, line={"width": 3, "color": palette.DEAD})
+    figure.update_xaxes(title="rank in its layer, busiest first" if by_load else "expert", range=[-0.5, width - 0.5], constrain="domain",
+                        dtick=1 if width <= 16 else max(1, width // 16))  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category")
     return _sized(figure, max(240, 26 * len(rows) + 90))
 
@@ -64,21 +64,31 @@ def sorted_load(relative: np.ndarray, theme: str) -> go.Figure:
     return _sized(figure, 300)
 
 
+def busiest_hues(experts: np.ndarray) -> np.ndarray:
+    """The hue of each token's expert at one layer: experts [n], -1 = none -> float32 [n], 0 for the busiest of these tokens.
+
+    Only the first len(palette.EXPERTS) get a hue of their own, as in the token strip; all others share the next number, and
+    a token without an expert is NaN. Equal counts rank by expert id.
+    """
+    ids, counts = np.unique(experts[experts >= 0], return_counts=True)
+    rank = np.full(int(experts.max(initial=-1)) + 2, np.nan, np.float32)  # the last entry serves -1
+    rank[ids[np.lexsort((ids, -counts))]] = np.minimum(np.arange(len(ids)), len(palette.EXPERTS))
+    return rank[experts]
+
+
 def token_map(values: np.ndarray, tokens: Sequence[str], rows: Sequence[str], what: str, theme: str, discrete: bool) -> go.Figure:
-    """Layers x tokens. ``discrete`` values are expert ids (hues repeat, the hover names the id), else an amount."""
+    """Layers x tokens. ``discrete`` values are expert ids, coloured as ``busiest_hues`` says; else an amount."""
     x = [f"{i} {t}" for i, t in enumerate(tokens)]  # the number keeps repeated tokens apart
-    colours = palette.scale(palette.AMOUNT[theme])
-    z = values.astype(np.float32)
-    shown = z
+    colours, shown, top = palette.scale(palette.AMOUNT[theme]), values.astype(np.float32), None
     if discrete:
-        steps = len(palette.EXPERTS)
-        shown = np.where(z < 0, np.float32(np.nan), z % steps)  # -1, no expert, must not take a hue
-        colours = [(s, c) for i, c in enumerate(palette.EXPERTS) for s in (i / steps, (i + 1) / steps)]
+        hues = (*palette.EXPERTS, palette.OTHER)
+        top = len(hues)
+        shown = np.stack([busiest_hues(v) for v in values])
+        colours = [(s, c) for i, c in enumerate(hues) for s in (i / top, (i + 1) / top)]
     figure = go.Figure(
         go.Heatmap(
-            z=shown, x=x, y=list(rows), customdata=z, colorscale=colours, showscale=not discrete, hoverongaps=False,
-            zmin=0 if discrete else None, zmax=len(palette.EXPERTS) - 1e-3 if discrete else None,
-            colorbar={"thickness": 12, "title": {"text": what}},
+            z=shown, x=x, y=list(rows), customdata=values.astype(np.float32), colorscale=colours, showscale=not discrete,
+            zmin=0 if discrete else None, zmax=top, hoverongaps=False, colorbar={"thickness": 12, "title": {"text": what}},
             hovertemplate="%{y}, token %{x}<br>" + what + " %{customdata:" + (".0f" if discrete else ".3f") + "}<extra></extra>",
         )
     )  # fmt: skip

@@ -1,10 +1,11 @@
-"""Navigation only: the pages, in order. A new page is one file in views/ and one line here."""
+"""Navigation and the header only: the pages, in order. A new page is one file in views/ and one line here."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from app import jobs
+from app.selection import header, publish
 
 st.set_page_config(page_title="Routerscope", page_icon="app/static/favicon.png", layout="wide")
 
@@ -17,5 +18,7 @@ page = st.navigation(
     ],
     position="top",
 )
+header()
 page.run()
+publish()
 jobs.warm_up()

@@ -1,16 +1,19 @@
-"""What is selected, and its place in the URL: the run in the header of every page, a layer, a document."""
+"""What is selected, and its place in the URL: the run in the header of every page, a layer, a document, a token."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import streamlit as st
 
-from analysis.store import RunError, open_run
+from analysis.store import RunError, RunSummary, open_run
 from analysis.trace import Trace
 
+from .components.theme_probe import theme_probe
 from .runs_folder import all_runs
-from .text import show_error
+from .text import plain, show_error
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
@@ -18,44 +21,112 @@ def _opened(folder: str, created: str) -> Trace:
     return open_run(folder)
 
 
-def run_picker() -> Trace:
-    """The header of a page: choose a run (``?run=``) and get its Trace. Stops the page with a sentence where it cannot."""
-    runs = {n: r for n, r in all_runs().items() if r.complete}
+def open_named(folder: Path, created: str) -> Trace:
+    """The Trace of a listed run, opened once per server."""
+    return _opened(str(folder), created)
+
+
+def _complete() -> dict[str, RunSummary]:
+    return {n: r for n, r in all_runs().items() if r.complete}
+
+
+def choice(key: str, label: str, names: Mapping[str, str], default: str, *, width: int | Literal["content"] = "content",
+           segmented: bool = False, hidden: bool = False) -> str:  # fmt: skip
+    """A choice that stays over pages and stands in the URL as ``?key=``; ``names`` maps URL values to what is shown.
+
+    Streamlit's own ``bind`` puts what is shown into the URL, cannot follow a step made inside a component, and gives the
+    browser's Back button nothing to go back to.
+    """
+    asked, published = st.query_params.get(key), st.session_state.get("_published", {})
+    if asked in names and asked != published.get(key):
+        st.session_state[key] = asked  # a link or the Back button, not an echo of the last choice
+    if st.session_state.get(key) not in names:
+        st.session_state[key] = default
+    draw: Any = st.segmented_control if segmented else st.selectbox
+    chosen = draw(label, list(names), format_func=names.__getitem__, key=key, persist_state="session", width=width,
+                  label_visibility="collapsed" if hidden else "visible")  # fmt: skip
+    st.session_state["_chosen"][key] = chosen or default
+    return str(chosen or default)
+
+
+def publish() -> None:
+    """At the end of every page: its choices become the URL, as one step of the browser's history."""
+    chosen = st.session_state["_chosen"]
+    if dict(st.query_params) != chosen:
+        st.query_params.from_dict(chosen)
+    st.session_state["_published"] = chosen
+
+
+def header() -> None:
+    """The line at the top of every page: the run (``?run=``) and the model behind it; probes the theme."""
+    st.session_state["_chosen"] = {}
+    st.session_state["_theme"] = theme_probe()
+    runs = _complete()
+    if not runs:
+        return
+    asked = st.query_params.get("run")
+    row = st.container(horizontal=True, vertical_alignment="bottom")
+    with row:
+        name = choice("run", "Run", {n: n for n in runs}, next(iter(runs)), width=280)
+    if asked is not None and asked not in runs:
+        show_error(f"Run {asked[:64]} is not on this server; the first one in the list is shown instead.")
+    try:
+        trace = open_named(runs[name].folder, runs[name].created)
+    except RunError:
+        return  # the page says it, where its content would be
+    shapes = {(x.n_experts, x.top_k) for x in trace.layers}
+    shape = f"{next(iter(shapes))[0]} experts, top-{next(iter(shapes))[1]}" if len(shapes) == 1 else "of several shapes"
+    with row.container(width="stretch"):
+        st.caption(plain(f"{trace.model.name} · {len(trace.layers)} routed layers · {shape} · {runs[name].n_tokens:,} tokens"
+                         f" of {runs[name].n_documents:,} documents"))  # fmt: skip
+
+
+def current_trace() -> Trace:
+    """The Trace of the header's run. Stops the page with a sentence where there is none."""
+    runs = _complete()
     if not runs:
         st.info("No run is recorded yet. Record one on the Runs page, or make the demo run with `make demo-run`.")
         st.stop()
-    asked = st.query_params.get("run")
-    if asked is not None and asked not in runs:
-        show_error(f"Run {asked[:64]} is not on this server; the first one in the list is shown instead.")
-    name = st.selectbox("Run", list(runs), key="run", bind="query-params", width=320)
+    run = runs[st.session_state["run"]]
     try:
-        return _opened(str(runs[name].folder), runs[name].created)
+        return open_named(run.folder, run.created)
     except RunError as error:
         show_error(str(error))
         st.stop()
 
 
-def open_named(folder: Path, created: str) -> Trace:
-    """The Trace of a listed run, from the same cache as the header's."""
-    return _opened(str(folder), created)
+def theme() -> str:
+    """ "light" or "dark", as the browser shows the page."""
+    return str(st.session_state.get("_theme", "light"))
 
 
 def layer_picker(trace: Trace) -> int:
     """Choose a site (``?layer=``); returns LayerInfo.index."""
     titles = [x.title for x in trace.layers]
-    chosen = st.selectbox("Layer", titles, index=len(titles) - 1, key="layer", bind="query-params", width=200)
-    return titles.index(chosen)
+    return titles.index(choice("layer", "Layer", {t: t for t in titles}, titles[-1], width=160))
 
 
-def document_picker(trace: Trace) -> int:
-    """Choose a document (``?doc=``) by number, with its name and label beside it; returns the document id."""
-    stream = trace.layers[0].stream
+def document_picker(trace: Trace, stream: str) -> int:
+    """Choose a document (``?doc=``, counted from 1), shown with its name and label; returns the document id."""
     rows = [r for r in trace.documents.to_pylist() if r["stack"] == stream]
     names = {f"{r['document'] + 1}": f"{r['document'] + 1} · {r['name']}" + (f" · {r['label']}" if r["label"] else "") for r in rows}
-    chosen = st.selectbox("Document", list(names), format_func=lambda n: names[n], key="doc", bind="query-params", width=320)
-    return int(chosen) - 1
+    return int(choice("doc", "Document", names, next(iter(names)), width=320)) - 1
 
 
-def theme() -> str:
-    """ "light" or "dark", as the browser shows the page."""
-    return "dark" if st.context.theme.type == "dark" else "light"
+def chosen_token(length: int) -> int | None:
+    """The token of ``?token=``, a position in the document; None where there is none.
+
+    A token belongs to the document beside it in the URL: another document or run starts without one.
+    """
+    asked, chosen = st.query_params.get("token", ""), st.session_state["_chosen"]
+    if any(st.query_params.get(k, chosen[k]) != chosen[k] for k in ("run", "doc")):
+        return None
+    if not (asked.isascii() and asked.isdigit() and int(asked) < length):
+        return None
+    chosen["token"] = asked
+    return int(asked)
+
+
+def choose_token(position: int) -> None:
+    """Put a token into the URL."""
+    st.session_state["_chosen"]["token"] = str(position)

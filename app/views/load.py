@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import streamlit as st
 
 from analysis.balance import chance_max_over_mean, relative_load
-from analysis.export import export_bytes
 from analysis.metrics import METRICS, balance_table
 from app import charts, text
-from app.selection import layer_picker, run_picker, theme
+from app.downloads import downloads
+from app.selection import choice, current_trace, layer_picker, theme
 
 SHOWN = ("max_over_mean", "chance_max_over_mean", "maxvio", "cv", "chance_cv", "gini", "effective_experts", "dead", "cold")
+COUNTS = ("dead", "cold")
 
 st.title("Who carries the work?")
-pickers = st.columns(2)
-with pickers[0]:
-    trace = run_picker()
-with pickers[1]:
-    site = layer_picker(trace)
+trace = current_trace()
 stats = trace.stats
 relative = [relative_load(stats.load(x.index)[: x.n_experts]) for x in trace.layers]
 peaks = [float(r.max()) for r in relative]
@@ -31,14 +26,16 @@ text.show_heading(
     f"{layer.title.capitalize()} is the least even: expert {int(relative[worst].argmax())} gets {peaks[worst]:.2f} times its share."
 )
 text.show_note(f"n = {stats.n_tokens(worst):,} tokens; uniform random routing would give at most about {chance:.2f} times.")
+order = choice("order", "Experts in each layer", {"number": "by number", "load": "by load"}, "number", segmented=True)
 st.plotly_chart(
-    charts.load_map(relative, [x.title for x in trace.layers], theme()),
+    charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load"),
     config=charts.CONFIG,
     key="load_map",
     alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
 )
 st.caption("Load over the layer's mean load, on a fixed scale from ⅛× to 8×. A cross marks a dead expert: no token at all.")
 
+site = layer_picker(trace)
 chosen = trace.layers[site]
 text.show_heading(f"{chosen.title.capitalize()}: {chosen.n_experts} experts, top-{chosen.top_k}")
 st.plotly_chart(charts.sorted_load(relative[site], theme()), config=charts.CONFIG, key="bars",
@@ -59,16 +56,9 @@ st.dataframe(
     column_config={
         "n": st.column_config.NumberColumn("n (tokens)", help="tokens that passed the layer"),
         **{m: st.column_config.NumberColumn(METRICS[m].title, help=f"{METRICS[m].definition}. By chance: {METRICS[m].chance}."
-                                            f" Source: {METRICS[m].source}", format="%.3f") for m in SHOWN},
+                                            f" Source: {METRICS[m].source}", format="%d" if m in COUNTS else "%.3f") for m in SHOWN},
     },
 )  # fmt: skip
 st.caption("Point at a column's title for its definition, its source and what chance would give.")
-downloads = st.columns(3)
-for column, (name, kind) in zip(downloads, (("load", "csv"), ("load", "parquet"), ("balance", "csv")), strict=True):
-    column.download_button(
-        f"{name.capitalize()} as {kind.upper()}",
-        data=partial(export_bytes, trace, name, kind),
-        file_name=f"{name}.{kind}",
-        on_click="ignore",
-        key=f"get-{name}-{kind}",
-    )
+st.subheader("Take the numbers")
+downloads(trace, ("load", "balance"))

@@ -6,49 +6,81 @@ import numpy as np
 import streamlit as st
 
 from analysis.balance import relative_load
-from analysis.findings import first_finding
+from analysis.findings import Finding, first_finding
 from analysis.metrics import METRICS
+from analysis.trace import Trace
 from app import charts, text
-from app.selection import run_picker, theme
+from app.components.token_strip import token_strip
+from app.selection import current_trace, theme
 
-header = st.container()
-trace = run_picker()
-finding = first_finding(trace)
-stats, card = trace.stats, trace.model
+FIRST_TOKENS = 160
 
-with header:
-    st.title("What does this router do?")
-    st.markdown(
-        "In a mixture-of-experts model, every layer has several small networks, the *experts*. For each token a **router** "
-        "picks a few of them; only those compute. Below is what the router of one model chose, token by token, as executed."
+
+def first_lines(trace: Trace, finding: Finding) -> None:
+    """The beginning of a text that shows the finding, with its expert in the spotlight; a click opens the Tokens page."""
+    site = trace.layers[finding.site]
+    documents = [r for r in trace.documents.to_pylist() if r["stack"] == site.stream and finding.label in (None, r["label"])]
+    document = documents[0]
+    start, stop = trace.document_range(document["document"], site.stream)
+    stop = min(stop, start + FIRST_TOKENS)
+    sites = [x for x in trace.layers if x.stream == site.stream]
+    rows = trace.stream_tokens(site.stream).slice(start, stop - start)
+    shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())
+    read = [trace.routing(x.index, start, stop) for x in sites]
+    here = {"run": trace.name, "doc": str(document["document"] + 1), "layer": site.title}
+    told = token_strip(
+        shown, ["\n" in (t or "") for t in rows["token"].to_pylist()], [r.experts for r in read], [r.weights for r in read],
+        [x.title for x in sites], f"overview-{trace.name}-{trace.options.get('created')}", layer=sites.index(site), spotlight=finding.expert,
+    )  # fmt: skip
+    text.show_note(
+        f"The first {len(shown):,} of {document['n_tokens']:,} tokens of {document['name']}; the stronger the colour, the larger the"
+        f" gate weight of expert {finding.expert}. Press its button for all experts, click a token to follow it through every layer."
     )
+    if told.token is not None:
+        st.switch_page("views/tokens.py", query_params={**here, "token": str(told.token)})
+
+
+trace = current_trace()
+finding = first_finding(trace)
+stats, card, layers = trace.stats, trace.model, trace.layers
+
+st.title("What does this router do?")
+st.markdown(
+    "In a mixture-of-experts model, every layer has several small networks, the *experts*. For each token a **router** "
+    "picks a few of them; only those compute. Below is what the router of one model chose, token by token, as executed."
+)
 if finding is not None:
     text.show_heading(finding.claim)
     text.show_note(finding.evidence)
+    if trace.load_tokens is not None:
+        first_lines(trace, finding)
 
-tokens = sum(trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in trace.layers))
-decisions = sum(stats.n_tokens(x.index) * x.top_k for x in trace.layers)
+tokens = sum(trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in layers))
+decisions = sum(stats.n_tokens(x.index) * x.top_k for x in layers)
 worst = METRICS["max_over_mean"](trace).to_pydict()
 chance = METRICS["chance_max_over_mean"](trace).to_pydict()
 dead = METRICS["dead"](trace).to_pydict()
 at = int(np.nanargmax(worst["value"]))
-columns = st.columns(4)
-columns[0].metric("Tokens", f"{tokens:,}", help="Tokens recorded in this run, padding excluded.")
-columns[1].metric("Routing decisions", f"{decisions:,}", help="Tokens x layers x experts per token (top-k).")
-columns[2].metric(
+numbers = st.container(horizontal=True)
+numbers.metric("Tokens", f"{tokens:,}", border=True, help="Tokens recorded in this run, padding excluded.")
+numbers.metric("Routing decisions", f"{decisions:,}", border=True, help="Tokens x layers x experts per token (top-k).")
+numbers.metric(
     "Busiest expert",
     f"{worst['value'][at]:.2f} ×",
-    help=f"Largest expert load over the mean load of its layer (site {at}); 1 is an even share."
+    border=True,
+    help=f"Largest expert load over the mean load of its layer ({layers[at].title}); 1 is an even share."
     f" n = {worst['n'][at]:,} tokens; chance alone gives at most about {chance['value'][at]:.2f}.",
 )
-columns[3].metric(
+numbers.metric(
     "Dead experts",
     f"{sum(dead['value']):.0f}",
+    border=True,
     help="Experts, over all layers, that received no token of this run. By chance: none in a run of this length.",
 )
 
-rows = [x.title for x in trace.layers]
-relative = [relative_load(stats.load(x.index)[: x.n_experts]) for x in trace.layers]
+rows = [x.title for x in layers]
+relative = [relative_load(stats.load(x.index)[: x.n_experts]) for x in layers]
+counts = dict.fromkeys(stats.n_tokens(x.index) for x in layers)
 mark = (finding.site, finding.expert) if finding is not None else None
 st.subheader("Who carries the load? Each cell is one expert of one layer.")
 st.plotly_chart(
@@ -58,20 +90,20 @@ st.plotly_chart(
     alt=f"Heatmap of {len(rows)} layers by {len(relative[0])} experts: load relative to an even share.",
 )
 st.caption(
-    f"Load relative to an even share, n = {stats.n_tokens(0):,} tokens per layer. White is even, orange carries more, blue less; "
+    f"Load relative to an even share, n = {' and '.join(f'{n:,}' for n in counts)} tokens per layer. Neutral is even, orange carries more, blue less; "
     f"by chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×. "
     "The framed cell is the finding above. Experts of different layers are unrelated, even with the same number."
 )
 st.subheader("Where to look next")
 links = st.columns(3)
-links[0].page_link("views/tokens.py", label="Which expert does each token go to?")
-links[1].page_link("views/load.py", label="How uneven is each layer?")
+links[0].page_link("views/tokens.py", label="Which expert does each token go to?", query_params={"run": trace.name})
+links[1].page_link("views/load.py", label="How uneven is each layer?", query_params={"run": trace.name})
 links[2].page_link("views/runs.py", label="Record your own text")
 st.subheader("The model")
-layer = trace.layers[0]
+layer = layers[0]
 text.show_text(
     f"{card.name} ({card.architecture}): {card.parameters / 1e6:,.1f} million parameters, {card.active_parameters / 1e6:,.1f} million "
-    f"active per token; {len(trace.layers)} routed layers, {layer.n_experts} experts each at the first, top-{layer.top_k}, "
+    f"active per token; {len(layers)} routed layers, {layer.n_experts} experts each at the first, top-{layer.top_k}, "
     f"{layer.scoring} scores, {card.dtype} weights."
 )
 for warning in card.warnings:

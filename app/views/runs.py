@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from datetime import UTC, datetime
 
 import pandas as pd
 import streamlit as st
 
-from analysis.export import FORMATS, TABLES, export_bytes
 from analysis.store import RunError, delete_run, valid_run_name
 from analysis.untrusted import Limits, Prompt, UploadError, read_prompts
 from app import text
+from app.downloads import downloads
 from app.jobs import Job, QueueFull, session_id, worker
 from app.runs_folder import DEMO, all_runs, allowed_models, runs_root
 from app.selection import open_named
@@ -106,13 +105,8 @@ st.subheader("Take the numbers, or delete a run")
 chosen = st.selectbox("Run", list(runs), key="manage")
 run = runs[chosen]
 if run.complete:
-    picks = st.columns(3, vertical_alignment="bottom")
-    table = picks[0].selectbox("Table", list(TABLES), key="table", help="; ".join(f"{t.name}: {t.definition}" for t in TABLES.values()))
-    kind = picks[1].selectbox("Format", FORMATS, key="format", help="Parquet and JSON are lossless; CSV escapes text for spreadsheets.")
     try:
-        trace = open_named(run.folder, run.created)
-        picks[2].download_button("Download", data=lambda: export_bytes(trace, table, kind), key="download",
-                                 file_name=f"{re.sub(r'[^a-z0-9._-]', '_', chosen)}-{table}.{kind}", on_click="ignore")  # fmt: skip
+        downloads(open_named(run.folder, run.created))
     except RunError as error:
         text.show_error(str(error))
 if chosen == DEMO:

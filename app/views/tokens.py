@@ -11,29 +11,29 @@ from analysis.stats import first_choices
 from analysis.trace import SiteRouting, SiteScores
 from app import charts, text
 from app.components.token_strip import token_strip
-from app.selection import document_picker, layer_picker, run_picker, theme
+from app.selection import choice, choose_token, chosen_token, current_trace, document_picker, layer_picker, theme
 
 WINDOW = 4_096
 
 st.title("Which expert does each token go to?")
-pickers = st.columns(3)
-with pickers[0]:
-    trace = run_picker()
+trace = current_trace()
 if trace.load_tokens is None:
     st.info("This run holds statistics only. The Load page shows them; capture the text again to see tokens.")
     st.stop()
-with pickers[1]:
-    document = document_picker(trace)
-with pickers[2]:
+pickers = st.container(horizontal=True)
+with pickers:
     site = layer_picker(trace)
+    document = document_picker(trace, trace.layers[site].stream)
 
 stream = trace.layers[site].stream
 start, stop = trace.document_range(document, stream)
-length = stop - start
+length, first = stop - start, 0
+token = chosen_token(length)
 if length > WINDOW:
-    first = st.number_input(f"First token shown (of {length:,}; {WINDOW:,} are shown at once)", 0, length - 1, 0, WINDOW)
-    start, stop = start + int(first), min(stop, start + int(first) + WINDOW)
-    st.caption(f"Tokens {int(first):,} to {int(first) + stop - start - 1:,} of this document are shown; nothing is left out of the run.")
+    windows = {str(i): f"{i:,} to {min(length, i + WINDOW) - 1:,}" for i in range(0, length, WINDOW)}
+    with pickers:
+        first = int(choice("first", f"Tokens shown, of {length:,}", windows, str((token or 0) // WINDOW * WINDOW), width=200))
+    start, stop = start + first, min(stop, start + first + WINDOW)
 sites = [x for x in trace.layers if x.stream == stream]
 rows = trace.stream_tokens(stream).slice(start, stop - start)
 
@@ -53,11 +53,20 @@ st.caption(
     f"{len(shown):,} tokens. Colour: the expert with the largest gate weight at the layer shown; the 8 busiest have a hue, the rest are "
     "grey. · is a space, ⏎ a line end; (1/2) marks a character that several tokens share. Arrow keys: ← → tokens, ↑ ↓ layers."
 )
-chosen = token_strip(
-    shown, breaks, [r.experts for r, _ in read], [r.weights for r, _ in read], titles, here,
-    key=f"strip-{trace.name}-{document}-{start}-{site}",
-)  # fmt: skip
 
+
+def follow(at: int) -> None:
+    """The strip stepped to another layer: the picker and the URL follow."""
+    st.session_state["layer"] = titles[at]
+
+
+chosen = token - first if token is not None and first <= token < first + len(shown) else None
+told = token_strip(shown, breaks, [r.experts for r, _ in read], [r.weights for r, _ in read], titles,
+                   f"tokens-{trace.name}-{trace.options.get('created')}-{stream}-{document}-{first}",
+                   layer=here, token=chosen, on_layer=follow)  # fmt: skip
+if told.token is not None and told.token != chosen:
+    chosen = told.token
+    choose_token(first + chosen)
 if chosen is not None:
     row = rows.slice(chosen, 1).to_pylist()[0]
     text.show_heading(f"Token {row['position']}: {shown[chosen]}")
@@ -82,24 +91,25 @@ if chosen is not None:
     st.caption("Margin: selection score of the last chosen expert less that of the best rejected one; near 0 means the choice was close.")
 
 st.subheader("The same document, all layers at once")
-kind = st.segmented_control(
-    "Show", ["expert", "router entropy", "margin"], default="expert", key="map", bind="query-params", label_visibility="collapsed"
-)
+kind = choice("map", "Show", {k: k for k in ("expert", "router entropy", "margin")}, "expert", segmented=True, hidden=True)
 values = {
     "expert": lambda r, s: first_choices(r),
     "router entropy": lambda r, s: s.entropy,
     "margin": lambda r, s: s.margin,
-}[kind or "expert"]
+}[kind]
 matrix = np.stack([values(r, s) for r, s in read])
 labels = [text.axis_label(t) for t in shown]
 st.plotly_chart(
-    charts.token_map(matrix, labels, titles, kind or "expert", theme(), kind in (None, "expert")),
+    charts.token_map(matrix, labels, titles, kind, theme(), kind == "expert"),
     config=charts.CONFIG,
     key="token_map",
-    alt=f"Heatmap of {len(titles)} layers by {len(shown)} tokens showing the {kind or 'expert'}.",
+    alt=f"Heatmap of {len(titles)} layers by {len(shown)} tokens showing the {kind}.",
 )
-if kind in (None, "expert"):
-    st.caption("Each cell is the expert with the largest gate weight. Hues repeat every 8 experts; point for its number. Empty: no expert.")
+if kind == "expert":
+    st.caption(
+        "Each cell is the expert with the largest gate weight, in the strip's colours: a hue for the 8 busiest of these tokens in each"
+        " layer, grey for the rest. Experts of different layers are unrelated, even in one hue. Point for the number. Empty: no expert."
+    )
 
 st.subheader("How this document loads the experts")
 loads = [np.bincount(r.experts[r.experts >= 0], minlength=x.n_classes)[: x.n_experts] for x, (r, _) in zip(sites, read, strict=True)]

@@ -7,7 +7,9 @@ table below the strip has them exact). The script sets text through textContent 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +27,76 @@ _strip = st.components.v2.component(
 )
 
 
+@dataclass(frozen=True)
+class Stripped:
+    """What the strip reports: the token clicked and the layer stepped to; None where nothing happened."""
+
+    token: int | None
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class _Mounted:
+    """A strip in the browser: where, under what key, and [layer, token] as given first, as given last, as it told last.
+
+    ``first`` must stay as it is while the strip lives: data that changes is sent again, all layers of it.
+    """
+
+    place: str
+    key: str
+    first: tuple[int, int | None]
+    given: list[int | None]
+    told: list[int | None]
+
+
 def token_strip(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[np.ndarray], weights: Sequence[np.ndarray],
-                layers: Sequence[str], start: int, key: str) -> int | None:  # fmt: skip
-    """Draw the strip; returns the index of the token clicked, or None.
+                layers: Sequence[str], place: str, *, layer: int, token: int | None = None, spotlight: int | None = None,
+                on_layer: Callable[[int], None] | None = None) -> Stripped:  # fmt: skip
+    """Draw the strip; returns what was clicked and stepped to.
 
     texts [n] visible text per token; breaks [n] True where the token holds a line end (shown as ⏎); experts and weights one
-    [n, k] array per layer; ``start`` is the layer shown first.
+    [n, k] array per layer; ``place`` names the page and the text. The strip keeps its own ``layer`` and ``token``, and starts
+    again where new ones are given that it did not tell itself. ``spotlight`` is the expert shown alone at first. ``on_layer`` is called
+    after a step to another layer.
     """
+    given = [layer, token]
+    known: _Mounted | None = st.session_state.get("_strip")
+    follows = known is not None and known.place == place and known.key in st.session_state
+    if known is None or not follows or given not in (known.given, known.told):
+        known = st.session_state["_strip"] = _Mounted(place, f"{place}-{uuid.uuid4().hex}", (layer, token), list(given), list(given))
+    known.given[:] = given
+
+    def tell(at: int, name: str, limit: int) -> None:
+        if (value := _within(st.session_state[known.key], name, limit)) is not None:
+            known.given[:] = known.told  # the page learns of this value after it has given the one before once more
+            known.told[at] = value
+            if name == "layer" and on_layer is not None:
+                on_layer(value)
+
     data: dict[str, Any] = {
+        "id": known.key,
         "texts": list(texts),
         "breaks": [int(b) for b in breaks],
         "layers": [
             {"title": t, "k": e.shape[1], "experts": _packed(e.astype("<i2")), "weights": _packed(w.astype("<f2").view("<u2"))}
             for t, e, w in zip(layers, experts, weights, strict=True)
         ],
-        "start": start,
+        "layer": known.first[0],
+        "token": -1 if known.first[1] is None else known.first[1],
+        "spotlight": spotlight,
+        "tells": on_layer is not None,
         "colours": list(palette.EXPERTS),
         "other": palette.OTHER,
     }
-    result = _strip(data=data, key=key, on_token_change=lambda: None)
-    token = getattr(result, "token", None)
-    return int(token) if token is not None and 0 <= int(token) < len(texts) else None
+    result = _strip(data=data, key=known.key, on_token_change=lambda: tell(1, "token", len(texts)),
+                    on_layer_change=lambda: tell(0, "layer", len(layers)))  # fmt: skip
+    return Stripped(_within(result, "token", len(texts)), _within(result, "layer", len(layers)))
+
+
+def _within(result: Any, name: str, length: int) -> int | None:
+    """A number the browser sent, checked as anything from outside is."""
+    value = result.get(name)
+    return value if isinstance(value, int) and 0 <= value < length else None
 
 
 def _packed(array: np.ndarray) -> str:

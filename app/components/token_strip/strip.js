@@ -17,15 +17,16 @@ function element(tag, name, text, parent) {
 
 export default function ({ data, parentElement, setStateValue }) {
   const root = parentElement.querySelector(".strip");
-  if (root.routerscopeData === data.texts.join("\u0000") + data.layers.map((l) => l.experts.length).join()) return;
-  root.routerscopeData = data.texts.join("\u0000") + data.layers.map((l) => l.experts.length).join();
+  if (root.routerscopeId === data.id) return;
+  root.routerscopeId = data.id;
   root.replaceChildren();
   const layers = data.layers.map((l) => ({
     title: l.title, k: l.k,
     experts: new Int16Array(bytes(l.experts)),
     weights: Array.from(new Uint16Array(bytes(l.weights)), half),
   }));
-  let at = data.start, chosen = -1, spotlight = null;
+  let at = data.layer, chosen = data.token, spotlight = data.spotlight;
+  const timers = {};
 
   const bar = element("div", "bar", undefined, root);
   const back = element("button", "step", "◀", bar);
@@ -109,14 +110,21 @@ export default function ({ data, parentElement, setStateValue }) {
     else hover.textContent = "Point at a token to see its experts and gate weights; click it to follow it through all layers.";
   }
 
-  function step(by) { at = Math.min(layers.length - 1, Math.max(0, at + by)); draw(); }
+  function step(by) {
+    at = Math.min(layers.length - 1, Math.max(0, at + by));
+    draw();
+    if (data.tells) later("layer", at, 400); // a held key steps many layers: the page follows when it rests
+  }
+  function later(name, value, delay) {
+    clearTimeout(timers[name]);
+    timers[name] = setTimeout(() => setStateValue(name, value), delay);
+  }
   function choose(i) {
     if (i < 0 || i >= spans.length) return;
     chosen = i;
     draw();
     spans[i][0].scrollIntoView({ block: "nearest" });
-    clearTimeout(root.routerscopeTimer);
-    root.routerscopeTimer = setTimeout(() => setStateValue("token", i), 60);
+    later("token", i, 60);
   }
 
   back.onclick = () => step(-1);
@@ -139,4 +147,5 @@ export default function ({ data, parentElement, setStateValue }) {
     if (found.includes(true)) spans[found.indexOf(true)][0].scrollIntoView({ block: "nearest" });
   };
   draw();
+  if (chosen >= 0) spans[chosen][0].scrollIntoView({ block: "nearest" });
 }
