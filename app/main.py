@@ -6,6 +6,7 @@ import streamlit as st
 
 from app import jobs
 from app.selection import header, publish
+from app.text import tighten
 
 st.set_page_config(page_title="Routerscope", page_icon="app/static/favicon.png", layout="wide")
 
@@ -18,6 +19,7 @@ page = st.navigation(
     ],
     position="top",
 )
+tighten()
 header()
 page.run()
 publish()

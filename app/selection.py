@@ -11,9 +11,9 @@ import streamlit as st
 from analysis.store import RunError, RunSummary, open_run
 from analysis.trace import Trace
 
-from .components.theme_probe import theme_probe
+from .components.theme_probe import probed_theme, theme_probe
 from .runs_folder import all_runs
-from .text import plain, show_error
+from .text import show_error, show_note
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
@@ -37,20 +37,33 @@ def choice(key: str, label: str, names: Mapping[str, str], default: str, *, widt
     Streamlit's own ``bind`` puts what is shown into the URL, cannot follow a step made inside a component, and gives the
     browser's Back button nothing to go back to.
     """
-    asked, published = st.query_params.get(key), st.session_state.get("_published", {})
-    if asked in names and asked != published.get(key):
-        st.session_state[key] = asked  # a link or the Back button, not an echo of the last choice
+    asked = (st.session_state["_link"] or {}).get(key)
+    if asked in names:
+        st.session_state[key] = asked
     if st.session_state.get(key) not in names:
         st.session_state[key] = default
     draw: Any = st.segmented_control if segmented else st.selectbox
     chosen = draw(label, list(names), format_func=names.__getitem__, key=key, persist_state="session", width=width,
-                  label_visibility="collapsed" if hidden else "visible")  # fmt: skip
+                  label_visibility="collapsed" if hidden else "visible", on_change=acted)  # fmt: skip
     st.session_state["_chosen"][key] = chosen or default
     return str(chosen or default)
 
 
+def acted() -> None:
+    """Called where a run of the script answers a choice on the page, and not a link or the Back button."""
+    st.session_state["_acted"] = True
+
+
+def _read_link() -> None:
+    """What the URL asks for beyond what was published last; None after a choice on the page, since the URL then lags."""
+    published = st.session_state.get("_published", {})
+    asked = {k: v for k, v in st.query_params.items() if v != published.get(k)}
+    st.session_state["_link"] = None if st.session_state.pop("_acted", False) else asked
+
+
 def publish() -> None:
-    """At the end of every page: its choices become the URL, as one step of the browser's history."""
+    """At the end of every page: its choices become the URL, as one step of the browser's history; probes the theme."""
+    theme_probe(acted)
     chosen = st.session_state["_chosen"]
     if dict(st.query_params) != chosen:
         st.query_params.from_dict(chosen)
@@ -58,9 +71,9 @@ def publish() -> None:
 
 
 def header() -> None:
-    """The line at the top of every page: the run (``?run=``) and the model behind it; probes the theme."""
+    """The line at the top of every page: the run (``?run=``) and the model behind it."""
     st.session_state["_chosen"] = {}
-    st.session_state["_theme"] = theme_probe()
+    _read_link()
     runs = _complete()
     if not runs:
         return
@@ -77,8 +90,8 @@ def header() -> None:
     shapes = {(x.n_experts, x.top_k) for x in trace.layers}
     shape = f"{next(iter(shapes))[0]} experts, top-{next(iter(shapes))[1]}" if len(shapes) == 1 else "of several shapes"
     with row.container(width="stretch"):
-        st.caption(plain(f"{trace.model.name} · {len(trace.layers)} routed layers · {shape} · {runs[name].n_tokens:,} tokens"
-                         f" of {runs[name].n_documents:,} documents"))  # fmt: skip
+        show_note(f"{trace.model.name} · {len(trace.layers)} routed layers · {shape} · {runs[name].n_tokens:,} tokens"
+                         f" of {runs[name].n_documents:,} documents")  # fmt: skip
 
 
 def current_trace() -> Trace:
@@ -97,7 +110,7 @@ def current_trace() -> Trace:
 
 def theme() -> str:
     """ "light" or "dark", as the browser shows the page."""
-    return str(st.session_state.get("_theme", "light"))
+    return probed_theme() or ("dark" if st.context.theme.type == "dark" else "light")
 
 
 def layer_picker(trace: Trace) -> int:
@@ -114,19 +127,20 @@ def document_picker(trace: Trace, stream: str) -> int:
 
 
 def chosen_token(length: int) -> int | None:
-    """The token of ``?token=``, a position in the document; None where there is none.
-
-    A token belongs to the document beside it in the URL: another document or run starts without one.
-    """
-    asked, chosen = st.query_params.get("token", ""), st.session_state["_chosen"]
-    if any(st.query_params.get(k, chosen[k]) != chosen[k] for k in ("run", "doc")):
-        return None
-    if not (asked.isascii() and asked.isdigit() and int(asked) < length):
+    """The token of ``?token=``, a position in the document shown; None where there is none, or it was another document's."""
+    chosen = st.session_state["_chosen"]
+    place = chosen["run"], chosen["doc"]
+    if st.session_state["_link"] is not None:
+        st.session_state["_token"] = *place, st.query_params.get("token", "")
+    run, doc, asked = st.session_state.get("_token", (*place, ""))
+    if (run, doc) != place or not (asked.isascii() and asked.isdigit() and int(asked) < length):
         return None
     chosen["token"] = asked
     return int(asked)
 
 
 def choose_token(position: int) -> None:
-    """Put a token into the URL."""
-    st.session_state["_chosen"]["token"] = str(position)
+    """Keep a token of the document shown, and put it into the URL."""
+    chosen = st.session_state["_chosen"]
+    chosen["token"] = str(position)
+    st.session_state["_token"] = chosen["run"], chosen["doc"], chosen["token"]

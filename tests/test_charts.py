@@ -19,9 +19,22 @@ def test_token_map_keeps_repeated_tokens_apart() -> None:
     assert np.asarray(figure.data[0].z).tolist() == [[0, 1, 0]] and np.asarray(figure.data[0].customdata).tolist() == [[0, 9, 0]]
 
 
-def test_no_expert_takes_no_hue() -> None:
-    heat = charts.token_map(np.array([[-1, 7, 15]]), ["a", "b", "c"], ["layer 0"], "expert", "light", True).data[0]
-    assert np.isnan(np.asarray(heat.z)[0, 0]) and np.asarray(heat.z)[0, 1:].tolist() == [7, 7]
+def test_the_busiest_experts_take_the_hues_and_no_expert_takes_none() -> None:
+    experts = np.array([30, 12, 12, -1, 7, 30, 30, *range(100, 107)])
+    hues = charts.busiest_hues(experts)
+    assert hues[[0, 5, 6]].tolist() == [0, 0, 0] and hues[[1, 2]].tolist() == [1, 1] and hues[4] == 2  # ties by number
+    assert hues[7:].tolist() == [3, 4, 5, 6, 7, 8, 8] and np.isnan(hues[3])  # the ninth and tenth share the grey
+    heat = charts.token_map(experts[None], [str(i) for i in range(14)], ["layer 0"], "expert", "light", True).data[0]
+    assert heat.zmax == 9 and heat.colorscale[-1] == (1.0, palette.OTHER) and np.asarray(heat.customdata)[0, 0] == 30
+    assert np.isnan(charts.busiest_hues(np.array([-1, -1]))).all()
+
+
+def test_map_by_load_names_the_experts_it_moved() -> None:
+    heat, dead = charts.load_map([np.array([0.0, 1.0, 2.0])], ["layer 0"], "light", (0, 2), by_load=True).data
+    assert np.asarray(heat.z)[0].tolist() == [1, 0, -3] and [c[1] for c in heat.customdata[0]] == [2, 1, 0]
+    assert (dead.x, dead.customdata) == ((2,), (0.0,))
+    marked = charts.load_map([np.array([0.0, 1.0, 2.0])], ["layer 0"], "light", (0, 2), by_load=True).layout.shapes[0]
+    assert marked.x0 == -0.5
 
 
 def test_sorted_load_is_busiest_first() -> None:

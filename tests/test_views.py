@@ -68,7 +68,7 @@ def test_demo_run_opens_first_with_a_finding(runs: Path) -> None:
     test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30).run()
     assert test.selectbox(key="run").value == "demo-run"
     assert any("is used for" in m.value for m in test.markdown)
-    assert any("n = " in c.value for c in test.caption)
+    assert any("n \\= " in c.value for c in test.caption)
 
 
 def test_bad_prompts_get_a_sentence_and_stay(runs: Path) -> None:

@@ -80,7 +80,8 @@ numbers.metric(
 
 rows = [x.title for x in layers]
 relative = [relative_load(stats.load(x.index)[: x.n_experts]) for x in layers]
-counts = dict.fromkeys(stats.n_tokens(x.index) for x in layers)
+counts = [stats.n_tokens(x.index) for x in layers]
+each = f"{counts[0]:,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
 mark = (finding.site, finding.expert) if finding is not None else None
 st.subheader("Who carries the load? Each cell is one expert of one layer.")
 st.plotly_chart(
@@ -89,8 +90,8 @@ st.plotly_chart(
     key="load_map",
     alt=f"Heatmap of {len(rows)} layers by {len(relative[0])} experts: load relative to an even share.",
 )
-st.caption(
-    f"Load relative to an even share, n = {' and '.join(f'{n:,}' for n in counts)} tokens per layer. Neutral is even, orange carries more, blue less; "
+text.show_note(
+    f"Load relative to an even share, n = {each} tokens per layer. Neutral is even, orange carries more, blue less; "
     f"by chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×. "
     "The framed cell is the finding above. Experts of different layers are unrelated, even with the same number."
 )

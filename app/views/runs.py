@@ -102,7 +102,7 @@ if not runs:
     st.info("Nothing recorded yet: paste some text above.")
     st.stop()
 st.subheader("Take the numbers, or delete a run")
-chosen = st.selectbox("Run", list(runs), key="manage")
+chosen = st.selectbox("Run to export or delete", list(runs), key="manage")
 run = runs[chosen]
 if run.complete:
     try:

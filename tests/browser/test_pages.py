@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from analysis.store import RunWriter, open_run
+from app import palette
 from tests.synthetic import PLAIN, card, make_part
 
 from .served import chromium, served
@@ -102,11 +103,62 @@ def test_switch_layer_and_click_a_token(page: Page, address: str) -> None:
     expect(page.get_by_role("heading", name="Token 4:")).to_be_visible()
 
 
+def test_overview_shows_the_finding_and_leads_to_the_token(page: Page, address: str) -> None:
+    page.goto(address)
+    strip = page.locator(".strip")
+    expect(strip.locator("button.chip[aria-pressed=true]")).to_have_count(1)
+    strip.locator(".token").nth(5).click()
+    expect(page.get_by_role("heading", name="Token 5:")).to_be_visible()
+    assert "doc=" in page.url and "token=5" in page.url
+    expect(page.locator(".token.chosen")).to_have_count(1)
+
+
+def test_a_link_opens_the_same_view_and_back_undoes(page: Page, address: str) -> None:
+    page.goto(f"{address}/tokens?run=demo-run&layer=layer+2&doc=4&token=9")
+    expect(page.locator(".title")).to_have_text("layer 2")
+    expect(page.get_by_role("heading", name="Token 9:")).to_be_visible()
+    expect(page.locator(".token.chosen")).to_have_attribute("data-at", "9")
+    page.locator(".token[data-at='3']").first.click()
+    expect(page.get_by_role("heading", name="Token 3:")).to_be_visible()
+    page.get_by_role("button", name="next layer").click()
+    page.wait_for_url("**layer=layer+3**")
+    expect(page.get_by_role("combobox", name="Layer")).to_have_value("layer 3")
+    assert "doc=4" in page.url and "token=3" in page.url
+    page.go_back()
+    expect(page.locator(".title", has_text="layer 2")).to_be_visible()
+    page.go_back()
+    expect(page.get_by_role("heading", name="Token 9:")).to_be_visible()
+    expect(page.locator(".token.chosen")).to_have_count(1)
+    expect(page.locator(".token.chosen")).to_have_attribute("data-at", "9")
+
+
+def test_another_document_starts_without_a_token(page: Page, address: str) -> None:
+    page.goto(f"{address}/tokens?run=demo-run&doc=4&token=9")
+    expect(page.get_by_role("heading", name="Token 9:")).to_be_visible()
+    choice = page.get_by_role("combobox", name="Document")
+    choice.click()
+    choice.press_sequentially("7 ·")
+    page.get_by_role("option", name="7 · ").first.wait_for()
+    choice.press("Enter")
+    expect(page.get_by_role("heading", name="Token 9:")).to_have_count(0)
+    page.wait_for_url(lambda url: "doc=7" in url and "token=" not in url)
+
+
+def test_charts_follow_a_switch_of_theme(page: Page, address: str) -> None:
+    page.emulate_media(color_scheme="light")
+    page.goto(f"{address}/load")
+    for theme in ("light", "dark", "light"):
+        page.emulate_media(color_scheme=theme)
+        page.wait_for_function(
+            "even => document.querySelector('.js-plotly-plot')?.data?.[0].colorscale[3][1] === even", arg=palette.LOAD[theme][3]
+        )
+
+
 def test_layer_in_the_link_opens_that_layer(page: Page, address: str) -> None:
     page.goto(f"{address}/load?run=demo-run&layer=layer+2")
     expect(page.get_by_role("heading", name="Layer 2: 16 experts")).to_be_visible()
     with page.expect_download() as download:
-        page.get_by_role("button", name="Load as CSV", exact=True).click()
+        page.get_by_role("button", name="Download", exact=True).click()
     assert Path(download.value.path()).read_text().count("\n") == 6 * 16 + 1
 
 
@@ -142,7 +194,7 @@ def test_paste_record_open_delete(page: Page, address: str, runs: Path) -> None:
     page.get_by_text("Open it on the Tokens page").click()
     expect(page.locator(".text .token").first).to_contain_text("The")
     page.goto(f"{address}/runs")
-    choice = page.get_by_role("combobox", name="Run", exact=True)
+    choice = page.get_by_role("combobox", name="Run to export or delete")
     choice.click()
     choice.press_sequentially("pasted")
     page.get_by_role("option", name="pasted").wait_for()

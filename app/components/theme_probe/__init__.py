@@ -6,6 +6,7 @@ runs again whenever the theme changes, and reruns the script only where what Pyt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
@@ -15,7 +16,12 @@ _probe = st.components.v2.component(
 )
 
 
-def theme_probe() -> str:
-    """ "light" or "dark", as the browser shows the page; draws nothing."""
-    seen = getattr(_probe(key="theme-probe", on_theme_change=lambda: None, height=1), "theme", None)
-    return seen or ("dark" if st.context.theme.type == "dark" else "light")
+def theme_probe(on_change: Callable[[], None]) -> None:
+    """Put the probe at the end of a page; it draws nothing."""
+    _probe(key="theme-probe", on_theme_change=on_change, height=1)
+
+
+def probed_theme() -> str | None:
+    """ "light" or "dark" as the browser shows the page; None before the probe has answered once."""
+    told = (st.session_state.get("theme-probe") or {}).get("theme")
+    return told if told in ("light", "dark") else None

@@ -17,6 +17,7 @@ import numpy as np
 import streamlit as st
 
 from app import palette
+from app.selection import acted
 
 _HERE = Path(__file__).parent
 _strip = st.components.v2.component(
@@ -62,13 +63,14 @@ def token_strip(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[
     given = [layer, token]
     known: _Mounted | None = st.session_state.get("_strip")
     follows = known is not None and known.place == place and known.key in st.session_state
-    if known is None or not follows or given not in (known.given, known.told):
+    if known is None or not follows or any(g not in pair for g, *pair in zip(given, known.given, known.told, strict=True)):
         known = st.session_state["_strip"] = _Mounted(place, f"{place}-{uuid.uuid4().hex}", (layer, token), list(given), list(given))
     known.given[:] = given
 
     def tell(at: int, name: str, limit: int) -> None:
+        acted()
         if (value := _within(st.session_state[known.key], name, limit)) is not None:
-            known.given[:] = known.told  # the page learns of this value after it has given the one before once more
+            known.given[at] = known.told[at]  # the page learns of a value after it has given the one before once more
             known.told[at] = value
             if name == "layer" and on_layer is not None:
                 on_layer(value)
