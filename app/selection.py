@@ -63,7 +63,7 @@ def _read_link() -> None:
 
 def publish() -> None:
     """At the end of every page: its choices become the URL, as one step of the browser's history; probes the theme."""
-    theme_probe(acted)
+    theme_probe(theme(), acted)
     chosen = st.session_state["_chosen"]
     if dict(st.query_params) != chosen:
         st.query_params.from_dict(chosen)

@@ -1,10 +1,8 @@
 // Reports "dark" or "light" by the brightness of the page's background; runs again whenever the theme changes.
-export default function ({ parentElement, setStateValue }) {
+export default function ({ data, parentElement, setStateValue }) {
   const probe = parentElement.querySelector("i");
   probe.style.color = "var(--st-background-color)";
   const [r, g, b] = getComputedStyle(probe).color.match(/[\d.]+/g).map(Number);
   const theme = 0.299 * r + 0.587 * g + 0.114 * b < 128 ? "dark" : "light";
-  if (probe.dataset.theme === theme) return;
-  probe.dataset.theme = theme;
-  setStateValue("theme", theme);
+  if (theme !== data.drawn) setStateValue("theme", theme);
 }
