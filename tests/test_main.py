@@ -53,7 +53,7 @@ def test_errors_are_one_sentence(
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     commands = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert set(commands) == {"capture", "stats", "verify", "export", "runs", "delete"}
+    assert set(commands) == {"capture", "params", "verify-model", "stats", "verify", "export", "runs", "delete"}
     for name in commands:
         with pytest.raises(SystemExit):
             main([name, "--help"])
