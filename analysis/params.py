@@ -173,6 +173,11 @@ def _site_size(site: Site) -> SiteSize:
     info = site.info
     kept = [(p.numel() - _unused(p, site), p.element_size()) for p in site.experts.parameters()]
     experts, experts_bytes = sum(n for n, _ in kept), sum(n * size for n, size in kept)
+    rows = {p.shape[0] for p in site.experts.parameters(recurse=False) if p.ndim > 2} - {info.n_experts, info.n_classes}
+    if rows:
+        raise ModelError(
+            f"{info.name} has weights for {rows.pop()} experts where its router knows {info.n_classes}: this is not understood"
+        )
     if experts % info.n_experts:
         raise ModelError(
             f"{info.name} holds {experts:,} parameters for {info.n_experts} experts: they differ in size, which is not understood"
