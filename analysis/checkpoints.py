@@ -136,30 +136,37 @@ def _absent(name: str, revision: str) -> Path:
 
 def _fetched(name: str, revision: str) -> Path:
     """Download one commit, with the hub library's progress bars on stderr. Raises ModelError with one sentence."""
-    from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
-    at = f"{name} at {revision[:12]}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
-    except hub.GatedRepoError as error:
-        raise ModelError(f"{name} is gated: ask for access on its page at the hub, then `hf auth login`, or give a local folder") from error
-    except hub.DisabledRepoError as error:
-        raise ModelError(f"{name} was disabled by the hub: give a local folder") from error
-    except hub.RevisionNotFoundError as error:
-        raise ModelError(f"{name} has no commit {revision}: its page at the hub lists them under Files, History") from error
-    except hub.RepositoryNotFoundError as error:
-        raise ModelError(f"the hub knows no model {name}, or it is private: check the spelling, or `hf auth login`") from error
-    except hub.LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, hub.OfflineModeIsEnabled):
-            raise ModelError(f"{at} is not in the local hub cache, and HF_HUB_OFFLINE forbids a download: unset it") from error
-        raise ModelError(f"{at} is not in the local hub cache, and the hub cannot be reached: give a local folder") from error
-    except hub.HfHubHTTPError as error:
-        raise ModelError(f"the hub answered {error.response.status_code} for {name}: try again later, or give a local folder") from error
-    except OSError as error:
-        raise ModelError(f"the download of {at} failed ({error.strerror or type(error).__name__}): free space, or try again") from error
-    except Exception as error:  # the HTTP library's own errors, which are no OSError: a broken connection in mid-file
-        raise ModelError(f"the download of {at} broke off ({type(error).__name__}): the same command goes on where it stopped") from error
+    except Exception as error:  # besides its own, the hub's library lets through OSError and its HTTP library's errors
+        raise ModelError(_refusal(name, revision, error)) from error
+
+
+def _refusal(name: str, revision: str, error: Exception) -> str:
+    """What went wrong with a download, and what to do."""
+    from huggingface_hub import errors as hub
+
+    at = f"{name} at {revision[:12]}"
+    # "Not found locally" is said of every failed request when the cache has nothing either; the cause is the reason.
+    if isinstance(error, hub.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    if isinstance(error, hub.OfflineModeIsEnabled):
+        return f"{at} is not in the local hub cache, and HF_HUB_OFFLINE forbids a download: unset it"
+    if isinstance(error, hub.GatedRepoError):
+        return f"{name} is gated: ask for access on its page at the hub, then `hf auth login`, or give a local folder"
+    if isinstance(error, hub.DisabledRepoError):
+        return f"{name} was disabled by the hub: give a local folder"
+    if isinstance(error, hub.RevisionNotFoundError):
+        return f"{name} has no commit {revision}: its page at the hub lists them under Files, History"
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return f"the hub knows no model {name}, or it is private: check the spelling, or `hf auth login`"
+    if isinstance(error, hub.HfHubHTTPError):
+        return f"the hub answered {error.response.status_code} for {at}: try again later, or give a local folder"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{at} cannot be stored in the local hub cache: {error.strerror}"
+    return f"{at} is not in the local hub cache, and the hub cannot be reached or broke off ({type(error).__name__}): try again, or give a folder"
 
 
 def _known(name: str) -> str:

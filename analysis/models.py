@@ -6,6 +6,8 @@ Safe means: no code from the checkpoint runs, weights come from safetensors only
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from .checkpoints import ModelError, find_checkpoint, hub_name, read_config
 from .routers import Site, find_sites
@@ -37,13 +40,15 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     method = _quantisation(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        if method == "mxfp4":
-            # Its packed form bypasses router and experts with a kernel, fetched as code from the hub where one fits.
-            options["quantization_config"] = Mxfp4Config(dequantize=True)
-        model, report = kind.from_pretrained(folder, use_safetensors=True, dtype=dtype, output_loading_info=True, **options)
+        with errors_only():
+            config = AutoConfig.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            options |= {"use_safetensors": True, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            if method == "mxfp4":
+                # Its packed form bypasses router and experts with a kernel, fetched as code from the hub where one fits.
+                options["quantization_config"] = Mxfp4Config(dequantize=True)
+            model, report = kind.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
         what = f", quantised with {method}," if method else ""
         raise ModelError(f"transformers cannot load {str(folder)!r}{what} here: {_sentence(error)}") from error
@@ -55,6 +60,17 @@ def load_model(
                 f"{str(folder)!r} {problem} {len(keys)} weights of its {type(model).__name__}, {first!r} among them: copy it again"
             )
     return model.eval(), tokenizer
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Keep transformers from logging names out of a checkpoint, which may hold terminal escapes; progress bars stay."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _quantisation(folder: Path) -> str:

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checkpoints import ModelError, read_config
+from .models import errors_only
 from .routers import Site, find_sites
 
 # Building is work per module even without memory; no known model comes near (longest 128 layers, widest 16,384 experts).
@@ -121,7 +122,8 @@ def read_size(path: Path) -> ModelSize:
     if not known:
         raise ModelError(f"model_type {values['model_type']!r} is unknown to this release of transformers, so it cannot be counted")
     try:
-        config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        with errors_only():
+            config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     except Exception as error:  # config classes raise whatever their checks meet: TypeError, KeyError, dataclass errors, ...
         raise ModelError(f"{file.name} is no valid {values['model_type']!r} config: {_sentence(error)}") from error
     return model_size(config)
@@ -152,7 +154,7 @@ def _on_meta(config: Any) -> nn.Module:
     if not kinds:
         raise ModelError(f"transformers has no model to build from a {type(config).__name__}")
     try:
-        with torch.device("meta"):
+        with errors_only(), torch.device("meta"):
             model: nn.Module = kinds[0].from_config(config, trust_remote_code=False)
     except Exception as error:  # model classes check little: ZeroDivisionError, IndexError, assert, RuntimeError of torch, ...
         raise ModelError(f"transformers cannot build a model of this {type(config).__name__}: {_sentence(error)}") from error

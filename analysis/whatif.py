@@ -57,7 +57,7 @@ class Weight:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return asdict(self) | {"bytes": dict(self.bytes)}
+        return asdict(self)
 
 
 def weigh(mixture: Mixture) -> Weight:
@@ -70,7 +70,7 @@ def weigh(mixture: Mixture) -> Weight:
     common = m.other + m.layers * m.shared
     total = common + held
     sizes = {name: round(total * each) for name, each in BYTES.items()}
-    return Weight(total, common + used, held, used, m.experts * m.expert, MappingProxyType(sizes))
+    return Weight(total, common + used, held, used, m.experts * m.expert, sizes)
 
 
 def gated_expert(hidden: int, intermediate: int) -> int:
