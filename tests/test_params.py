@@ -141,6 +141,7 @@ def test_the_config_alone_says_what_the_live_model_holds(family: str) -> None:
     model = tiny.build(family)
     card, size = model_card(model), model_size(model.config)
     assert (size.total, size.active) == (card.parameters, card.active_parameters)
+    assert (size.dtype, size.bytes) == ("float32", 4 * size.total)
     for site, row in zip(find_sites(model), size.sites, strict=True):
         held = sum(p.numel() for p in site.experts.parameters())
         assert (row.name, row.n_experts, row.top_k, row.experts) == (site.info.name, site.info.n_experts, site.info.top_k, held)
@@ -198,6 +199,7 @@ BASE = CONFIGS["Mixtral-8x7B"]
     ("values", "message"),
     [
         (BASE | {"num_hidden_layers": 10**9}, "more than any model has"),
+        (BASE | {"num_hidden_layers": 1001}, "more than any model has"),
         (BASE | {"num_hidden_layers": 1000, "num_local_experts": 10**6}, "more than any model has"),
         (BASE | {"hidden_size": -8}, "cannot build"),
         (BASE | {"num_attention_heads": 0}, "cannot build"),

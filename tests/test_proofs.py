@@ -155,7 +155,7 @@ class OtherExperts(nn.Module):
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.table = nn.Parameter(inner.gate_up_proj.detach().flatten())
+        self.gate_up_proj, self.down_proj = (nn.Parameter(p.detach().flip(0)) for p in (inner.gate_up_proj, inner.down_proj))
         self.hidden = (inner,)
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
