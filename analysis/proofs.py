@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capture import CaptureError, recording
-from .routers import Routed, Site, find_sites
+from .routers import Routed, RouterError, Site, find_sites
 from .tokens import encode
 
 PASS, DIFFERS, NOT_CHECKED = "pass", "differs", "not checked"
@@ -62,12 +62,13 @@ class _Call:
 def verify_model(model: Any, tokenizer: Any) -> tuple[Proof, ...]:
     """Every proof that needs nothing but the model: see the names in the returned proofs. Four forward passes.
 
-    Raises RouterError for a model without routing or one not understood, CaptureError in training mode.
+    Raises RouterError for a model without routing or one not understood, CaptureError in training mode or for one that
+    cannot run.
     """
     sites = find_sites(model)
     inputs = _inputs(model, encode(tokenizer, [TEXT])[0][: _context(model)])
     with torch.inference_mode():
-        bare = [model(**inputs, use_cache=False).logits for _ in range(2)]
+        bare = [_logits(model, inputs) for _ in range(2)]
     proofs, hooked, routed, calls = _observed(model, sites, inputs)
     proofs.append(_hooks_change_nothing(bare, hooked))
     if routed is None:
@@ -100,7 +101,7 @@ def _observed(
     try:
         for _ in range(2):
             with recording(model, sites) as recorder, _watching(sites, calls), torch.inference_mode():
-                logits = model(**inputs, use_cache=False).logits
+                logits = _logits(model, inputs)
                 runs.append((logits, [forwards[0] for forwards in recorder.take(1)]))
     except CaptureError as error:
         if model.training or getattr(model, "is_activation_checkpointing", False):
@@ -257,6 +258,16 @@ def _stacked_expert(experts: Any, e: int, hidden: Tensor) -> Tensor:
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     out = linear(inner, "down_proj")
     return experts.post_expert_norm(out) if experts.has_post_expert_norm else out
+
+
+def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    try:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    except (CaptureError, RouterError, MemoryError):
+        raise
+    except Exception as error:  # a model may raise anything; a traceback would help nobody but its author
+        raise CaptureError(f"the model cannot run at all ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+    return logits
 
 
 def _inputs(model: Any, ids: Sequence[int]) -> dict[str, Tensor]:

@@ -198,3 +198,12 @@ def test_training_mode_and_dense_models_are_named_errors() -> None:
         canary(tiny.build("olmoe").train())
     with pytest.raises(RouterError, match="no router"):
         verify_model(nn.Linear(2, 2), TOKENIZER)
+
+
+def test_a_model_that_cannot_run_is_a_named_error() -> None:
+    model = tiny.build("olmoe")
+    model.lm_head = nn.Linear(3, 4)
+    with pytest.raises(CaptureError, match="cannot run at all \\(RuntimeError: mat1 and mat2"):
+        verify_model(model, TOKENIZER)
+    with pytest.raises(CaptureError, match="cannot run at all"):
+        canary(model)
