@@ -51,16 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
     capture = add("capture", "run a model over text and record its routing; resumes an interrupted run",
                   "capture --model data/demo-model --input prompts.jsonl --out data/runs/mine")  # fmt: skip
-    capture.add_argument("--model", required=True, help="folder of a transformers checkpoint, or a hub id with --hub")
-    _add_model_options(capture)
-    capture.add_argument("--input", type=Path, action="append", default=[], help=".txt, .csv or .jsonl; may be repeated")
-    capture.add_argument("--text", action="append", default=[], help="a document given here; may be repeated")
-    capture.add_argument("--label", help="label of the documents given with --text")
-    capture.add_argument("--out", type=Path, required=True, help="folder of the new run")
-    capture.add_argument("--batch-size", type=_at_least_one, default=8, help="documents per forward pass (default 8)")
-    capture.add_argument("--new-tokens", type=_at_least_none, default=0, help="continue each document greedily by so many tokens")
-    capture.add_argument("--max-tokens", type=_at_least_one, help="refuse longer documents (default: the model's context)")
-    capture.add_argument("--probabilities", action="store_true", help="keep every expert's probability (large)")
+    _add_capture_options(capture)
     params = add("params", "print what a model weighs, from its config alone: experts, total and active parameters, bytes",
                  "params data/demo-model")  # fmt: skip
     params.add_argument("config", help=f"a config.json, a model folder, or an example to learn from: {', '.join(EXAMPLES)}")
@@ -87,6 +78,19 @@ def parser() -> argparse.ArgumentParser:
     delete.add_argument("folder", type=Path)
     delete.add_argument("name")
     return whole
+
+
+def _add_capture_options(capture: argparse.ArgumentParser) -> None:
+    capture.add_argument("--model", required=True, help="folder of a transformers checkpoint, or a hub id with --hub")
+    _add_model_options(capture)
+    capture.add_argument("--input", type=Path, action="append", default=[], help=".txt, .csv or .jsonl; may be repeated")
+    capture.add_argument("--text", action="append", default=[], help="a document given here; may be repeated")
+    capture.add_argument("--label", help="label of the documents given with --text")
+    capture.add_argument("--out", type=Path, required=True, help="folder of the new run")
+    capture.add_argument("--batch-size", type=_at_least_one, default=8, help="documents per forward pass (default 8)")
+    capture.add_argument("--new-tokens", type=_at_least_none, default=0, help="continue each document greedily by so many tokens")
+    capture.add_argument("--max-tokens", type=_at_least_one, help="refuse longer documents (default: the model's context)")
+    capture.add_argument("--probabilities", action="store_true", help="keep every expert's probability (large)")
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:
