@@ -1,6 +1,6 @@
-"""The command line: python -m analysis capture | stats | verify | export | runs | delete.
+"""The command line: python -m analysis capture | params | verify-model | stats | verify | export | runs | delete.
 
-Exit status: 0 done, 1 verify found problems, 2 an error (one sentence on stderr), 130 stopped by Ctrl-C.
+Exit status: 0 done, 1 verify or verify-model found problems, 2 an error (one sentence on stderr), 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 
+from .checkpoints import ModelError, find_checkpoint
 from .export import FORMATS, TABLES, ExportError, describe, export_table
 from .metrics import METRICS, balance_table
 from .store import RunError, delete_run, list_runs, open_run, valid_run_name, verify_run
 from .trace import TraceError
 from .untrusted import Prompt, UploadError, read_prompts
+from .whatif import EXAMPLES, Example, weigh
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -49,19 +51,15 @@ def parser() -> argparse.ArgumentParser:
 
     capture = add("capture", "run a model over text and record its routing; resumes an interrupted run",
                   "capture --model data/demo-model --input prompts.jsonl --out data/runs/mine")  # fmt: skip
-    capture.add_argument("--model", required=True, help="folder of a transformers checkpoint, or a hub id with --hub")
-    capture.add_argument("--hub", action="store_true", help="allow a download; needs --revision")
-    capture.add_argument("--revision", help="commit of a hub model, 40 hex digits")
-    capture.add_argument("--input", type=Path, action="append", default=[], help=".txt, .csv or .jsonl; may be repeated")
-    capture.add_argument("--text", action="append", default=[], help="a document given here; may be repeated")
-    capture.add_argument("--label", help="label of the documents given with --text")
-    capture.add_argument("--out", type=Path, required=True, help="folder of the new run")
-    capture.add_argument("--batch-size", type=_at_least_one, default=8, help="documents per forward pass (default 8)")
-    capture.add_argument("--new-tokens", type=_at_least_none, default=0, help="continue each document greedily by so many tokens")
-    capture.add_argument("--max-tokens", type=_at_least_one, help="refuse longer documents (default: the model's context)")
-    capture.add_argument("--probabilities", action="store_true", help="keep every expert's probability (large)")
-    capture.add_argument("--dtype", default="auto", choices=DTYPES, help="auto (default) is as stored")
-    capture.add_argument("--threads", type=_at_least_one, default=1, help="CPU threads (default 1: small models are fastest so)")
+    _add_capture_options(capture)
+    params = add("params", "print what a model weighs, from its config alone: experts, total and active parameters, bytes",
+                 "params data/demo-model")  # fmt: skip
+    params.add_argument("config", help=f"a config.json, a model folder, or an example to learn from: {', '.join(EXAMPLES)}")
+    params.add_argument("--json", action="store_true", help="print JSON")
+    verify_model = add("verify-model", "prove on a checkpoint that what is captured is what it executes; status 1 where it differs",
+                       "verify-model data/demo-model")  # fmt: skip
+    verify_model.add_argument("model", help="folder of a transformers checkpoint, or a hub id with --hub")
+    _add_model_options(verify_model)
     stats = add("stats", "print a run's load balance per layer", "stats data/demo-run")
     verify = add("verify", "check every file, invariant and count of a run", "verify data/demo-run")
     export = add("export", "write a table of a run", "export data/demo-run --table load --format csv -o load.csv")
@@ -82,12 +80,33 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def _add_capture_options(capture: argparse.ArgumentParser) -> None:
+    capture.add_argument("--model", required=True, help="folder of a transformers checkpoint, or a hub id with --hub")
+    _add_model_options(capture)
+    capture.add_argument("--input", type=Path, action="append", default=[], help=".txt, .csv or .jsonl; may be repeated")
+    capture.add_argument("--text", action="append", default=[], help="a document given here; may be repeated")
+    capture.add_argument("--label", help="label of the documents given with --text")
+    capture.add_argument("--out", type=Path, required=True, help="folder of the new run")
+    capture.add_argument("--batch-size", type=_at_least_one, default=8, help="documents per forward pass (default 8)")
+    capture.add_argument("--new-tokens", type=_at_least_none, default=0, help="continue each document greedily by so many tokens")
+    capture.add_argument("--max-tokens", type=_at_least_one, help="refuse longer documents (default: the model's context)")
+    capture.add_argument("--probabilities", action="store_true", help="keep every expert's probability (large)")
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--hub", action="store_true", help="the model is a hub id (owner/name) in the local hub cache; needs --revision")
+    command.add_argument("--allow-download", action="store_true", help="as --hub, but fetch from the hub what the cache lacks")
+    command.add_argument("--revision", help="commit of a hub model, 40 hex digits")
+    command.add_argument("--dtype", default="auto", choices=DTYPES, help="auto (default) is as stored")
+    command.add_argument("--threads", type=_at_least_one, default=1, help="CPU threads (default 1: small models are fastest so)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = parser().parse_args(argv)
     try:
-        return int(globals()[f"_{arguments.command}"](arguments))
-    except (RunError, TraceError, UploadError, ExportError) as error:
+        return int(globals()["_" + arguments.command.replace("-", "_")](arguments))
+    except (RunError, TraceError, UploadError, ExportError, ModelError) as error:
         _say(f"error: {error}", sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `head` does
@@ -135,15 +154,10 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
 def _capture(arguments: argparse.Namespace) -> int:
     valid_run_name(arguments.out.name)
     prompts = _prompts(arguments)
-    # Spinning OpenMP threads make a small model slower by orders of magnitude where the cores are busy.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    import torch
-
+    _before_torch()
     from .capture import CaptureError, Progress, capture
-    from .models import ModelError, load_model
+    from .proofs import canary
     from .routers import RouterError
-
-    torch.set_num_threads(arguments.threads)
 
     def show(p: Progress) -> None:
         total = "?" if p.total is None else p.total
@@ -151,13 +165,14 @@ def _capture(arguments: argparse.Namespace) -> int:
         print(f"\r{p.documents}/{total} documents, {p.tokens:,} tokens, {rate:,.0f} tokens/s ", end="", file=sys.stderr)
 
     try:
-        model, tokenizer = load_model(arguments.model, hub=arguments.hub, revision=arguments.revision, dtype=arguments.dtype)
+        folder, model, tokenizer = _load(arguments)
+        canary(model)
         trace = capture(
             model, tokenizer, [p.text for p in prompts], labels=[p.label for p in prompts], names=[p.name for p in prompts],
-            out=arguments.out, model_path=arguments.model, batch_size=arguments.batch_size, new_tokens=arguments.new_tokens,
+            out=arguments.out, model_path=folder, batch_size=arguments.batch_size, new_tokens=arguments.new_tokens,
             max_tokens=arguments.max_tokens, probabilities=arguments.probabilities, progress=show,
         )  # fmt: skip
-    except (ModelError, CaptureError, RouterError) as error:
+    except (CaptureError, RouterError) as error:
         _say(f"\nerror: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -167,6 +182,74 @@ def _capture(arguments: argparse.Namespace) -> int:
     tokens = ", ".join(f"{trace.n_tokens(s):,} {s} tokens" for s in streams)
     _say(f"\n{arguments.out}: {tokens}, {len(trace.layers)} routed layers", sys.stderr)
     return 0
+
+
+def _before_torch() -> None:
+    """Settings that torch and transformers read when they are imported."""
+    # Spinning OpenMP threads make a small model slower by orders of magnitude where the cores are busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Hub kernels are a code download: off unless the operator says otherwise.
+    os.environ.setdefault("USE_HUB_KERNELS", "0")
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Path, Any, Any]:
+    """(folder, model, tokenizer) as the options of a command say. Raises ModelError."""
+    hub = arguments.hub or arguments.allow_download
+    folder = find_checkpoint(arguments.model, hub=hub, revision=arguments.revision, download=arguments.allow_download)
+    import torch
+
+    from .models import load_model
+
+    torch.set_num_threads(arguments.threads)
+    return folder, *load_model(folder, dtype=arguments.dtype)
+
+
+def _params(arguments: argparse.Namespace) -> int:
+    if arguments.config in EXAMPLES:
+        return _example(EXAMPLES[arguments.config], arguments.json)
+    _before_torch()
+    from .params import read_size
+    from .routers import RouterError
+
+    try:
+        size = read_size(Path(arguments.config))
+    except RouterError as error:
+        raise ModelError(str(error)) from error
+    _say(json.dumps(size.to_json(), indent=1) if arguments.json else "\n".join(size.lines()))
+    return 0
+
+
+def _example(example: Example, as_json: bool) -> int:
+    m, w = example.mixture, weigh(example.mixture)
+    if as_json:
+        _say(json.dumps({"name": example.name, "status": example.status, "mixture": asdict(m), "weight": w.to_json()}, indent=1))
+        return 0
+    memory = ", ".join(f"{n / 1e9:,.0f} GB in {name}" for name, n in w.bytes.items())
+    _say(f"{example.title}\n{example.status}\n")
+    _say(
+        f"  experts {m.experts}, {m.top_k} per token, {m.layers} layers\n  total   {w.total:,} parameters ({w.experts_total:,} in experts)"
+    )
+    _say(f"  active  {w.active:,} per token ({w.experts_active:,} in experts)\n  memory  {memory}\n\n{example.note}")
+    return 0
+
+
+def _verify_model(arguments: argparse.Namespace) -> int:
+    _before_torch()
+    from .capture import CaptureError
+    from .proofs import DIFFERS, NOT_CHECKED, verify_model
+    from .routers import RouterError
+
+    try:
+        folder, model, tokenizer = _load(arguments)
+        proofs = verify_model(model, tokenizer)
+    except (CaptureError, RouterError) as error:
+        raise ModelError(str(error)) from error
+    for p in proofs:
+        _say(f"{p.verdict:12} {f'{p.where}: ' if p.where else ''}{p.name}: {p.detail}")
+    wrong, unknown = (sum(p.verdict == v for p in proofs) for v in (DIFFERS, NOT_CHECKED))
+    open_ones = f", {unknown} not checked" if unknown else ""
+    _say(f"{folder}: {f'{wrong} of {len(proofs)} proofs differ' if wrong else f'{len(proofs) - unknown} proofs pass'}{open_ones}")
+    return 1 if wrong else 0
 
 
 def _stats(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Load a model safely from a local folder (or a pinned hub revision), and describe it.
+"""Load a model safely from a local folder (or one commit of a hub model), and describe it.
 
 Safe means: no code from the checkpoint runs, weights come from safetensors only, nothing is fetched unless asked for.
 """
@@ -6,66 +6,81 @@ Safe means: no code from the checkpoint runs, weights come from safetensors only
 from __future__ import annotations
 
 import hashlib
-import json
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    Mxfp4Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
+from .checkpoints import ModelError, find_checkpoint, hub_name, read_config
 from .routers import Site, find_sites
 from .trace import ModelCard
 
-CONFIG_LIMIT = 4_000_000
-
-
-class ModelError(ValueError):
-    """A model that will not be loaded; the message is one sentence with the reason and what to do."""
-
 
 def load_model(
-    path: str | Path, *, hub: bool = False, revision: str | None = None, dtype: str = "auto"
+    path: str | Path, *, hub: bool = False, revision: str | None = None, dtype: str = "auto", download: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model in eval mode, tokenizer) from a local folder.
+    """(model in eval mode, tokenizer) from a local folder, or a hub id at one commit (see ``find_checkpoint``).
 
-    ``hub`` allows a hub id, which needs ``revision`` as 40 hex digits. ``dtype`` is "auto" (as stored) or a torch name.
-    Raises ModelError for anything that is not a plain, local, safetensors checkpoint with a tokenizer.
+    ``dtype`` is "auto" (as stored) or a torch name. Transformers shows the progress of loading on stderr.
+    Raises ModelError for anything that is not a plain safetensors checkpoint with a tokenizer.
     """
-    local = not hub
-    if hub and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        raise ModelError("a hub model needs --revision with the full commit (40 hex digits), so that runs can be repeated")
-    if local:
-        check_folder(Path(path))
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local, "revision": revision or "main"}
+    folder = find_checkpoint(path, hub=hub, revision=revision, download=download)
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    method = _quantisation(folder)
     try:
-        config = AutoConfig.from_pretrained(path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = kind.from_pretrained(path, use_safetensors=True, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"transformers cannot load {str(path)!r}: {' '.join(str(error).split())[:300]}") from error
+        with errors_only():
+            config = AutoConfig.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            options |= {"use_safetensors": True, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            if method == "mxfp4":
+                # Its packed form bypasses router and experts with a kernel, fetched as code from the hub where one fits.
+                options["quantization_config"] = Mxfp4Config(dequantize=True)
+            model, report = kind.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        what = f", quantised with {method}," if method else ""
+        raise ModelError(f"transformers cannot load {str(folder)!r}{what} here: {_sentence(error)}") from error
+    # Transformers would fill these with random numbers and a warning: random routers, shown as if they were the model's.
+    for problem, keys in (("lacks", report["missing_keys"]), ("has another shape of", report["mismatched_keys"])):
+        if keys:
+            first = sorted(str(k[0] if isinstance(k, tuple) else k) for k in keys)[0]
+            raise ModelError(
+                f"{str(folder)!r} {problem} {len(keys)} weights of its {type(model).__name__}, {first!r} among them: copy it again"
+            )
     return model.eval(), tokenizer
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ModelError unless ``folder`` looks like a checkpoint that may be handed to transformers."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"no model at {str(folder)!r}: a folder with config.json is needed")
-    if config.stat().st_size > CONFIG_LIMIT:
-        raise ModelError(f"{config.name} in {str(folder)!r} is over {CONFIG_LIMIT:,} bytes: that is no model config")
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Keep transformers from logging names out of a checkpoint, which may hold terminal escapes; progress bars stay."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"config.json in {str(folder)!r} is not valid JSON") from error
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise ModelError(f"config.json in {str(folder)!r} names no model_type")
-    unwanted = sorted(k for k in values if k == "auto_map" or re.fullmatch(r"_.*_internal", k))
-    if unwanted:
-        raise ModelError(f"config.json in {str(folder)!r} asks for code from the checkpoint ({unwanted[0]}); refused")
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"no .safetensors weights in {str(folder)!r}: convert the checkpoint, other formats can run code")
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _quantisation(folder: Path) -> str:
+    """How a checkpoint is quantised, as its config says ("mxfp4", "fp8", "gptq", ...); "" where it is not."""
+    stated = read_config(folder / "config.json").get("quantization_config")
+    return str(stated.get("quant_method") or "unknown")[:40] if isinstance(stated, dict) else ""
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def model_card(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -79,7 +94,8 @@ def model_card(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     total = sum(p.numel() for p in model.parameters())
     idle = sum(_expert_parameters(s) * (1 - s.info.top_k / s.info.n_experts) for s in sites)
     folder = Path(path) if path is not None and Path(path).is_dir() else None
-    name = folder.resolve().name if folder else str(path or getattr(config, "_name_or_path", "") or config.model_type)
+    hub_id, commit = hub_name(folder) if folder else ("", "")
+    name = hub_id or (folder.resolve().name if folder else str(path or getattr(config, "_name_or_path", "") or config.model_type))
     layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None) or 0
     if getattr(config, "is_encoder_decoder", False):
         layers = config.num_layers + config.num_decoder_layers
@@ -97,6 +113,7 @@ def model_card(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         max_tokens=getattr(config, "max_position_embeddings", None),
         digest=_digest(folder, "*.safetensors", "config.json") if folder else _weights_digest(model),
         tokenizer_digest=_digest(folder, "tokenizer*") if folder else "",
+        revision=commit,
     )
 
 

@@ -99,7 +99,10 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is known of the model behind a trace. Parameters are counts; ``digest`` is sha256 over its files."""
+    """What is known of the model behind a trace. Parameters are counts; ``digest`` is sha256 over its files.
+
+    ``revision`` is the commit of a model that came from the hub, "" for any other.
+    """
 
     name: str
     family: str
@@ -114,6 +117,7 @@ class ModelCard:
     max_tokens: int | None = None
     digest: str = ""
     tokenizer_digest: str = ""
+    revision: str = ""
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

@@ -88,10 +88,13 @@ class Worker:
 
         from analysis.capture import Progress, capture
         from analysis.models import load_model
+        from analysis.proofs import canary
 
         torch.set_num_threads(int(os.environ.get("ROUTERSCOPE_THREADS", "1")))
         if job.model not in self._models:
-            self._models = {job.model: load_model(job.model)}  # one model in memory at a time
+            loaded = load_model(job.model)
+            canary(loaded[0])
+            self._models = {job.model: loaded}  # one model in memory at a time
         model, tokenizer = self._models[job.model]
 
         def show(p: Progress) -> None:

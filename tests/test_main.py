@@ -51,9 +51,90 @@ def test_errors_are_one_sentence(
     assert message in error and "Traceback" not in error
 
 
+def test_params_of_a_folder_a_file_and_an_example(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    loaded = tiny.build("mixtral")
+    assert found["total"] == sum(p.numel() for p in loaded.parameters()) and len(found["sites"]) == 2
+    assert main(["params", f"{model}/config.json"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"{found['total']:,}" in shown and f"{found['active_without_embedding']:,}" in shown and f"{found['sites'][0]['expert']:,}" in shown
+    )
+    assert main(["params", "gpt-4-rumour"]) == 0
+    shown = capsys.readouterr().out
+    assert "RUMOUR" in shown and "1,760,000,000,000" in shown
+    assert main(["params", "64x16b", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["status"], found["weight"]["experts_active"]) == ("EXAMPLE: round numbers, no real model", 128 * 10**9)
+
+
+def test_params_needs_no_weights_and_its_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    for values, message in (
+        ({"model_type": "\x1b[2Jevil"}, "'\\x1b[2Jevil' is unknown"),
+        ({"model_type": "llama", "num_hidden_layers": 1}, "no router layers"),
+        ({"model_type": "mixtral", "num_hidden_layers": 10**9}, "more than any model has"),
+    ):
+        config.write_text(json.dumps(values))
+        assert main(["params", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("error: ") and error.count("\n") == 1 and "\x1b" not in error
+    assert main(["params", str(tmp_path / "none")]) == 2
+
+
+def test_verify_model_says_pass_or_what_differs(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["verify-model", model]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 8 and all(line.startswith("pass ") for line in shown[:7]) and shown[-1].endswith("tiny: 7 proofs pass")
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    honest = MixtralExperts.forward
+    monkeypatch.setattr(MixtralExperts, "forward", lambda self, hidden_states, top_k_index, top_k_weights: honest(
+        self, hidden_states, (top_k_index + 1) % 8, top_k_weights))  # fmt: skip
+    assert main(["verify-model", model]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("differs ") for line in shown) == 2 and shown[-1].endswith("2 of 7 proofs differ")
+    assert main(["verify-model", "/none"]) == 2 and capsys.readouterr().err.startswith("error: no model at")
+
+
+def test_capture_refuses_a_model_that_routes_at_random(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+    honest = MixtralTopKRouter.forward
+    monkeypatch.setattr(MixtralTopKRouter, "forward", lambda self, hidden: honest(self, torch.randn_like(hidden)))
+    assert main(["capture", "--model", model, "--text", "a", "--out", str(tmp_path / "r")]) == 2
+    assert "cannot be captured exactly" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_capture_from_the_hub_records_its_commit(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from .hub import COMMIT, NAME, local_hub
+
+    out = str(tmp_path / "r")
+    command = ["capture", "--model", NAME, "--revision", COMMIT, "--text", "one", "--out", out]
+    with local_hub(tmp_path / "cache", monkeypatch) as hub:
+        hub.files = {p.name: p.read_bytes() for p in Path(model).iterdir()}
+        assert main(command) == 2 and "a hub id needs --hub" in capsys.readouterr().err
+        assert main([*command, "--hub"]) == 2 and "add --allow-download" in capsys.readouterr().err
+        assert hub.asked == []
+        assert main([*command, "--allow-download"]) == 0
+        hub.refusal = (403, "GatedRepo")
+        other = command.index(COMMIT)
+        command[other] = COMMIT[::-1]
+        assert main([*command, "--allow-download"]) == 2
+    assert f"error: {NAME} is gated" in capsys.readouterr().err
+    card = open_run(out).model
+    assert (card.name, card.revision, card.family) == (NAME, COMMIT, "mixtral")
+
+
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     commands = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert set(commands) == {"capture", "stats", "verify", "export", "runs", "delete"}
+    assert set(commands) == {"capture", "params", "verify-model", "stats", "verify", "export", "runs", "delete"}
     for name in commands:
         with pytest.raises(SystemExit):
             main([name, "--help"])

@@ -1,13 +1,19 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from analysis.checkpoints import find_checkpoint
 from analysis.models import ModelError, load_model, model_card
+from analysis.proofs import verify_model
 from analysis.trace import ModelCard
 
 from . import tiny
+from .hub import COMMIT, NAME, local_hub
 
 
 @pytest.fixture
@@ -55,6 +61,120 @@ def test_missing_folder_and_unpinned_hub_model() -> None:
         load_model("/nowhere/at/all")
     with pytest.raises(ModelError, match="40 hex"):
         load_model("some/model", hub=True, revision="main")
+
+
+def test_hub_model_carries_its_name_and_commit(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with local_hub(tmp_path / "cache", monkeypatch) as hub:
+        hub.files = {p.name: p.read_bytes() for p in saved.iterdir()}
+        with pytest.raises(ModelError, match="--allow-download"):
+            load_model(NAME, hub=True, revision=COMMIT)
+        model, tokenizer = load_model(NAME, hub=True, revision=COMMIT, download=True)
+        card = model_card(model, tokenizer, find_checkpoint(NAME, hub=True, revision=COMMIT))
+    assert (card.name, card.revision) == (NAME, COMMIT)
+    local = model_card(*load_model(saved), saved)
+    assert (local.name, local.revision) == ("model", "") and local.digest == card.digest
+    assert ModelCard.from_json(json.loads(json.dumps(card.to_json()))) == card
+
+
+def test_sharded_checkpoint(tmp_path: Path) -> None:
+    model = tiny.build("olmoe")
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    shards = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(shards) > 3
+    loaded, tokenizer = load_model(tmp_path / "model")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
+    before = model_card(loaded, tokenizer, tmp_path / "model").digest
+    raw = bytearray(shards[-1].read_bytes())
+    raw[-1] ^= 1
+    shards[-1].write_bytes(raw)
+    assert model_card(loaded, tokenizer, tmp_path / "model").digest != before
+    shards[1].unlink()
+    with pytest.raises(ModelError, match=f"'{shards[1].name}' and 0 more of the shards"):
+        load_model(tmp_path / "model")
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_weights_a_checkpoint_lacks_are_not_made_up(saved: Path) -> None:
+    """Transformers fills them with random numbers: a random router would be shown as the model's."""
+    rewritten(saved, lambda t: t.__delitem__("model.layers.1.mlp.gate.weight"))
+    with pytest.raises(ModelError, match="lacks 1 weights of its OlmoeForCausalLM, 'model.layers.1.mlp.gate.weight'"):
+        load_model(saved)
+
+
+def test_weights_of_another_shape_are_refused(saved: Path) -> None:
+    rewritten(saved, lambda t: t.update({"model.layers.1.mlp.gate.weight": torch.zeros(6, 32)}))
+    with pytest.raises(ModelError, match="another shape of 1 weights of its OlmoeForCausalLM, 'model.layers.1.mlp.gate.weight'"):
+        load_model(saved)
+
+
+def test_names_in_a_checkpoint_cannot_steer_the_terminal(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging
+
+    rewritten(saved, lambda t: t.update({"\x1b[2Jevil": torch.zeros(1)}))
+    before = logging.get_verbosity()
+    load_model(saved)
+    assert "evil" not in caplog.text and logging.get_verbosity() == before
+    AutoModelForCausalLM.from_pretrained(saved)
+    assert "evil" in caplog.text  # what would have been shown
+
+
+def test_loading_shows_its_progress(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_model(saved)
+    assert "Loading weights: 100%" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes", "compressed-tensors", "no-such-method"])
+def test_quantised_checkpoint_that_cannot_be_loaded_here(saved: Path, method: str) -> None:
+    values = json.loads((saved / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": method, "bits": 4, "load_in_4bit": True, "group_size": 32, "weight_block_size": [8, 8]}
+    (saved / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=f"quantised with {method}, here: ") as caught:
+        load_model(saved)
+    assert "\n" not in str(caught.value)
+
+
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def packed(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """MXFP4 of the OCP microscaling standard: (blocks, scales, values): 32 four-bit values share an exponent, low nibble first."""
+    blocks = torch.randint(256, (*shape[:-1], shape[-1] // 32, 16), dtype=torch.uint8)
+    scales = torch.randint(121, 125, blocks.shape[:-1], dtype=torch.uint8)
+    nibbles = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2).long()
+    values = FP4[nibbles] * torch.exp2(scales.float() - 127)[..., None]
+    return blocks, scales, values.flatten(-2)
+
+
+def test_mxfp4_is_unpacked_and_captured_exactly(tmp_path: Path) -> None:
+    config_class, values = tiny.FAMILIES["gpt_oss"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**values | {"intermediate_size": 32})).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    expected = {}
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in range(2):
+            for name, rows in (("gate_up_proj", 64), ("down_proj", 32)):
+                key = f"model.layers.{layer}.mlp.experts.{name}"
+                tensors.pop(key)
+                tensors[f"{key}_blocks"], tensors[f"{key}_scales"], unpacked = packed(8, rows, 32)
+                expected[key] = unpacked.transpose(1, 2)
+
+    rewritten(tmp_path, pack)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    stated["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    loaded, tokenizer = load_model(tmp_path)
+    held = dict(loaded.named_parameters())
+    assert len(expected) == 4 and all(torch.equal(held[k].float(), v) for k, v in expected.items())
+    assert {p.verdict for p in verify_model(loaded, tokenizer)} == {"pass"}
 
 
 def test_card_counts_parameters(saved: Path) -> None:

@@ -129,7 +129,7 @@ def test_the_check_is_executable() -> None:
 
 LIGHT = (
     *("__main__", "balance", "export", "findings", "layout", "metrics"),
-    *("stats", "store", "tokens", "trace", "untrusted"),
+    *("checkpoints", "stats", "store", "tokens", "trace", "untrusted", "whatif"),
 )
 
 
