@@ -161,7 +161,7 @@ def pool_curves(curves: pa.Table) -> pa.Table:
 def with_shares(table: pa.Table) -> pa.Table:
     """The table with every share of SHARES whose two columns it has: 0 to 1, NaN where there is nothing to share."""
     for name, part, whole in SHARES:
-        if {part, whole} <= set(table.column_names):
+        if {part, whole} <= set(table.column_names) and name not in table.column_names:
             top, bottom = (table[c].to_numpy().astype(np.float64) for c in (part, whole))
             table = table.append_column(name, pa.array(np.divide(top, bottom, out=np.full(len(bottom), np.nan), where=bottom != 0)))
     return table

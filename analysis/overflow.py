@@ -38,6 +38,7 @@ _KERNEL: Mapping[str, int] = MappingProxyType(
 )
 POLICIES = tuple(_KERNEL)
 BLOCK = 128
+BAD_WEIGHT = "a gate weight is NaN or infinite"
 FACTORS = tuple(round(0.25 + 0.05 * i, 2) for i in range(76))
 
 
@@ -214,6 +215,8 @@ def rank_site(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches:
     experts, weights = _checked(experts, weights, batches, policy)
     if not weights_known and (policy in ("probability", "batch_priority") or (policy == "choice" and experts.shape[1] > 1)):
         raise CapacityError(f"policy {policy!r} orders by gate weights, and those of natively dropped assignments were not recorded")
+    if weights.size and not (np.isfinite(weights.min()) and np.isfinite(weights.max())):  # NaN passes through min
+        raise CapacityError(BAD_WEIGHT)
     if experts.size and experts.max() >= n_experts + n_special:
         raise CapacityError(f"expert id {experts.max()} is outside {NO_EXPERT}..{n_experts + n_special - 1}")
     slotless = experts >= n_experts
@@ -257,6 +260,8 @@ def drop_curve(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches
         row_of.astype(np.int32).ravel())  # fmt: skip
     if bad:
         raise CapacityError(f"an expert id is outside {NO_EXPERT}..{n_experts - 1}")
+    if not np.isfinite(totals[1]):  # a sum of finite float32 is finite
+        raise CapacityError(BAD_WEIGHT)
     mass, lost = (totals[1], lost) if weights_known else (float("nan"), np.full_like(lost, np.nan))
     return Curve(factors, int(totals[0]), len(experts), float(mass), dropped, fully, lost, n_experts * (count[:, None] * slots).sum(0))
 
@@ -291,10 +296,7 @@ def _checked(experts: np.ndarray, weights: np.ndarray, batches: Batches, policy:
     if experts.dtype.itemsize > 4 and experts.size and not -(2**31) <= int(experts.min()) <= int(experts.max()) < 2**31:
         raise CapacityError(f"expert id {experts.max()} is out of range")
     narrow = np.int16 if experts.dtype in (np.int8, np.uint8, np.int16) else np.int32
-    weights = np.ascontiguousarray(weights, np.float32)
-    if weights.size and not np.isfinite(weights.sum(dtype=np.float64)):
-        raise CapacityError("a gate weight is NaN or infinite")
-    return np.ascontiguousarray(experts, narrow), weights
+    return np.ascontiguousarray(experts, narrow), np.ascontiguousarray(weights, np.float32)
 
 
 def _random_priority(shape: tuple[int, ...], seed: int | Sequence[int]) -> np.ndarray:
