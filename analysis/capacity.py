@@ -10,14 +10,14 @@ policies that order by weight are refused. Everything else there is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 
-from .overflow import BLOCK, FACTORS, Overflow, Queues, chance_curve, rank_site
+from .overflow import BLOCK, FACTORS, POLICIES, MissingScores, Overflow, Queues, chance_curve, rank_site
 from .slots import Batches, CapacityError, CapacityRule, ExpertShape, capacity_rule, least_factor, make_batches, slot_cost
 from .trace import LayerInfo, ModelCard, Trace, by_document
 
@@ -44,18 +44,8 @@ class RankedTrace:
         return AppliedCapacity(self.trace, {i: q.at(factor, rule, slots=slots, block=block) for i, q in self.queues.items()})
 
     def curves(self, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
-        """One row per site and factor: Curve.table, and what overflows by chance (uniform routing in the same batches)."""
-        rule, tables = _rule(preset), []
-        chances: dict[tuple[str, int, int, int], np.ndarray] = {}
-        for i, ranked in self.queues.items():
-            layer = self.trace.layers[i]
-            same = (layer.stream, layer.n_experts, layer.top_k, layer.n_special)
-            if same not in chances:
-                chances[same] = chance_curve(ranked.batches.sizes, *same[1:3], factors, rule, layer.n_special)
-            curve = ranked.curve(factors, rule)
-            table = curve.table().append_column("chance_dropped", pa.array(chances[same] * curve.assignments))
-            tables.append(_of_site(layer, with_shares(table)))
-        return pa.concat_tables(tables)
+        """One row per site and factor: Curve.table with shares, and what overflows by chance (uniform routing, same batches)."""
+        return _curve_tables(self.trace, self.queues.items(), factors, _rule(preset))
 
 
 @dataclass(frozen=True)
@@ -139,18 +129,29 @@ def apply_capacity(trace: Trace, factor: float = 1.25, policy: str = "position",
 def rank_trace(trace: Trace, policy: str = "position", scope: str = "document", *, size: int | None = None, mixed: int | None = None,
                seed: int = 0, layers: Sequence[int] | None = None) -> RankedTrace:  # fmt: skip
     """Rank the sites ``layers`` (default all) of a trace once; arguments as for ``apply_capacity``."""
-    batches: dict[str, Batches] = {}
-    ranked = {}
-    for i in range(len(trace.layers)) if layers is None else layers:
-        routing = trace.routing(i)
-        layer = trace.layers[i]
-        if layer.stream not in batches:
-            batches[layer.stream] = make_batches([stop - start for start, stop in _ranges(trace, layer.stream)], scope, size, mixed)
-        known = routing.chosen is routing.experts or bool((routing.chosen == routing.experts).all())
-        preference = trace.scores(i).probabilities if policy == "reroute" else None
-        ranked[i] = rank_site(routing.chosen, routing.weights, layer.n_experts, batches[layer.stream], policy, n_special=layer.n_special,
-                              seed=[seed, i], preference=preference, weights_known=known)  # fmt: skip
-    return RankedTrace(trace, ranked)
+    return RankedTrace(trace, dict(_ranked(trace, policy, scope, size, mixed, seed, layers)))
+
+
+def capacity_curves(trace: Trace, factors: Sequence[float] | np.ndarray = FACTORS, policy: str = "position", scope: str = "document", *,
+                    size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
+                    layers: Sequence[int] | None = None) -> pa.Table:  # fmt: skip
+    """As ``rank_trace(...).curves(...)``, holding one site at a time: for long runs with many sites."""
+    return _curve_tables(trace, _ranked(trace, policy, scope, size, mixed, seed, layers), factors, _rule(preset))
+
+
+def compare_policies(trace: Trace, factor: float = 1.25, scope: str = "document", *, policies: Sequence[str] = POLICIES,
+                     size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
+                     layers: Sequence[int] | None = None) -> pa.Table:  # fmt: skip
+    """One row per policy: AppliedCapacity.summary, and why a policy cannot be answered for this run (null where it can)."""
+    rows = []
+    for policy in policies:
+        try:
+            applied = apply_capacity(trace, factor, policy, scope, size=size, mixed=mixed, preset=preset, seed=seed, layers=layers)
+            rows.append({"policy": policy, **applied.summary(), "unanswered": None})
+        except MissingScores as error:
+            rows.append({"policy": policy, "unanswered": str(error)})
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "unanswered")) + ["unanswered"]
+    return pa.table({name: [row.get(name) for row in rows] for name in columns})
 
 
 def pool_curves(curves: pa.Table) -> pa.Table:
@@ -199,6 +200,36 @@ def _percent(share: float) -> str:
     if 0 < share < 0.001 or 0.999 < share < 1:
         return "below 0.1 %" if share < 0.5 else "over 99.9 %"
     return f"{100 * share:.1f} %".replace(".0 %", " %")
+
+
+def _ranked(trace: Trace, policy: str, scope: str, size: int | None, mixed: int | None, seed: int,
+            layers: Sequence[int] | None) -> Iterator[tuple[int, Queues]]:  # fmt: skip
+    batches: dict[str, Batches] = {}
+    for i in range(len(trace.layers)) if layers is None else layers:
+        routing = trace.routing(i)
+        layer = trace.layers[i]
+        if layer.stream not in batches:
+            batches[layer.stream] = make_batches([stop - start for start, stop in _ranges(trace, layer.stream)], scope, size, mixed)
+        known = routing.chosen is routing.experts or bool((routing.chosen == routing.experts).all())
+        preference = trace.scores(i).probabilities if policy == "reroute" else None
+        yield i, rank_site(routing.chosen, routing.weights, layer.n_experts, batches[layer.stream], policy, n_special=layer.n_special,
+                           seed=[seed, i], preference=preference, weights_known=known)  # fmt: skip
+
+
+def _curve_tables(
+    trace: Trace, ranked: Iterable[tuple[int, Queues]], factors: Sequence[float] | np.ndarray, rule: CapacityRule
+) -> pa.Table:
+    tables = []
+    chances: dict[tuple[str, int, int, int], np.ndarray] = {}
+    for i, queues in ranked:
+        layer = trace.layers[i]
+        same = (layer.stream, layer.n_experts, layer.top_k, layer.n_special)
+        if same not in chances:
+            chances[same] = chance_curve(queues.batches.sizes, *same[1:3], factors, rule, layer.n_special)
+        curve = queues.curve(factors, rule)
+        table = curve.table().append_column("chance_dropped", pa.array(chances[same] * curve.assignments))
+        tables.append(_of_site(layer, with_shares(table)))
+    return pa.concat_tables(tables)
 
 
 def _rule(preset: str | CapacityRule) -> CapacityRule:

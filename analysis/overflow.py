@@ -42,6 +42,10 @@ BAD_WEIGHT = "a gate weight is NaN or infinite"
 FACTORS = tuple(round(0.25 + 0.05 * i, 2) for i in range(76))
 
 
+class MissingScores(CapacityError):
+    """The run did not record what a policy orders by; another policy, or another capture, can be answered."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """One site over capacity factors, float64 [factors]; arrays int64 [factors] unless said otherwise.
@@ -214,7 +218,7 @@ def rank_site(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches:
 
     experts, weights = _checked(experts, weights, batches, policy)
     if not weights_known and (policy in ("probability", "batch_priority") or (policy == "choice" and experts.shape[1] > 1)):
-        raise CapacityError(f"policy {policy!r} orders by gate weights, and those of natively dropped assignments were not recorded")
+        raise MissingScores(f"policy {policy!r} orders by gate weights, and those of natively dropped assignments were not recorded")
     if weights.size and not (np.isfinite(weights.min()) and np.isfinite(weights.max())):  # NaN passes through min
         raise CapacityError(BAD_WEIGHT)
     if experts.size and experts.max() >= n_experts + n_special:
@@ -224,7 +228,7 @@ def rank_site(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches:
     experts = experts if special is None else np.where(slotless, experts.dtype.type(NO_EXPERT), experts)
     if policy == "reroute":
         if preference is None or preference.ndim != 2 or len(preference) != len(experts) or preference.shape[1] < n_experts:
-            raise CapacityError("reroute needs the router's probabilities of all experts: capture the run with them")
+            raise MissingScores("reroute needs the router's probabilities of all experts: capture the run with them")
         preference = np.ascontiguousarray(preference[:, :n_experts], np.float32)
     priority = _random_priority(weights.shape, seed) if policy == "random" else weights
     ranks, loads, bad = queues.rank_all(experts, priority.view(np.uint32), batches.order, batches.starts, n_experts, _KERNEL[policy])
@@ -264,6 +268,21 @@ def drop_curve(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches
         raise CapacityError(BAD_WEIGHT)
     mass, lost = (totals[1], lost) if weights_known else (float("nan"), np.full_like(lost, np.nan))
     return Curve(factors, int(totals[0]), len(experts), float(mass), dropped, fully, lost, n_experts * (count[:, None] * slots).sum(0))
+
+
+def curve_of_loads(loads: np.ndarray, sizes: np.ndarray, top_k: int, factors: Sequence[float] | np.ndarray = FACTORS,
+                   rule: CapacityRule = PRESETS["megatron"]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(dropped, slots) int64 [factors] from loads alone, int [batches, E] for batches of ``sizes`` [batches] tokens.
+
+    Exact for every policy but "reroute" and "dropless": how much overflows does not depend on who is served first. For
+    runs of statistics, pass one batch. Raises CapacityError for shapes that do not fit.
+    """
+    loads, sizes = np.asarray(loads), np.asarray(sizes)
+    if loads.ndim != 2 or len(loads) != len(sizes):
+        raise CapacityError(f"loads {loads.shape} must be [batches, E] for {len(sizes)} batches")
+    slots = capacities(sizes, loads.shape[1], top_k, np.asarray(factors, np.float64), rule, loads.max(1, initial=0))
+    dropped = [np.maximum(loads - slots[:, [f]], 0).sum() for f in range(slots.shape[1])]
+    return np.array(dropped, np.int64), loads.shape[1] * slots.sum(0)
 
 
 def chance_curve(sizes: np.ndarray, n_experts: int, top_k: int, factors: Sequence[float] | np.ndarray = FACTORS,

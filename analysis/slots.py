@@ -79,7 +79,8 @@ _RULES = (
     CapacityRule("mesh", "Mesh-TensorFlow", _product_first, "down", False, "position",
                  "mesh_tensorflow/transformer/moe.py: max(min(G, int(G CF / E)), 4)", minimum=4, within_tokens=True),
     CapacityRule("deepspeed", "DeepSpeed", _single_precision, "up", True, "choice",
-                 "deepspeed/moe/sharded_moe.py, _capacity in float32: max(ceil(T / E * (CF k)), min_capacity)", minimum=4),
+                 "deepspeed/moe/sharded_moe.py, _capacity in float32: max(ceil(T / E * (CF k)), min_capacity); its policy is that "
+                 "of top2gating, for k above 2 topkgating drops by probability", minimum=4),
     CapacityRule("deepspeed_top1", "DeepSpeed top-1 gate", _single_precision, "up", False, "random",
                  "deepspeed/moe/sharded_moe.py, top1gating: as deepspeed, k not counted", minimum=4),
     CapacityRule("tutel", "Tutel", _rounded_share, "down", True, "choice",

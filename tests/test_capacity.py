@@ -15,9 +15,9 @@ import pytest
 
 from analysis import apply_capacity, expert_capacity, open_run
 from analysis.balance import maxvio
-from analysis.capacity import expert_shape, in_words, pool_curves, rank_trace, with_shares
+from analysis.capacity import capacity_curves, compare_policies, expert_shape, in_words, pool_curves, rank_trace, with_shares
 from analysis.capture import capture
-from analysis.overflow import drop_curve, rank_site
+from analysis.overflow import curve_of_loads, drop_curve, rank_site
 from analysis.slots import CapacityError, ExpertShape, capacity_rule, make_batches
 from analysis.trace import SiteRouting, Trace, TraceError
 from tests import tiny
@@ -90,6 +90,25 @@ def test_curves_meet_single_settings_and_pool(policy: str) -> None:
     for r in pooled:
         one = ranked.at(r["factor"], "deepspeed").summary()
         assert (r["dropped"], r["dropped_share"], r["slot_use"]) == (one["dropped"], one["dropped_share"], one["slot_use"])
+
+
+def test_curves_one_site_at_a_time_are_the_same() -> None:
+    trace = make_trace(TWO_STREAMS)
+    options = {"size": 2, "mixed": 5, "layers": [2, 0]}
+    together = rank_trace(trace, "random", "documents", seed=3, **options).curves([0.5, 1.5], "mesh")
+    alone = capacity_curves(trace, [0.5, 1.5], "random", "documents", seed=3, preset="mesh", **options)
+    assert alone.column_names == together.column_names and alone["site"].to_pylist() == [2, 2, 0, 0]
+    assert repr(alone.to_pylist()) == repr(together.to_pylist())  # NaN gate mass where native drops hide it
+
+
+def test_policies_are_compared_and_what_cannot_be_answered_says_why() -> None:
+    rows = {r["policy"]: r for r in compare_policies(make_trace(PLAIN), 0.75, "run").to_pylist()}
+    told = [p for p in rows if rows[p]["unanswered"] is None]
+    assert set(rows) - set(told) == {"reroute"} and "capture the run" in rows["reroute"]["unanswered"]
+    assert len({rows[p]["dropped"] for p in told if p != "dropless"}) == 1 and rows["dropless"]["dropped"] == 0
+    assert rows["probability"]["gate_mass_lost"] == min(rows[p]["gate_mass_lost"] for p in told if p != "dropless")
+    with pytest.raises(CapacityError, match="no policy"):
+        compare_policies(make_trace(PLAIN), policies=["luck"])
 
 
 def test_layers_preset_rule_and_slots_can_be_chosen() -> None:
@@ -249,6 +268,8 @@ def test_real_olmoe_and_mixtral(real: Path, model: str, n_experts: int, top_k: i
         figures = golden[f"{domain}/{name}"]
         experts = np.repeat(np.arange(len(load), dtype=np.int16), load).reshape(-1, top_k)
         assert len(experts) == figures["tokens"]
-        curve = rank_site(experts, np.ones(experts.shape, np.float32), n_experts, make_batches([len(experts)], "run")).curve(
-            [float(cf) for cf in figures["drop_pct"]])  # fmt: skip
+        factors = [float(cf) for cf in figures["drop_pct"]]
+        curve = rank_site(experts, np.ones(experts.shape, np.float32), n_experts, make_batches([len(experts)], "run")).curve(factors)
+        dropped, slots = curve_of_loads(load[None], np.array([len(experts)]), top_k, factors)
+        assert np.array_equal(dropped, curve.dropped) and np.array_equal(slots, curve.slots)
         assert [float(f"{x:.8g}") for x in 100 * curve.dropped / curve.assignments] == list(figures["drop_pct"].values())

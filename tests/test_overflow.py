@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.overflow import FACTORS, POLICIES, Queues, batch_loads, chance_curve, drop_curve, rank_site, warm_up
+from analysis.overflow import FACTORS, POLICIES, Queues, batch_loads, chance_curve, curve_of_loads, drop_curve, rank_site, warm_up
 from analysis.slots import PRESETS, Batches, CapacityError, capacities, capacity_rule, make_batches
 
 ORDERED = ("position", "choice", "probability", "batch_priority", "random")
@@ -210,6 +210,8 @@ def test_dropped_total_is_the_excess_over_capacity_for_every_policy(site: tuple,
         for policy in ORDERED:
             over = rank_site(experts, weights, n_experts, batches, policy).at(factor)
             assert over.dropped.sum() == np.maximum(loads - slots, 0).sum()
+            dropped, all_slots = curve_of_loads(loads, batches.sizes, experts.shape[1], [factor])
+            assert (dropped[0], all_slots[0]) == (over.dropped.sum(), over.capacity.sum())
             assert over.total()["idle"] == np.maximum(slots - loads, 0).sum()
             assert (batch_loads(np.where(over.kept, experts, -1), n_experts, batches) <= slots).all()
 
@@ -339,6 +341,8 @@ def test_arrays_without_meaning(experts: object, weights: object, more: dict, me
 
 
 def test_settings_without_meaning() -> None:
+    with pytest.raises(CapacityError, match="batches, E"):
+        curve_of_loads(np.array([3, 2]), np.array([5]), 1)
     queues = queues_of([[0], [1]], [[1], [1]])
     for work, message in ((lambda: queues.at(-1.0), "capacity factor"), (lambda: queues.at(slots=-1), "slots"),
                           (lambda: queues.at().by(np.array([0]), 1), "one key"), (lambda: queues.at().by(np.array([0, 3]), 3), "one key"),
