@@ -90,7 +90,7 @@ class AppliedCapacity:
         return self._by("token_id", _token_ids)
 
     def summary(self) -> dict[str, float]:
-        """Sums over the sites, and their shares: the row for "all layers"."""
+        """Sums over the sites and their shares: the row for "all layers". A token counts once for every site it passes."""
         rows = self.by_layer()
         return with_shares(_summed(rows, [])).to_pylist()[0]
 
@@ -204,8 +204,10 @@ def _percent(share: float) -> str:
 
 def _ranked(trace: Trace, policy: str, scope: str, size: int | None, mixed: int | None, seed: int,
             layers: Sequence[int] | None) -> Iterator[tuple[int, Queues]]:  # fmt: skip
-    batches: dict[str, Batches] = {}
-    for i in range(len(trace.layers)) if layers is None else layers:
+    chosen, batches = range(len(trace.layers)) if layers is None else layers, dict[str, Batches]()
+    if not len(chosen):
+        raise CapacityError("no layer is chosen: give at least one site number")
+    for i in chosen:
         routing = trace.routing(i)
         layer = trace.layers[i]
         if layer.stream not in batches:

@@ -176,6 +176,11 @@ def test_a_run_of_one_token_and_settings_without_meaning() -> None:
                                ({"scope": "tokens"}, "give size"), ({"preset": "x"}, "no preset"), ({"slots": -2}, "slots")):  # fmt: skip
         with pytest.raises(CapacityError, match=message):
             apply_capacity(one, **arguments)
+    with pytest.raises(CapacityError, match="no layer is chosen"):
+        apply_capacity(one, layers=[])
+    for layer in (2, -1):
+        with pytest.raises(TraceError, match=f"no site {layer}"):
+            apply_capacity(one, layers=[layer])
     with pytest.raises(CapacityError, match="bins of 0"):
         apply_capacity(one).by_position(0)
     with pytest.raises(TraceError, match="statistics only"):
