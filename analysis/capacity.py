@@ -168,9 +168,11 @@ def with_shares(table: pa.Table) -> pa.Table:
     return table
 
 
-def in_words(applied: AppliedCapacity, curve: pa.Table, factor: float, target: float = 0.01) -> str:
-    """One sentence: what ``factor`` drops, which factor of ``curve`` (pooled) keeps drops under ``target``, what then idles."""
-    now = applied.summary()
+def in_words(now: Mapping[str, float], curve: pa.Table, factor: float, target: float = 0.01) -> str:
+    """One sentence: what ``factor`` drops, which factor of ``curve`` (pooled) keeps drops under ``target``, what then idles.
+
+    ``now`` has the shares at ``factor``: AppliedCapacity.summary, or the row of ``curve``.
+    """
     said = f"CF {factor:g} drops {_percent(now['dropped_share'])} of assignments"
     said += f" ({_percent(now['fully_dropped_share'])} of tokens lose all experts)"
     factors, shares, use = (curve[c].to_numpy() for c in ("factor", "dropped_share", "slot_use"))

@@ -225,9 +225,9 @@ def test_the_answer_in_words() -> None:
     part = replace(make_part(layers, [8]), routing=(SiteRouting(experts, np.ones((8, 1), np.float32), experts),))
     ranked = rank_trace(make_trace(layers, [part]))
     pooled = pool_curves(ranked.curves([1.0, 1.25, 1.5, 2.0]))
-    said = in_words(ranked.at(1.0), pooled, 1.0)
+    said = in_words(ranked.at(1.0).summary(), pooled, 1.0)
     assert said == "CF 1 drops 25 % of assignments (25 % of tokens lose all experts); 1 % or less needs 1.5, where 33.3 % of slots idle"
-    assert in_words(ranked.at(1.0), pool_curves(ranked.curves([1.0, 1.25])), 1.0).endswith("no factor up to 1.25 keeps it at 1 %")
+    assert in_words(ranked.at(1.0).summary(), pool_curves(ranked.curves([1.0, 1.25])), 1.0).endswith("no factor up to 1.25 keeps it at 1 %")
 
 
 @pytest.mark.parametrize("task", ["intent", "law"])
