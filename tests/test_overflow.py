@@ -283,6 +283,13 @@ def test_tables_against_counting_by_hand(site: tuple, factor: float) -> None:
         assert row["gate_mass_lost"] == pytest.approx(weights[sent & ~over.kept].astype(float).sum(), abs=1e-9)
 
 
+def test_of_equal_weights_the_lower_slot_is_the_first_choice() -> None:
+    ones = np.ones((2, 2), np.float32)
+    for experts, top1 in (([[0, 1], [0, 2]], 1), ([[0, 1], [2, 0]], 0)):  # the second token loses expert 0 at one slot
+        total = rank_site(np.array(experts, np.int16), ones, 3, make_batches([2])).at(slots=1).total()
+        assert (total["dropped"], total["partly_dropped"], total["top1_dropped"]) == (1, 1, top1)
+
+
 def test_dropless_pads_to_blocks() -> None:
     ones = np.ones(FIGURE_3.shape, np.float32)
     queues = rank_site(FIGURE_3, ones, 3, make_batches([6], "run"), "dropless")
