@@ -7,13 +7,15 @@ inside ``recording`` and answer only to the thread that opened it, so captures i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .routers import Call, Routed, Site, find_sites
 
@@ -81,12 +83,24 @@ class Recorder:
         return taken
 
 
+class _OffloadGuard(TorchDispatchMode):
+    """Refuses operations on weights that are offloaded at that moment: torch runs them and returns uninitialised memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if "meta" in devices and len(devices) > 1:
+            raise CaptureError(f"the model reads weights while they are offloaded ({func}) and computes garbage:"
+                               " load it without weights on disk")  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def recording(model: nn.Module, sites: Sequence[Site] | None = None,
               cancelled: Callable[[], bool] | None = None) -> Iterator[Recorder]:  # fmt: skip
     """Hooks on every site of ``model`` while the block runs, removed afterwards whatever happens.
 
-    Raises CaptureError in training mode or under gradient checkpointing, RouterError as find_sites does.
+    Raises CaptureError in training mode, under gradient checkpointing, or where offloaded weights are read unloaded;
+    RouterError as find_sites does.
     """
     if model.training:
         raise CaptureError("the model is in training mode, where routers add noise: call model.eval() first")
@@ -100,7 +114,8 @@ def recording(model: nn.Module, sites: Sequence[Site] | None = None,
             handles.append(site.router.register_forward_hook(partial(_after_router, recorder, at)))
             hook = partial(_before_experts, recorder, at)
             handles.append(site.boundary.register_forward_pre_hook(hook, with_kwargs=True))
-        yield recorder
+        with _OffloadGuard() if any(p.is_meta for p in model.parameters()) else nullcontext():
+            yield recorder
     finally:
         _ACTIVE.reset(token)
         for handle in handles:

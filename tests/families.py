@@ -63,22 +63,27 @@ class Family:
         torch.manual_seed(seed)
         model = self.model_class._from_config(self.config(**values)).float().eval()
         with torch.no_grad():
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                randomise(name, tensor, model.config)
+            for name, tensor in model.named_parameters():
+                randomise(name, tensor)
+            for name, tensor in model.named_buffers():
+                if name.rpartition(".")[2] in (*BIASES, "tid2eid"):  # the rest are rotary tables, decays, constants
+                    randomise(name, tensor)
         return model
 
 
-def randomise(name: str, tensor: torch.Tensor, config: Any) -> None:
+BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+
+
+def randomise(name: str, tensor: torch.Tensor) -> None:
     """Routers, biases and hash tables start as zeros or constants in most families: give them values that decide."""
     last = name.rpartition(".")[2]
     if last == "tid2eid":  # a hash table: distinct experts for each token id
-        width = config.n_routed_experts
-        tensor.copy_(torch.rand(tensor.shape[0], width).argsort(1)[:, : tensor.shape[1]])
-    elif last in ("e_score_correction_bias", "expert_bias", "balancing_biases"):
+        tensor.copy_(torch.rand(tensor.shape[0], 8).argsort(1)[:, : tensor.shape[1]])
+    elif last in BIASES:
         tensor.normal_(0, 0.1)
     elif last == "per_expert_scale":
         tensor.uniform_(0.5, 2)
-    elif not tensor.is_floating_point() or tensor.ndim < 2 or "inv_freq" in last:
+    elif tensor.ndim < 2:
         return
     elif any(part in name for part in ("router", ".gate.", "moe_statics")):
         tensor.normal_(0, 0.5)
