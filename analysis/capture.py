@@ -226,12 +226,13 @@ def _forward(model: Any, recorder: Recorder, batch: Sequence[_Document], _: int)
     for row, document in enumerate(batch):
         ids[row, : len(document.ids)] = torch.tensor(document.ids)
         mask[row, : len(document.ids)] = 1
-    given: dict[str, Any] = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    device = _device(model)
+    given: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     two_streams = bool(model.config.is_encoder_decoder)
     start: list[int] = []
     if two_streams:
         start = [model.config.decoder_start_token_id or 0]
-        given["decoder_input_ids"] = torch.full((len(batch), 1), start[0], device=model.device)
+        given["decoder_input_ids"] = torch.full((len(batch), 1), start[0], device=device)
     logits = _next_token_logits(model, model(**given, use_cache=False))
     routed = [forwards[0] for forwards in recorder.take(1)]
     _check_rows(recorder.sites, routed, {"decoder": len(batch) if two_streams else ids.numel(), "encoder": ids.numel()})
@@ -247,6 +248,13 @@ def _forward(model: Any, recorder: Recorder, batch: Sequence[_Document], _: int)
             wanted = slice(row * width, row * width + len(tokens))
             pieces.append(_piece(document, stream, tokens, loss, len(tokens), recorder.sites, routed, wanted))
     return pieces
+
+
+def _device(model: Any) -> Any:
+    """Where inputs belong; a model offloaded whole is on the meta device but runs elsewhere."""
+    if model.device.type != "meta":
+        return model.device
+    return getattr(getattr(model, "_hf_hook", None), "execution_device", None) or "cpu"
 
 
 def _next_token_logits(model: Any, output: Any) -> Tensor | None:
@@ -266,7 +274,7 @@ def _generate(model: Any, recorder: Recorder, batch: Sequence[_Document], new: i
         raise CaptureError("generation is recorded for decoder-only models; capture without new tokens")
     pieces = []
     for document in batch:
-        ids = torch.tensor([document.ids], device=model.device)
+        ids = torch.tensor([document.ids], device=_device(model))
         made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, num_beams=1)
         taken = recorder.take(None)
         routed = [_joined(forwards) for forwards in taken]

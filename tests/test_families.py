@@ -291,6 +291,7 @@ def test_captured_as_a_trace_and_padding_leaves_no_mark(family: Family) -> None:
     for layer in together.layers:
         assert len(together.experts(layer.index)) == together.n_tokens(layer.stream) > 0
         assert np.array_equal(np.sort(together.experts(layer.index)), np.sort(alone.experts(layer.index)))
+        np.testing.assert_allclose(np.sort(together.weights(layer.index)), np.sort(alone.weights(layer.index)), rtol=1e-4, atol=1e-5)
         scores = together.scores(layer.index)
         assert np.isfinite(scores.entropy).all() and (scores.entropy <= np.log(layer.n_classes) + 1e-5).all()
         assert np.isnan(scores.margin).all() if layer.selection in ("hash", "group-limited top-k") else (scores.margin >= 0).all()
@@ -307,17 +308,20 @@ ELSEWHERE = MappingProxyType({
 TAKES_IDS = re.compile(r"top_k_index|topk_indices|selected_experts|router_indices|routing_weights|top_k_weights|topk_weights")
 
 
+ROUTING_CLASS = re.compile(r"class \w*(Router|TopKGating|MoE\w*Gate|Experts|MoE|Moe)\(")
+
+
 @pytest.fixture(scope="module")
 def routing_classes() -> dict[str, set[str]]:
     """folder -> classes that route or execute routed experts, read from the source without importing it."""
     found: dict[str, set[str]] = {}
     for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
         text = path.read_text(encoding="utf-8")
-        for node in ast.parse(text).body if re.search("rout|gate|expert|moe", text, re.I) else ():
+        for node in ast.parse(text).body if TAKES_IDS.search(text) or ROUTING_CLASS.search(text) else ():
             if isinstance(node, ast.ClassDef):
                 forward = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "forward"), None)
                 takes = forward is not None and any(TAKES_IDS.fullmatch(a.arg) for a in forward.args.args)
-                if takes or ROUTER_CLASS.search(node.name) or re.search(r"(Experts|MoE|Moe)$", node.name):
+                if takes or ROUTER_CLASS.search(node.name) or ROUTING_CLASS.match(f"class {node.name}("):
                     found.setdefault(path.parent.name, set()).add(node.name)
     return found
 

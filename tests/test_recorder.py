@@ -194,6 +194,23 @@ def test_margin_is_undefined_where_the_correction_is_offloaded() -> None:
     assert np.isnan(part.scores[0].margin).all() and np.isfinite(part.scores[0].entropy).all()
 
 
+def test_skipped_and_zero_compute_experts_are_ids_from_e_upwards() -> None:
+    model = FAMILIES["zaya"].build()
+    find_sites(model)[0].router.balancing_biases[8] += 0.5  # so that some tokens skip
+    skip = capture(model, TOKENIZER, ["Il pleut, il pleut"])
+    experts, weights = skip.experts(0), skip.weights(0)
+    assert (experts == 8).any() and (experts < 8).any() and not weights[experts == 8].any() and weights[experts < 8].all()
+    zero = capture(FAMILIES["longcat_flash"].build(), TOKENIZER, ["Il pleut, il pleut"])
+    assert (zero.experts(0) >= 8).any() and zero.weights(0)[zero.experts(0) >= 8].all()
+
+
+def test_hooks_are_gone_after_an_exception() -> None:
+    model = FAMILIES["mixtral"].build()
+    with pytest.raises(ZeroDivisionError), recording(model):
+        raise ZeroDivisionError
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 # ---- refusals ---------------------------------------------------------------------------------------------------------------
 
 

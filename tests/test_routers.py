@@ -1,32 +1,86 @@
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from analysis.capture import capture
 from analysis.routers import RouterError, find_sites
 
 from . import tiny
+from .families import FAMILIES
+
+# What LayerInfo must say of one site of a family, rule by rule.
+FACTS = (
+    ("mixtral", 0, {"scoring": "softmax", "selection": "top-k", "normalised": True, "n_shared": 0, "weights_on": "output"}),
+    ("gpt_oss", 0, {"scoring": "softmax-topk", "normalised": True}),
+    ("phimoe", 0, {"scoring": "sparsemixer", "normalised": False}),
+    ("deepseek_v2", 0, {"scoring": "softmax", "selection": "group-limited top-k", "normalised": False, "layer": 1, "n_shared": 1}),
+    ("deepseek_v3", 0, {"scoring": "sigmoid", "selection": "group-limited top-k", "normalised": True, "layer": 1, "n_shared": 1}),
+    ("deepseek_v4", 0, {"scoring": "sqrtsoftplus", "selection": "hash"}),
+    ("deepseek_v4", 1, {"scoring": "sqrtsoftplus", "selection": "top-k"}),
+    ("cohere2_moe", 0, {"scoring": "softmax-topk", "scaled_after": 0.5}),
+    ("laguna", 0, {"scoring": "sigmoid", "scaled_after": 2.5, "n_shared": 1, "shared_gate": False}),
+    ("qwen2_moe", 0, {"n_shared": 1, "shared_gate": True, "normalised": False}),
+    ("granitemoeshared", 0, {"n_shared": 1, "shared_gate": False}),
+    ("ernie4_5_vl_moe", 0, {"n_shared": 1, "name": "layers.1.mlp.text_moe"}),
+    ("hunyuan_v1_moe", 0, {"top_k": 2}),
+    ("hunyuan_v1_moe", 1, {"top_k": 3}),
+    ("jetmoe", 0, {"stack": "attention", "stream": "decoder", "layer": 0}),
+    ("jetmoe", 1, {"stack": "decoder", "stream": "decoder", "layer": 0}),
+    ("llama4", 0, {"weights_on": "input", "scoring": "sigmoid", "layer": 1, "n_shared": 1}),
+    ("longcat_flash", 0, {"n_experts": 8, "n_special": 4, "n_classes": 12}),
+    ("zaya", 0, {"n_experts": 8, "n_special": 1, "top_k": 1}),
+    ("doge", 0, {"scoring": "product-keys", "selection": "product keys", "n_experts": 16, "top_k": 3}),
+    ("switch_transformers", 0, {"stack": "encoder", "stream": "encoder", "selection": "top-1 with capacity", "native_capacity": 3}),
+    ("switch_transformers", 1, {"stack": "decoder", "stream": "decoder", "native_capacity": 3}),
+)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_sites_are_what_the_config_says(family: str) -> None:
-    model = tiny.build(family)
-    sites = find_sites(model)
-    assert len(sites) == tiny.SITES.get(family, 2)
-    config = model.config
-    experts = next(v for n in ("n_routed_experts", "num_local_experts", "num_experts") if isinstance(v := getattr(config, n, None), int))
-    assert {s.info.n_experts for s in sites} == {experts}
-    assert {s.info.top_k for s in sites} == {getattr(config, "num_experts_per_tok", 1)}
-    assert [s.info.index for s in sites] == list(range(len(sites)))
+@pytest.mark.parametrize(("family", "site", "facts"), FACTS, ids=[f"{f}-{i}" for f, i, _ in FACTS])
+def test_layer_info_says_how_a_site_routes(family: str, site: int, facts: dict[str, Any]) -> None:
+    info = find_sites(FAMILIES[family].build())[site].info
+    assert {name: getattr(info, name) for name in facts} == facts
 
 
-def test_facts_of_single_families() -> None:
-    v3 = find_sites(tiny.build("deepseek_v3"))[0].info
-    assert (v3.layer, v3.n_shared, v3.scoring, v3.router["topk_group"]) == (1, 1, "sigmoid", 2)
-    assert len(v3.router["bias"]) == 8
-    assert find_sites(tiny.build("qwen2_moe"))[0].info.n_shared == 1
-    switch = find_sites(tiny.build("switch_transformers"))
-    assert [s.info.stack for s in switch] == ["encoder", "decoder"]
-    assert switch[0].info.native_capacity == 3
+def test_settings_of_a_what_if() -> None:
+    v3 = find_sites(tiny.build("deepseek_v3"))[0].info.router
+    assert (v3["num_group"], v3["topk_group"], v3["group_by"], v3["routed_scaling_factor"]) == (4, 2, "sum of its best two", 2.5)
+    assert len(v3["bias"]) == 8 and v3["bias_on"] == "scores"
+    assert find_sites(FAMILIES["kolibri1"].build())[0].info.router["bias_on"] == "logits"
+    assert find_sites(FAMILIES["deepseek_v2"].build())[0].info.router["group_by"] == "its best"
+    assert "num_group" not in find_sites(FAMILIES["deepseek_v2"].build(topk_method="greedy"))[0].info.router
+
+
+def test_experts_may_differ_in_number_from_layer_to_layer() -> None:
+    model = FAMILIES["mixtral"].build()
+    model.model.layers[1].mlp = type(model.model.layers[1].mlp)(FAMILIES["mixtral"].config(num_local_experts=5, num_experts_per_tok=3))
+    assert [(s.info.n_experts, s.info.top_k) for s in find_sites(model)] == [(8, 2), (5, 3)]
+
+
+def test_a_router_missing_from_the_table_has_no_scores_but_its_ids() -> None:
+    model = FAMILIES["mixtral"].build()
+    for layer in model.model.layers:
+        gate = layer.mlp.gate
+        gate.__class__ = type("NobodyTopKRouter", (type(gate),), {})
+    info = find_sites(model)[0].info
+    assert info.scoring == "unknown" and "scores of NobodyTopKRouter are not known" in info.note
+    trace = capture(model, tiny.tokenizer(), ["Il pleut"])
+    assert np.isnan(trace.scores(0).entropy).all() and (trace.experts(0) >= 0).all()
+
+
+def test_experts_of_a_vision_tower_are_left_out() -> None:
+    model = FAMILIES["ernie4_5_vl_moe"].build()
+    assert "layers.1.mlp.vision_moe.experts" in dict(model.named_modules())
+    assert [s.info.name for s in find_sites(model)] == ["layers.1.mlp.text_moe"]
+
+
+def test_a_table_entry_that_does_not_fit_its_model() -> None:
+    model = FAMILIES["jetmoe"].build()
+    del model.model.layers[0].mlp.output_linear
+    with pytest.raises(RouterError, match="mlp has no output_linear: the entry of JetMoeTopKGating"):
+        find_sites(model)
 
 
 def test_no_routers_is_said_plainly() -> None:
@@ -35,11 +89,8 @@ def test_no_routers_is_said_plainly() -> None:
 
 
 def test_dense_configuration_of_a_moe_family() -> None:
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
-    config = Qwen3MoeConfig(**tiny.FAMILIES["qwen3_moe"][1] | {"mlp_only_layers": [0, 1]})
     with pytest.raises(RouterError, match="all its layers are dense"):
-        find_sites(AutoModelForCausalLM.from_config(config))
+        find_sites(FAMILIES["qwen3_moe"].build(mlp_only_layers=[0, 1]))
 
 
 def test_nllb_is_refused_with_the_reason() -> None:
