@@ -16,7 +16,8 @@ from analysis.routers import RouterError, find_sites
 
 from . import tiny
 from .families import FAMILIES, VOCABULARY, Family, inputs
-from .test_families import every, prove_perturbed, prove_recomputed, record, run
+from .proofs import prove_perturbed, prove_recomputed, record, run
+from .test_families import every
 
 TOKENIZER = tiny.tokenizer()
 OWN_LOOP = {"dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "step3p7", "switch_transformers"}
