@@ -67,7 +67,7 @@ class _Document:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One document of one stream as recorded: ids and per-token columns, then per site routing and scores."""
+    """One document of one stream as recorded: ids and per-token columns; per site routing, scores, sums of probabilities."""
 
     document: _Document
     stream: str
@@ -76,6 +76,7 @@ class _Piece:
     n_prefill: int
     routing: tuple[SiteRouting | None, ...]
     scores: tuple[SiteScores | None, ...]
+    sums: tuple[np.ndarray | None, ...]
 
 
 def capture_parts(
@@ -122,14 +123,14 @@ def capture_parts(
                 raise CaptureCancelled("capture cancelled")
             with recording(model, sites, cancelled) as recorder, torch.inference_mode():
                 run = _generate if new_tokens else _forward
-                pieces += run(model, recorder, batch, new_tokens)
+                pieces += run(model, recorder, batch, new_tokens, probabilities)
             tokens = sum(len(d.ids) for d in batch)
             done = Progress(done.documents + len(batch), total, done.tokens + tokens, time.monotonic() - began)
             if progress is not None:
                 progress(done)
         if not pieces:
             return
-        part = _part(index, pieces, sites, pieces_of, rows, probabilities)
+        part = _part(index, pieces, sites, pieces_of, rows)
         check_part(part, [s.info for s in sites])
         for stream in {p.stream for p in pieces}:
             rows[stream] = rows.get(stream, 0) + sum(len(p.ids) for p in pieces if p.stream == stream)
@@ -218,7 +219,7 @@ def _batched(items: Iterable[_Document], size: int) -> Iterator[tuple[_Document,
         yield batch
 
 
-def _forward(model: Any, recorder: Recorder, batch: Sequence[_Document], _: int) -> list[_Piece]:
+def _forward(model: Any, recorder: Recorder, batch: Sequence[_Document], _: int, probabilities: bool) -> list[_Piece]:
     """One padded forward. Padding goes right, where neither attention nor a native capacity lets it touch real tokens."""
     longest = max(len(d.ids) for d in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -246,7 +247,7 @@ def _forward(model: Any, recorder: Recorder, batch: Sequence[_Document], _: int)
                 target = ids[row, 1 : len(tokens)].to(logits.device)
                 loss[:-1] = F.cross_entropy(logits[row, : len(tokens) - 1].float(), target, reduction="none").cpu().numpy()
             wanted = slice(row * width, row * width + len(tokens))
-            pieces.append(_piece(document, stream, tokens, loss, len(tokens), recorder.sites, routed, wanted))
+            pieces.append(_piece(document, stream, tokens, loss, len(tokens), recorder.sites, routed, wanted, probabilities))
     return pieces
 
 
@@ -268,7 +269,7 @@ def _check_rows(sites: Sequence[Site], routed: Sequence[Routed], tokens: dict[st
             raise CaptureError(f"{site.info.name} routed {len(one.ids)} of {tokens[site.info.stream]} tokens: which ones cannot be told")
 
 
-def _generate(model: Any, recorder: Recorder, batch: Sequence[_Document], new: int) -> list[_Piece]:
+def _generate(model: Any, recorder: Recorder, batch: Sequence[_Document], new: int, probabilities: bool) -> list[_Piece]:
     """Greedy continuation, one document at a time: the first forward is the prefill, each later one a decode step."""
     if model.config.is_encoder_decoder:
         raise CaptureError("generation is recorded for decoder-only models; capture without new tokens")
@@ -284,7 +285,7 @@ def _generate(model: Any, recorder: Recorder, batch: Sequence[_Document], new: i
             raise CaptureError(f"{document.name}: generation fed {len(fed)} tokens of {made.shape[1]}; use plain greedy search")
         loss = np.full(len(fed), np.nan, np.float32)
         pieces.append(_piece(document, "decoder", fed, loss, len(document.ids), recorder.sites, routed,
-                             slice(0, len(fed))))  # fmt: skip
+                             slice(0, len(fed)), probabilities))  # fmt: skip
     return pieces
 
 
@@ -301,14 +302,19 @@ def _joined(forwards: Sequence[Routed]) -> Routed:
 
 
 def _piece(document: _Document, stream: str, ids: Sequence[int], loss: np.ndarray, n_prefill: int, sites: Sequence[Site],
-           routed: Sequence[Routed], rows: slice) -> _Piece:  # fmt: skip
+           routed: Sequence[Routed], rows: slice, probabilities: bool) -> _Piece:  # fmt: skip
+    """Tables of one document. Probabilities are summed at once and kept only if asked for: they are wide."""
     routing: list[SiteRouting | None] = []
     scores: list[SiteScores | None] = []
+    sums: list[np.ndarray | None] = []
     for site, whole in zip(sites, routed, strict=True):
         mine = site.info.stream == stream
         routing.append(_routing(site.info, whole, rows) if mine else None)
-        scores.append(_scores(site.info, whole, rows) if mine else None)
-    return _Piece(document, stream, np.array(ids, np.int32), loss, n_prefill, tuple(routing), tuple(scores))
+        scored = _scores(site.info, whole, rows) if mine else None
+        shares = None if scored is None else scored.probabilities
+        sums.append(None if shares is None else shares.sum(0, dtype=np.float64))
+        scores.append(scored if scored is None or probabilities else replace(scored, probabilities=None))
+    return _Piece(document, stream, np.array(ids, np.int32), loss, n_prefill, tuple(routing), tuple(scores), tuple(sums))
 
 
 def _routing(info: LayerInfo, routed: Routed, rows: slice) -> SiteRouting:
@@ -339,8 +345,7 @@ def _scores(info: LayerInfo, routed: Routed, rows: slice) -> SiteScores:
     return SiteScores(first, second, third, shares.cpu().numpy())
 
 
-def _part(index: int, pieces: Sequence[_Piece], sites: Sequence[Site], texts: Pieces, rows: dict[str, int],
-          probabilities: bool) -> Part:  # fmt: skip
+def _part(index: int, pieces: Sequence[_Piece], sites: Sequence[Site], texts: Pieces, rows: dict[str, int]) -> Part:
     """Assemble a Part: token rows by stream, arrays of each site joined in document order."""
     streams = [s for s in ("encoder", "decoder") if any(p.stream == s for p in pieces)]
     tokens, documents = [], []
@@ -356,10 +361,8 @@ def _part(index: int, pieces: Sequence[_Piece], sites: Sequence[Site], texts: Pi
     for s, site in enumerate(sites):
         mine = [p for p in pieces if p.stream == site.info.stream]
         routing.append(join_routing([r for p in mine if (r := p.routing[s]) is not None]))
-        joined = join_scores([x for p in mine if (x := p.scores[s]) is not None])
-        shares = joined.probabilities
-        sums.append(np.zeros(site.info.n_classes) if shares is None else shares.sum(0, dtype=np.float64))
-        scores.append(joined if probabilities else replace(joined, probabilities=None))
+        scores.append(join_scores([x for p in mine if (x := p.scores[s]) is not None]))
+        sums.append(sum((v for p in mine if (v := p.sums[s]) is not None), np.zeros(site.info.n_classes)))
     table = pa.table(dict(zip(DOCUMENTS.names, zip(*documents, strict=True), strict=True)), schema=DOCUMENTS)
     first = {s: rows.get(s, 0) for s in streams}
     return Part(index, pa.concat_tables(tokens), table, tuple(routing), tuple(scores), tuple(sums), first)

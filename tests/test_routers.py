@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from analysis.capture import capture
+from analysis.families import UNKNOWN
 from analysis.routers import RouterError, find_sites
 
 from . import tiny
-from .families import FAMILIES
+from .families import FAMILIES, Family
 
 # What LayerInfo must say of one site of a family, rule by rule.
 FACTS = (
@@ -74,6 +75,56 @@ def test_experts_of_a_vision_tower_are_left_out() -> None:
     model = FAMILIES["ernie4_5_vl_moe"].build()
     assert "layers.1.mlp.vision_moe.experts" in dict(model.named_modules())
     assert [s.info.name for s in find_sites(model)] == ["layers.1.mlp.text_moe"]
+
+
+# Multimodal models at their default sizes: how many sites their text reaches, and where the first one is.
+WHOLE = (
+    ("aria", "AriaForConditionalGeneration", 32, "model.language_model.layers.0.mlp"),
+    ("dots3_note", "Dots3NoteForConditionalGeneration", 45, "model.language_model.layers.1.mlp"),
+    ("ernie4_5_vl_moe", "Ernie4_5_VLMoeForConditionalGeneration", 27, "model.language_model.layers.1.mlp.text_moe"),
+    ("glm4v_moe", "Glm4vMoeForConditionalGeneration", 45, "model.language_model.layers.1.mlp"),
+    ("glm5_next", "Glm5NextForConditionalGeneration", 42, "model.language_model.layers.3.mlp"),
+    ("inkling", "InklingForConditionalGeneration", 66, "model.language_model.layers.0.mlp"),
+    ("inkling2", "Inkling2ForConditionalGeneration", 48, "model.language_model.layers.0.mlp"),
+    ("kimi_k25", "Kimi_K25ForConditionalGeneration", 58, "model.language_model.layers.3.mlp"),
+    ("llama4", "Llama4ForConditionalGeneration", 48, "language_model.model.layers.0.feed_forward"),
+    ("minimax_m3_vl", "MiniMaxM3SparseForConditionalGeneration", 60, "model.language_model.layers.0.mlp"),
+    ("mistral_large4", "MistralLarge4ForConditionalGeneration", 71, "model.language_model.layers.1.mlp"),
+    ("muse_spark", "MuseSparkForConditionalGeneration", 62, "model.language_model.layers.0.mlp"),
+    ("nemotron_h_omni", "NemotronH_Omni_Reasoning_V3", 1, "language_model.model.layers.1.mixer"),
+    ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", 40, "model.language_model.layers.0.mlp"),
+    ("qwen3_omni_moe", "Qwen3OmniMoeThinkerForConditionalGeneration", 28, "model.language_model.layers.0.mlp"),
+    ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", 24, "model.language_model.layers.0.mlp"),
+    ("step3p7", "Step3p7ForConditionalGeneration", 42, "model.language_model.layers.3.mlp"),
+    ("unlimited_ocr", "UnlimitedOcrForConditionalGeneration", 11, "model.language_model.layers.1.mlp"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("folder", "name", "n", "first"), WHOLE, ids=[w[0] for w in WHOLE])
+def test_whole_multimodal_models_show_the_sites_of_their_text(folder: str, name: str, n: int, first: str) -> None:
+    """Sizes of the class defaults, on the meta device: nothing is allocated."""
+    kind = Family(folder, name).model_class
+    with torch.device("meta"):
+        model = kind._from_config(kind.config_class())
+    sites = find_sites(model)
+    assert (len(sites), sites[0].info.name) == (n, first)
+    assert {s.info.stream for s in sites} == {"decoder"} and not any(s.kind is UNKNOWN for s in sites)
+
+
+@pytest.mark.parametrize(("family", "name", "vision"), [
+    ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16,
+                                                             "out_hidden_size": 32, "deepstack_visual_indexes": [0]}),
+    ("ernie4_5_vl_moe", "Ernie4_5_VLMoeForConditionalGeneration", {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}),
+])  # fmt: skip
+def test_text_through_a_whole_model_routes_as_through_its_tower(family: str, name: str, vision: dict[str, Any]) -> None:
+    tower = FAMILIES[family].build()
+    kind = Family(family, name).model_class
+    whole = kind._from_config(kind.config_class(text_config=tower.config.to_dict(), vision_config=vision)).float().eval()
+    whole.model.language_model.load_state_dict(tower.state_dict())
+    texts = ["Il pleut.", "def f(x)"]
+    through, alone = (capture(m, tiny.tokenizer(), texts) for m in (whole, tower))
+    assert through.layers and all(np.array_equal(through.experts(x.index), alone.experts(x.index)) for x in through.layers)
+    assert through.tokens["loss"].null_count == 2 and alone.tokens["loss"].null_count == alone.tokens.num_rows  # no language head
 
 
 def test_a_table_entry_that_does_not_fit_its_model() -> None:
