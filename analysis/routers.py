@@ -85,7 +85,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     for name, module in names.items():
         if (reason := REFUSED.get(type(module).__name__)) is not None:
             raise RouterError(f"refused: {name} is a {type(module).__name__}, and {reason}")
-        if hasattr(module, "_orig_mod"):
+        if _compiled(module):
             raise RouterError(f"{name or 'the model'} is compiled: load the model again and capture before torch.compile")
     declared = _declared_routers(model)
     found = sorted((f for name in names if (f := _found(names, declared, name)) is not None), key=_execution(names))
@@ -98,6 +98,13 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     if not sites:
         raise RouterError(_why_none(model))
     return sites
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has this module in hand, in any of its forms; hooks added later may be skipped silently."""
+    forward = getattr(module, "forward", None)
+    return (hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(forward, "_torchdynamo_orig_callable"))  # fmt: skip
 
 
 def _found(names: Mapping[str, nn.Module], declared: frozenset[str], name: str) -> _Found | None:

@@ -154,6 +154,15 @@ def test_nllb_is_refused_with_the_reason() -> None:
         find_sites(AutoModelForSeq2SeqLM.from_config(config))
 
 
+def test_an_expert_picked_by_data_set_is_no_routing() -> None:
+    from transformers import VitPoseBackbone, VitPoseBackboneConfig
+
+    config = VitPoseBackboneConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_experts=3, part_features=4,
+                                   image_size=[32, 32], patch_size=[16, 16])  # fmt: skip
+    with pytest.raises(RouterError, match="picked by the dataset index"):
+        find_sites(VitPoseBackbone(config))
+
+
 def test_experts_without_a_router_beside_them() -> None:
     model = tiny.build("olmoe")
     block = model.model.layers[0].mlp
@@ -162,6 +171,22 @@ def test_experts_without_a_router_beside_them() -> None:
         find_sites(model)
 
 
-def test_compiled_model_is_refused() -> None:
-    with pytest.raises(RouterError, match="compiled"):
-        find_sites(torch.compile(tiny.build("olmoe"), backend="eager"))
+def compile_wrapped(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def compile_in_place(model: Any) -> Any:
+    model.model.layers[1].compile(backend="eager")
+    return model
+
+
+def compile_forward(model: Any) -> Any:
+    block = model.model.layers[1].mlp
+    block.forward = torch.compile(block.forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [compile_wrapped, compile_in_place, compile_forward])
+def test_compiled_model_is_refused(compiled: Any) -> None:
+    with pytest.raises(RouterError, match="compiled: load the model again and capture before torch.compile"):
+        find_sites(compiled(tiny.build("olmoe")))
