@@ -19,13 +19,15 @@ from .families import inputs
 Seen = dict[nn.Module, tuple[tuple[Any, ...], Any]]
 
 
-def run(model: nn.Module, n: int = 12) -> Tensor:
+def run(model: Any, n: int = 12) -> Tensor:
     """The main output of one forward over two documents of ``n`` tokens."""
+    device = "cpu" if model.device.type == "meta" else model.device  # offloaded whole
+    given = {k: v.to(device, model.dtype if v.is_floating_point() else None) for k, v in inputs(model, n).items()}
     with torch.no_grad():
-        return model(**inputs(model, n))[0]
+        return model(**given)[0]
 
 
-def record(model: nn.Module, n: int = 12) -> list[Routed]:
+def record(model: Any, n: int = 12) -> list[Routed]:
     with recording(model) as recorder:
         run(model, n)
     return [forwards[0] for forwards in recorder.take()]
@@ -76,10 +78,10 @@ def by_contract(site: Site, seen: Seen, ids: Tensor, weights: Tensor) -> Tensor:
     def alone(e: int) -> Tensor:
         if e >= site.info.n_experts and not hasattr(site.experts, "identity_expert"):  # a skip class computes nothing
             return torch.zeros_like(rows(hidden))
-        given = torch.full((n, width), e)
+        given = torch.full((n, width), e, device=hidden.device)
         if site.info.native_capacity is not None:
             given = nn.functional.one_hot(given, site.info.n_experts)
-        return rows(site.experts(hidden, given, torch.full((n, width), 1 / width, dtype=hidden.dtype)))
+        return rows(site.experts(hidden, given, torch.full((n, width), 1 / width, dtype=hidden.dtype, device=hidden.device)))
 
     return combined(alone, ids, weights)
 
