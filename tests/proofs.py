@@ -204,4 +204,4 @@ def prove_perturbed(model: Any, factor: float = 3) -> None:
                 part.copy_(kept)
                 changed = (observed(model, site, seen) != before).any(-1)
                 assert torch.equal(changed, (routed.ids == e).any(-1)), (site.info.name, e)
-        assert len(routed.ids.unique()) > 2  # not vacuous: several experts were at work
+        assert len(routed.ids.unique()) >= 2  # not vacuous: more than one expert was at work
