@@ -117,6 +117,34 @@ def slot_bars(kept: np.ndarray, dropped: np.ndarray, idle: np.ndarray, slots: np
     return _sized(figure, 360)
 
 
+def slot_grid(tokens: Sequence[str], experts: np.ndarray, ranks: np.ndarray, capacity: int, n_experts: int) -> go.Figure:
+    """A few tokens in the slots of their experts: experts [n], ranks [n] (place in the expert's queue), one batch.
+
+    A filled square is a processed token, an outlined one an idle slot, a crossed one right of the line a dropped token.
+    """
+    kept, loads = ranks < capacity, np.bincount(experts, minlength=n_experts)
+    idle = [(slot, e) for e in range(n_experts) for slot in range(min(loads[e], capacity), capacity)]
+    groups = (
+        ("processed", ranks[kept], experts[kept], [t for t, k in zip(tokens, kept, strict=True) if k], "square", palette.AMOUNT["light"][3]),
+        ("dropped", ranks[~kept], experts[~kept], [t for t, k in zip(tokens, kept, strict=True) if not k], "x-thin-open", palette.DEAD),
+        ("idle slot", np.array([s for s, _ in idle]), np.array([e for _, e in idle]), [""] * len(idle), "square-open", "#8c8c8c"),
+    )  # fmt: skip
+    figure = go.Figure()
+    for name, x, y, words, symbol, colour in groups:
+        figure.add_scatter(x=x + 1, y=[f"expert {e}" for e in y], text=words, name=name, mode="markers+text", hoverinfo="skip",
+                           textposition="middle center" if name == "processed" else "bottom center",
+                           textfont={"color": "white"} if name == "processed" else None,
+                           marker={"symbol": symbol, "size": 44 if name != "dropped" else 26, "color": colour, "line": {"width": 3, "color": colour}})  # fmt: skip
+    figure.add_vline(
+        x=capacity + 0.5, line={"color": "#888", "dash": "dash"}, annotation_text="expert capacity", annotation_font_color="#888"
+    )
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(title="slot", dtick=1, range=[0.4, max(capacity, int(loads.max())) + 0.9], showgrid=False)
+    figure.update_yaxes(categoryorder="array", categoryarray=[f"expert {e}" for e in reversed(range(n_experts))], showgrid=False,
+                        range=[-0.6, n_experts - 0.4])  # fmt: skip
+    return _sized(figure, 300)
+
+
 def overflow_curves(factors: np.ndarray, dropped: np.ndarray, idle: np.ndarray, chance: np.ndarray, at: float) -> go.Figure:
     """Shares over capacity factors [F]: dropped and idle [sites, F] as median line and band over sites, dropped by chance [F]."""
     figure = go.Figure()
