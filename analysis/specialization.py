@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 from .information import Information, plug_in, table_information
 from .significance import (
     ALPHA,
-    PSEUDO,
     Verdict,
     benjamini_hochberg,
     bootstrap_sums,
@@ -30,7 +29,7 @@ from .significance import (
 )  # fmt: skip
 from .trace import LayerInfo, Trace
 
-MOST_UNITS = 1_000  # documents beyond this are joined into units, so that a test's cost does not grow with the corpus
+MOST_UNITS = 400  # documents beyond this are joined into units, so that a test's cost does not grow with the corpus
 INTERVAL_DRAWS = 1_000
 ROWS = 65_536  # tokens read at a time
 
@@ -280,6 +279,3 @@ def seriation(enriched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     groups = np.lexsort((np.arange(len(value)), -value.max(1), -owned))
     place = np.argsort(groups)
     return groups, np.lexsort((np.arange(len(best)), -strength, place[best]))
-
-
-STATED = f"{PSEUDO:g} tokens added to used and to not used"
