@@ -17,7 +17,7 @@ from .trace import Trace
 
 LEAST_TOKENS = 500  # of a label, for a sentence about it
 MOST_P = 0.01
-DRAWS = 999
+DRAWS = 499
 MOST_DOCUMENTS = 150  # more are joined into units: the front page waits for this
 
 

@@ -74,7 +74,7 @@ def _label_information(trace: Trace, site: int) -> float:
 
 def _token_information(trace: Trace, site: int) -> float:
     ids, experts, counts = trace.stats.token_load(site)
-    return sparse_information(np.unique(ids, return_inverse=True)[1], experts, counts)[1]
+    return sparse_information(np.cumsum(np.diff(ids, prepend=ids[:1]) != 0), experts, counts)[1]
 
 
 def _bits(layer: LayerInfo) -> float:

@@ -149,8 +149,8 @@ class Statistics:
 
     def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(token ids, experts, counts), int64 [cells]: assignments of every token id that occur, sorted by id and expert."""
-        mask = self.by_token["site"].to_numpy() == site
-        rows = self.by_token.filter(mask)
+        first, last = np.searchsorted(self.by_token["site"].to_numpy(), [site, site + 1])  # merged tables are sorted by site
+        rows = self.by_token.slice(first, last - first)
         ids, experts, counts = (rows[n].to_numpy().astype(np.int64) for n in ("token_id", "expert", "count"))
         return ids, experts, counts
 
