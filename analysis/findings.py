@@ -12,7 +12,7 @@ import numpy as np
 
 from . import balance
 from .significance import permutation_test
-from .specialization import Preferences, effects, labelled_documents
+from .specialization import Preferences, label_effects, labelled_documents
 from .trace import Trace
 
 LEAST_TOKENS = 500  # of a label, for a sentence about it
@@ -43,7 +43,7 @@ def strongest_label(trace: Trace) -> Finding | None:
     for stream in dict.fromkeys(x.stream for x in trace.layers):
         sites = [x.index for x in trace.layers if x.stream == stream]
         for site, family in zip(sites, _family_p(trace, sites), strict=True):
-            found = effects(site, "label", *_label_counts(trace, site))
+            found = label_effects(trace, site)
             gap = found.share - found.elsewhere
             p = np.minimum(family * len({x.stream for x in trace.layers}), 1)
             fits = (found.tokens[:, None] >= LEAST_TOKENS) & (found.share >= 2 * found.elsewhere) & (gap >= 0.1) & (p < MOST_P)
@@ -54,22 +54,16 @@ def strongest_label(trace: Trace) -> Finding | None:
     return _specialist(trace, *best[1:]) if best else None
 
 
-def _label_counts(trace: Trace, site: int) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    labels, counts = trace.stats.label_load(site)
-    tokens = trace.stats.label_tokens(site)
-    return labels, np.array([tokens[x] for x in labels], np.int64), counts
-
-
 def _family_p(trace: Trace, sites: Sequence[int]) -> list[np.ndarray]:
-    """Per site of one stream, float64 [labels, classes]: p corrected for every label, expert and site of the stream."""
+    """Per site of one stream, float64 [labels, classes]: p corrected for every label, expert and site of the stream.
+
+    NaN for a site where some label has no assignment at all: its labels are not those of the documents.
+    """
     units = [labelled_documents(trace, s, MOST_DOCUMENTS) for s in sites]
-    first = units[0]
-    cells = [u.counts.shape[1] for u in units]
-    test = permutation_test(np.concatenate([u.counts for u in units], 1), first.tokens, first.codes, DRAWS)
-    known = [trace.stats.label_load(s)[0] == first.labels for s in sites]
-    pieces = np.split(test.family, np.cumsum(cells)[:-1], axis=1)
-    return [p if k else np.full((len(trace.stats.label_load(s)[0]), c), np.nan)
-            for p, k, s, c in zip(pieces, known, sites, cells, strict=True)]  # fmt: skip
+    test = permutation_test(np.concatenate([u.counts for u in units], 1), units[0].tokens, units[0].codes, DRAWS)
+    pieces = np.split(test.family, np.cumsum([u.counts.shape[1] for u in units])[:-1], axis=1)
+    labels = [trace.stats.label_load(s)[0] for s in sites]
+    return [p if names == units[0].labels else np.full((len(names), p.shape[1]), np.nan) for p, names in zip(pieces, labels, strict=True)]
 
 
 def _specialist(trace: Trace, p: float, found: Preferences, row: int, expert: int) -> Finding:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .information import Information, plug_in, table_information
+from .information import Information, jensen_shannon, plug_in, table_information
 from .significance import (
     ALPHA,
     Verdict,
@@ -95,7 +95,7 @@ def labelled_documents(trace: Trace, site: int, most: int = MOST_UNITS) -> Docum
     """Counts per labelled document of a site's stream. More than ``most`` are joined, in order, within their label."""
     stream = trace.layers[site].stream
     rows = trace.documents.filter(pc.and_(pc.equal(trace.documents["stack"], stream), pc.is_valid(trace.documents["label"])))
-    rows = rows.sort_by("document")
+    rows = rows.filter(pc.greater(rows["n_tokens"], 0)).sort_by("document")
     names = np.array(rows["label"].to_pylist(), object)
     labels = tuple(sorted(set(names.tolist())))
     at = {label: i for i, label in enumerate(labels)}
@@ -127,11 +127,9 @@ def by_label(trace: Trace, site: int, draws: int | None = None, seed: int = 0) -
 
     From statistics alone; no decision is read. A run of counts without documents gives shares and effects, no test.
     """
-    labels, count = trace.stats.label_load(site)
-    sizes = trace.stats.label_tokens(site)
-    tokens = np.array([sizes[x] for x in labels], np.int64)
+    plain = label_effects(trace, site)
+    labels = plain.groups
     units = labelled_documents(trace, site)
-    plain = effects(site, "label", labels, tokens, count)
     if units.labels != labels or len(labels) < 2:
         return replace(plain, method="no test: labels of at least two kinds of documents are needed")
     test = permutation_test(units.counts, units.tokens, units.codes, draws, seed)
@@ -139,6 +137,22 @@ def by_label(trace: Trace, site: int, draws: int | None = None, seed: int = 0) -
     documents = np.bincount(units.codes, units.documents, len(labels)).astype(np.int64)
     low, high = _interval(drawn[..., :-1], drawn[..., -1:], np.bincount(units.codes, minlength=len(labels)))
     return _tested(plain, documents, low, high, test, "labels moved between whole documents")
+
+
+def label_effects(trace: Trace, site: int) -> Preferences:
+    """Sizes and effects of labels without any test, from counts alone. Labels are those with an assignment at the site."""
+    labels, count = trace.stats.label_load(site)
+    sizes = trace.stats.label_tokens(site)
+    return effects(site, "label", labels, np.array([sizes[x] for x in labels], np.int64), count)
+
+
+def label_divergence(trace: Trace, site: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """(labels, float64 [labels, labels]): Jensen-Shannon divergence of their shares of assignments, bits, 0 to 1.
+
+    Random routing of n and m assignments gives about (E - 1) (1/n + 1/m) / (8 ln 2): nearly 0.
+    """
+    labels, count = trace.stats.label_load(site)
+    return labels, np.array([[jensen_shannon(a, b) for b in count] for a in count]).reshape(len(labels), len(labels))
 
 
 def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: np.ndarray, draws: int | None = None,

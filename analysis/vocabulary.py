@@ -225,7 +225,8 @@ def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAS
     lift = share / (total / n)
     rate = total / dealt.sum()
     error = np.sqrt(np.maximum(dealt[often] * rate * (1 - rate), 1e-12))
-    null = np.random.default_rng(seed).multivariate_hypergeometric(dealt, total, draws, method="marginals")[:, often]
+    colours = np.append(dealt[often], dealt.sum() - dealt[often].sum())  # rare ids together: none of them is looked at
+    null = np.random.default_rng(seed).multivariate_hypergeometric(colours, total, draws, method="marginals")[:, :-1]
     maximum = ((null - dealt[often] * rate) / error).max(1)
     p = family_p((used[often] - dealt[often] * rate) / error, maximum, False)
     ids, count, tokens = counts.ids[often], used[often], counts.tokens[often]
