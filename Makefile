@@ -44,9 +44,9 @@ format: env-dev  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-demo-model: env  ## train the demo model again, from fetching its text to its card (MINUTES=40)
-	@$(SAY) "training for $(or $(MINUTES),40) minutes; data and results go to data/build"
-	$(BIN)/python -m data.train_demo --minutes $(or $(MINUTES),40)
+demo-model: env  ## train the demo model again, from fetching its text to its card (MINUTES=85)
+	@$(SAY) "training for $(or $(MINUTES),85) minutes; data and results go to data/build"
+	$(BIN)/python -m data.train_demo --minutes $(or $(MINUTES),85)
 	$(BIN)/python -m data.model_card --work data/build
 
 demo-run: env  ## record the demo run again, over data/demo-prompts.jsonl

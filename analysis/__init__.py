@@ -8,15 +8,25 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .capacity import apply_capacity
     from .capture import capture
     from .metrics import METRICS
     from .models import load_model
+    from .slots import expert_capacity
     from .store import open_run
     from .trace import Trace
 
 __version__ = "0.1.0"
-__all__ = ["METRICS", "Trace", "capture", "load_model", "open_run"]
-_HOME = {"capture": "capture", "load_model": "models", "open_run": "store", "Trace": "trace", "METRICS": "metrics"}
+__all__ = ["METRICS", "Trace", "apply_capacity", "capture", "expert_capacity", "load_model", "open_run"]
+_HOME = {
+    "apply_capacity": "capacity",
+    "capture": "capture",
+    "expert_capacity": "slots",
+    "load_model": "models",
+    "open_run": "store",
+    "Trace": "trace",
+    "METRICS": "metrics",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,6 @@
 """Run a model over documents and record every routing decision: hooks -> Parts -> Trace.
 
-A pre-hook on each experts module sees what is executed; a hook on the router adds its logits. Hooks exist only inside
-``recording`` and answer only to the thread that opened it, so captures in several threads never see each other's data.
+The hooks are in recorder.py; here documents become batches, and what was recorded becomes tables.
 """
 
 from __future__ import annotations
@@ -9,10 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .models import model_card
-from .routers import Routed, RouterError, Site, find_sites, selection_scores
+from .recorder import CaptureCancelled, CaptureError, Recorder, recording
+from .routers import Routed, RouterError, Site, find_sites, router_scores
 from .stats import merge_statistics, part_statistics
 from .store import RunWriter
 from .tokens import Pieces, encode
@@ -44,15 +41,6 @@ from .trace import (
 )  # fmt: skip
 
 PART_TOKENS = 65_536
-_ACTIVE: ContextVar[Recorder | None] = ContextVar("routerscope_recorder", default=None)
-
-
-class CaptureError(RuntimeError):
-    """A capture that cannot be exact; the message says what, where and what to do."""
-
-
-class CaptureCancelled(CaptureError):
-    """The caller's ``cancelled`` said stop. Parts written so far stay, and the capture can be resumed."""
 
 
 class PromptTooLong(CaptureError):
@@ -69,100 +57,6 @@ class Progress:
     seconds: float
 
 
-class Recorder:
-    """Collects what the hooks saw, forward by forward, for the thread that opened it."""
-
-    def __init__(self, sites: Sequence[Site], cancelled: Callable[[], bool] | None = None) -> None:
-        self.sites = tuple(sites)
-        self.cancelled = cancelled
-        self._outputs: list[list[Any]] = [[] for _ in sites]
-        self._routed: list[list[Routed]] = [[] for _ in sites]
-
-    def router_done(self, at: int, output: Any) -> None:
-        self._outputs[at].append(output)
-
-    def experts_called(self, at: int, ids: Tensor, weights: Tensor) -> None:
-        site = self.sites[at]
-        if self.cancelled is not None and self.cancelled():
-            raise CaptureCancelled("capture cancelled")
-        if len(self._outputs[at]) != len(self._routed[at]) + 1:
-            raise CaptureError(f"{site.info.name}: the experts ran without one call of the router before them")
-        output = self._outputs[at][-1]
-        logits = output[site.kind.logits_at] if isinstance(output, tuple) and site.kind.scoring != "unknown" else None
-        said = output[site.kind.ids_at] if isinstance(output, tuple) and site.kind.ids_at is not None else None
-        if isinstance(said, Tensor) and said.numel() == ids.numel() and not torch.equal(said.reshape(ids.shape), ids):
-            raise CaptureError(f"{site.info.name}: the experts got other ids than the router gave; a patch sits between"
-                               " them (expert placement, remapping): remove it and capture again")  # fmt: skip
-        self._outputs[at][-1] = None
-        logits = None if logits is None else logits.detach().clone()
-        self._routed[at].append(site.kind.adapter(ids.detach().clone(), weights.detach().clone(), logits))
-
-    def take(self, forwards: int | None = 1) -> list[list[Routed]]:
-        """Per site, what each forward routed; empties the recorder.
-
-        Raises CaptureError unless every site fired exactly ``forwards`` times (None: equally often).
-        """
-        counts = [len(r) for r in self._routed]
-        wanted = counts[0] if forwards is None else forwards
-        for site, routed, outputs in zip(self.sites, self._routed, self._outputs, strict=True):
-            if len(routed) != wanted or len(outputs) != wanted or wanted == 0:
-                raise CaptureError(
-                    f"{site.info.name} routed {len(routed)} times in {wanted} forward passes: its forward is compiled,"
-                    " replaced by a kernel, checkpointed or skipped; load the model plainly and capture again"
-                )
-        taken, self._routed = self._routed, [[] for _ in self.sites]
-        self._outputs = [[] for _ in self.sites]
-        return taken
-
-
-@contextmanager
-def recording(model: nn.Module, sites: Sequence[Site] | None = None,
-              cancelled: Callable[[], bool] | None = None) -> Iterator[Recorder]:  # fmt: skip
-    """Hooks on every site of ``model`` while the block runs, removed afterwards whatever happens.
-
-    Raises CaptureError in training mode or under gradient checkpointing, RouterError as find_sites does.
-    """
-    if model.training:
-        raise CaptureError("the model is in training mode, where routers add noise: call model.eval() first")
-    if getattr(model, "is_activation_checkpointing", False):
-        raise CaptureError("gradient checkpointing runs blocks twice: call model.gradient_checkpointing_disable() first")
-    recorder = Recorder(find_sites(model) if sites is None else sites, cancelled)
-    handles = []
-    token = _ACTIVE.set(recorder)
-    try:
-        for at, site in enumerate(recorder.sites):
-            handles.append(site.router.register_forward_hook(partial(_after_router, recorder, at)))
-            names = (site.id_name, site.weight_name)
-            hook = partial(_before_experts, recorder, at, names)
-            handles.append(site.experts.register_forward_pre_hook(hook, with_kwargs=True))
-        yield recorder
-    finally:
-        _ACTIVE.reset(token)
-        for handle in handles:
-            handle.remove()
-
-
-def _after_router(recorder: Recorder, at: int, module: nn.Module, arguments: Any, output: Any) -> None:
-    if _ACTIVE.get() is recorder:
-        recorder.router_done(at, output)
-
-
-def _before_experts(
-    recorder: Recorder,
-    at: int,
-    names: tuple[str, str],
-    module: nn.Module,
-    arguments: tuple[Any, ...],
-    keywords: dict[str, Any] | None = None,
-) -> None:
-    # Torch adds a hook and notes "with keywords" in two steps: between them another thread's forward calls it without.
-    if _ACTIVE.get() is recorder:
-        given = keywords or {}
-        ids = arguments[1] if len(arguments) > 1 else given[names[0]]
-        weights = arguments[2] if len(arguments) > 2 else given[names[1]]
-        recorder.experts_called(at, ids, weights)
-
-
 @dataclass(frozen=True)
 class _Document:
     index: int
@@ -173,7 +67,7 @@ class _Document:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One document of one stream as recorded: ids and per-token columns, then per site routing and scores."""
+    """One document of one stream as recorded: ids and per-token columns; per site routing, scores, sums of probabilities."""
 
     document: _Document
     stream: str
@@ -182,6 +76,7 @@ class _Piece:
     n_prefill: int
     routing: tuple[SiteRouting | None, ...]
     scores: tuple[SiteScores | None, ...]
+    sums: tuple[np.ndarray | None, ...]
 
 
 def capture_parts(
@@ -206,12 +101,14 @@ def capture_parts(
 
     Documents keep their order and are never split. ``texts`` may be a generator. ``new_tokens`` continues each
     document greedily with a KV cache; the last generated token is never fed back, so it has no routing and no row.
+    A model whose routing mixes the tokens of a forward (Doge) reads one document at a time whatever ``batch_size``.
     Encoder-decoder models read the text in the encoder; their decoder runs on its start token alone.
     Batches never straddle parts, so a resumed capture runs exactly the batches of an uninterrupted one. ``committed``
     holds (digest, label, name) of the documents already recorded, which are compared and passed over.
     Raises PromptTooLong, CaptureCancelled, CaptureError, RouterError, TraceError.
     """
     sites = find_sites(model)
+    batch_size = 1 if any(s.kind.mixes for s in sites) else batch_size
     total = len(texts) if isinstance(texts, Sequence) else None
     limit = min(x for x in (max_tokens, _context(model), 1 << 31) if x is not None)
     documents = _documents(tokenizer, texts, labels, names, committed, limit - new_tokens)
@@ -226,14 +123,14 @@ def capture_parts(
                 raise CaptureCancelled("capture cancelled")
             with recording(model, sites, cancelled) as recorder, torch.inference_mode():
                 run = _generate if new_tokens else _forward
-                pieces += run(model, recorder, batch, new_tokens)
+                pieces += run(model, recorder, batch, new_tokens, probabilities)
             tokens = sum(len(d.ids) for d in batch)
             done = Progress(done.documents + len(batch), total, done.tokens + tokens, time.monotonic() - began)
             if progress is not None:
                 progress(done)
         if not pieces:
             return
-        part = _part(index, pieces, sites, pieces_of, rows, probabilities)
+        part = _part(index, pieces, sites, pieces_of, rows)
         check_part(part, [s.info for s in sites])
         for stream in {p.stream for p in pieces}:
             rows[stream] = rows.get(stream, 0) + sum(len(p.ids) for p in pieces if p.stream == stream)
@@ -322,7 +219,7 @@ def _batched(items: Iterable[_Document], size: int) -> Iterator[tuple[_Document,
         yield batch
 
 
-def _forward(model: Any, recorder: Recorder, batch: Sequence[_Document], _: int) -> list[_Piece]:
+def _forward(model: Any, recorder: Recorder, batch: Sequence[_Document], _: int, probabilities: bool) -> list[_Piece]:
     """One padded forward. Padding goes right, where neither attention nor a native capacity lets it touch real tokens."""
     longest = max(len(d.ids) for d in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -330,44 +227,65 @@ def _forward(model: Any, recorder: Recorder, batch: Sequence[_Document], _: int)
     for row, document in enumerate(batch):
         ids[row, : len(document.ids)] = torch.tensor(document.ids)
         mask[row, : len(document.ids)] = 1
-    given: dict[str, Any] = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    device = _device(model)
+    given: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     two_streams = bool(model.config.is_encoder_decoder)
     start: list[int] = []
     if two_streams:
         start = [model.config.decoder_start_token_id or 0]
-        given["decoder_input_ids"] = torch.full((len(batch), 1), start[0], device=model.device)
-    logits = model(**given, use_cache=False).logits
+        given["decoder_input_ids"] = torch.full((len(batch), 1), start[0], device=device)
+    logits = _next_token_logits(model, model(**given, use_cache=False))
     routed = [forwards[0] for forwards in recorder.take(1)]
+    _check_rows(recorder.sites, routed, {"decoder": len(batch) if two_streams else ids.numel(), "encoder": ids.numel()})
     pieces = []
     for row, document in enumerate(batch):
         for stream in ("encoder", "decoder") if two_streams else ("decoder",):
             tokens = start if stream == "decoder" and two_streams else document.ids
             width = 1 if stream == "decoder" and two_streams else longest
             loss = np.full(len(tokens), np.nan, np.float32)
-            if not two_streams and len(tokens) > 1:
+            if logits is not None and not two_streams and len(tokens) > 1:
                 target = ids[row, 1 : len(tokens)].to(logits.device)
                 loss[:-1] = F.cross_entropy(logits[row, : len(tokens) - 1].float(), target, reduction="none").cpu().numpy()
             wanted = slice(row * width, row * width + len(tokens))
-            pieces.append(_piece(document, stream, tokens, loss, len(tokens), recorder.sites, routed, wanted))
+            pieces.append(_piece(document, stream, tokens, loss, len(tokens), recorder.sites, routed, wanted, probabilities))
     return pieces
 
 
-def _generate(model: Any, recorder: Recorder, batch: Sequence[_Document], new: int) -> list[_Piece]:
+def _device(model: Any) -> Any:
+    """Where inputs belong; a model offloaded whole is on the meta device but runs elsewhere."""
+    if model.device.type != "meta":
+        return model.device
+    return getattr(getattr(model, "_hf_hook", None), "execution_device", None) or "cpu"
+
+
+def _next_token_logits(model: Any, output: Any) -> Tensor | None:
+    """Logits over the vocabulary [B, T, V]; None for a model without language head, whose tokens have no loss."""
+    return output.logits if model.get_output_embeddings() is not None else None
+
+
+def _check_rows(sites: Sequence[Site], routed: Sequence[Routed], tokens: dict[str, int]) -> None:
+    for site, one in zip(sites, routed, strict=True):
+        if len(one.ids) != tokens[site.info.stream]:
+            raise CaptureError(f"{site.info.name} routed {len(one.ids)} of {tokens[site.info.stream]} tokens: which ones cannot be told")
+
+
+def _generate(model: Any, recorder: Recorder, batch: Sequence[_Document], new: int, probabilities: bool) -> list[_Piece]:
     """Greedy continuation, one document at a time: the first forward is the prefill, each later one a decode step."""
     if model.config.is_encoder_decoder:
         raise CaptureError("generation is recorded for decoder-only models; capture without new tokens")
     pieces = []
     for document in batch:
-        ids = torch.tensor([document.ids], device=model.device)
+        ids = torch.tensor([document.ids], device=_device(model))
         made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, num_beams=1)
         taken = recorder.take(None)
         routed = [_joined(forwards) for forwards in taken]
         fed = made[0, : routed[0].ids.shape[0]].tolist()
+        _check_rows(recorder.sites, routed, {"decoder": len(fed)})
         if fed[: len(document.ids)] != document.ids or len(fed) != made.shape[1] - 1:
             raise CaptureError(f"{document.name}: generation fed {len(fed)} tokens of {made.shape[1]}; use plain greedy search")
         loss = np.full(len(fed), np.nan, np.float32)
         pieces.append(_piece(document, "decoder", fed, loss, len(document.ids), recorder.sites, routed,
-                             slice(0, len(fed))))  # fmt: skip
+                             slice(0, len(fed)), probabilities))  # fmt: skip
     return pieces
 
 
@@ -384,14 +302,19 @@ def _joined(forwards: Sequence[Routed]) -> Routed:
 
 
 def _piece(document: _Document, stream: str, ids: Sequence[int], loss: np.ndarray, n_prefill: int, sites: Sequence[Site],
-           routed: Sequence[Routed], rows: slice) -> _Piece:  # fmt: skip
+           routed: Sequence[Routed], rows: slice, probabilities: bool) -> _Piece:  # fmt: skip
+    """Tables of one document. Probabilities are summed at once and kept only if asked for: they are wide."""
     routing: list[SiteRouting | None] = []
     scores: list[SiteScores | None] = []
+    sums: list[np.ndarray | None] = []
     for site, whole in zip(sites, routed, strict=True):
         mine = site.info.stream == stream
         routing.append(_routing(site.info, whole, rows) if mine else None)
-        scores.append(_scores(site.info, whole, rows) if mine else None)
-    return _Piece(document, stream, np.array(ids, np.int32), loss, n_prefill, tuple(routing), tuple(scores))
+        scored = _scores(site.info, whole, rows) if mine else None
+        shares = None if scored is None else scored.probabilities
+        sums.append(None if shares is None else shares.sum(0, dtype=np.float64))
+        scores.append(scored if scored is None or probabilities else replace(scored, probabilities=None))
+    return _Piece(document, stream, np.array(ids, np.int32), loss, n_prefill, tuple(routing), tuple(scores), tuple(sums))
 
 
 def _routing(info: LayerInfo, routed: Routed, rows: slice) -> SiteRouting:
@@ -410,20 +333,19 @@ def _scores(info: LayerInfo, routed: Routed, rows: slice) -> SiteScores:
     if routed.logits is None:
         unknown = np.full(n, np.nan, np.float32)
         return SiteScores(unknown, unknown, unknown, None)
-    logits = routed.logits.flatten(0, -2)[rows].float()
-    shares, selection = selection_scores(info, logits)
+    logits = routed.logits.flatten(0, -2)[rows]
+    shares, selection, volume = router_scores(info, logits)
     entropy = torch.special.entr(shares).sum(-1)
     margin = torch.full_like(entropy, torch.nan)
     if selection is not None and info.top_k < selection.shape[1]:
         taken = torch.zeros_like(selection, dtype=torch.bool).scatter_(1, routed.chosen[rows].to(torch.long), True)
         last = selection.masked_fill(~taken, torch.inf).amin(-1)
         margin = last - selection.masked_fill(taken, -torch.inf).amax(-1)
-    first, second, third = (x.cpu().numpy().astype(np.float32) for x in (entropy, margin, logits.logsumexp(-1)))
+    first, second, third = (x.cpu().numpy().astype(np.float32) for x in (entropy, margin, volume))
     return SiteScores(first, second, third, shares.cpu().numpy())
 
 
-def _part(index: int, pieces: Sequence[_Piece], sites: Sequence[Site], texts: Pieces, rows: dict[str, int],
-          probabilities: bool) -> Part:  # fmt: skip
+def _part(index: int, pieces: Sequence[_Piece], sites: Sequence[Site], texts: Pieces, rows: dict[str, int]) -> Part:
     """Assemble a Part: token rows by stream, arrays of each site joined in document order."""
     streams = [s for s in ("encoder", "decoder") if any(p.stream == s for p in pieces)]
     tokens, documents = [], []
@@ -439,10 +361,8 @@ def _part(index: int, pieces: Sequence[_Piece], sites: Sequence[Site], texts: Pi
     for s, site in enumerate(sites):
         mine = [p for p in pieces if p.stream == site.info.stream]
         routing.append(join_routing([r for p in mine if (r := p.routing[s]) is not None]))
-        joined = join_scores([x for p in mine if (x := p.scores[s]) is not None])
-        shares = joined.probabilities
-        sums.append(np.zeros(site.info.n_classes) if shares is None else shares.sum(0, dtype=np.float64))
-        scores.append(joined if probabilities else replace(joined, probabilities=None))
+        scores.append(join_scores([x for p in mine if (x := p.scores[s]) is not None]))
+        sums.append(sum((v for p in mine if (v := p.sums[s]) is not None), np.zeros(site.info.n_classes)))
     table = pa.table(dict(zip(DOCUMENTS.names, zip(*documents, strict=True), strict=True)), schema=DOCUMENTS)
     first = {s: rows.get(s, 0) for s in streams}
     return Part(index, pa.concat_tables(tokens), table, tuple(routing), tuple(scores), tuple(sums), first)

@@ -108,6 +108,11 @@ TABLES: Mapping[str, ExportTable] = MappingProxyType(
 
 def describe(trace: Trace, table: str) -> dict[str, Any]:
     """What a reader of an export must know: the run, its model, n, what a row is, and the metrics' definitions."""
+    definitions = {m.name: f"{m.definition} [{m.unit}]; by chance: {m.chance} ({m.source})" for m in METRICS.values()}
+    return _about(trace) | {"table": table, "row": TABLES[table].definition, "definitions": definitions}
+
+
+def _about(trace: Trace) -> dict[str, Any]:
     from . import __version__
 
     return {
@@ -115,9 +120,6 @@ def describe(trace: Trace, table: str) -> dict[str, Any]:
         "model": trace.model.name,
         "model_digest": trace.model.digest,
         "tokens": {s: trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in trace.layers)},
-        "table": table,
-        "row": TABLES[table].definition,
-        "definitions": {m.name: f"{m.definition} [{m.unit}]; by chance: {m.chance} ({m.source})" for m in METRICS.values()},
         "schema_version": SCHEMA_VERSION,
         "routerscope": __version__,
     }
@@ -148,6 +150,16 @@ def export_bytes(trace: Trace, table: str, format: str) -> bytes:
     """A table as the bytes of a file, for a download."""
     buffer = io.BytesIO()
     export_table(trace, table, format, buffer)
+    return buffer.getvalue()
+
+
+def computed_bytes(trace: Trace, rows: pa.Table, what: str, settings: Mapping[str, Any], format: str) -> bytes:
+    """A table computed for a page, as the bytes of a file; ``what`` says what a row is, ``settings`` what it depends on."""
+    if format not in FORMATS:
+        raise ExportError(f"no format {format!r}: formats are {', '.join(FORMATS)}")
+    about = _about(trace) | {"row": what, "settings": dict(settings)}
+    buffer = io.BytesIO()
+    {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format](iter([rows]), about, buffer)
     return buffer.getvalue()
 
 

@@ -67,8 +67,12 @@ class LayerInfo:
 
     ``n_experts`` counts experts with weights; ``n_special`` counts router classes without weights (zero-compute,
     skip), whose ids run from ``n_experts`` upwards. ``scoring`` names the score function ("softmax", "sigmoid",
-    "softmax-topk", ...). ``router`` holds the settings a what-if needs (groups, bias, scaling); JSON values only.
-    ``note`` states what a reader of the weights must know, e.g. a scaling the block applies afterwards.
+    "softmax-topk", "sqrtsoftplus", "sparsemixer", "product-keys", or "unknown"); ``selection`` the rule from scores to
+    experts ("top-k", "group-limited top-k", "top-1 with capacity", "hash", "product keys"). ``weights_on`` says whether
+    a weight multiplies the expert's output or input; ``scaled_after`` is a factor the block applies to the experts' sum
+    (None: none). ``n_shared`` experts run on every token, behind a gate of their own where ``shared_gate``.
+    ``router`` holds the settings a what-if needs (groups, bias, scaling); JSON values only.
+    ``note`` states what else a reader of the weights must know.
     """
 
     index: int
@@ -85,6 +89,10 @@ class LayerInfo:
     native_capacity: int | None = None
     router: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    selection: str = "top-k"
+    weights_on: str = "output"
+    scaled_after: float | None = None
+    shared_gate: bool = False
 
     @property
     def n_classes(self) -> int:

@@ -11,6 +11,7 @@ from . import palette
 
 CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "scale": 2}, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 OCTAVES = 3
+_ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
 def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, mark: tuple[int, int] | None = None,
@@ -95,6 +96,56 @@ def token_map(values: np.ndarray, tokens: Sequence[str], rows: Sequence[str], wh
     figure.update_xaxes(type="category", showticklabels=len(x) <= 60, title="token, in order")
     figure.update_yaxes(autorange="reversed", type="category")
     return _sized(figure, max(240, 26 * len(rows) + 110))
+
+
+def slot_bars(kept: np.ndarray, dropped: np.ndarray, idle: np.ndarray, slots: np.ndarray) -> go.Figure:
+    """Per expert, busiest first: assignments processed, dropped above the capacity, and slots left idle below it; arrays [E]."""
+    order = np.argsort(-(kept + dropped), kind="stable")
+    x = [str(e) for e in order]
+    figure = go.Figure()
+    for name, values, look in (
+        ("processed", kept, {"color": palette.AMOUNT["light"][3]}),
+        ("idle slots", idle, {"color": "rgba(140,140,140,0.3)", "line": {"width": 1, "color": "rgba(140,140,140,0.7)"}}),
+        ("dropped", dropped, {"color": palette.DEAD, "pattern": {"shape": "/", "size": 5, "solidity": 0.35}}),
+    ):
+        figure.add_bar(x=x, y=values[order], name=name, marker=look, hovertemplate=f"expert %{{x}}: %{{y:,}} {name}<extra></extra>")
+    figure.add_scatter(x=x, y=slots[order], name="expert capacity", mode="lines", line={"shape": "hvh", "color": "#888", "dash": "dot"},
+                       hovertemplate="%{y:,} slots<extra></extra>")  # fmt: skip
+    figure.update_layout(barmode="stack", legend=_ABOVE)
+    figure.update_xaxes(title="expert, busiest first", type="category")
+    figure.update_yaxes(title="assignments", rangemode="tozero")
+    return _sized(figure, 360)
+
+
+def overflow_curves(factors: np.ndarray, dropped: np.ndarray, idle: np.ndarray, chance: np.ndarray, at: float) -> go.Figure:
+    """Shares over capacity factors [F]: dropped and idle [sites, F] as median line and band over sites, dropped by chance [F]."""
+    figure = go.Figure()
+    for name, values, colour, fill in (("dropped", dropped, palette.DEAD, "rgba(213,94,0,0.18)"),
+                                       ("idle slots", idle, "#7f8c9b", "rgba(127,140,155,0.2)")):  # fmt: skip
+        if len(values) > 1:
+            figure.add_scatter(x=factors, y=values.max(0), mode="lines", line={"width": 0}, hoverinfo="skip", showlegend=False)
+            figure.add_scatter(x=factors, y=values.min(0), mode="lines", line={"width": 0}, fill="tonexty", fillcolor=fill,
+                               hoverinfo="skip", showlegend=False)  # fmt: skip
+        figure.add_scatter(x=factors, y=np.median(values, axis=0), name=name, mode="lines", line={"color": colour, "width": 2.5},
+                           hovertemplate=f"CF %{{x:g}}: %{{y:.1%}} {name}<extra></extra>")  # fmt: skip
+    figure.add_scatter(x=factors, y=chance, name="dropped by chance (uniform routing)", mode="lines",
+                       line={"color": palette.DEAD, "dash": "dot", "width": 1.5},
+                       hovertemplate="CF %{x:g}: %{y:.2%} by chance<extra></extra>")  # fmt: skip
+    figure.add_vline(x=at, line={"color": "#888", "dash": "dash"})
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(title="capacity factor")
+    figure.update_yaxes(title="share", tickformat=".0%", range=[0, 1])
+    return _sized(figure, 360)
+
+
+def share_bars(names: Sequence[str], shares: np.ndarray, counts: np.ndarray, mean: float, what: str) -> go.Figure:
+    """Bars of dropped shares [n] by group with the share over all as a line; ``counts`` [n] assignments stand in the hover."""
+    figure = go.Figure(go.Bar(x=list(names), y=shares, customdata=counts, marker_color=palette.DEAD,
+                              hovertemplate="%{x}: %{y:.1%} of %{customdata:,} assignments dropped<extra></extra>"))  # fmt: skip
+    figure.add_hline(y=mean, line={"color": "#888", "dash": "dot"}, annotation_text="all", annotation_font_color="#888")
+    figure.update_xaxes(title=what, type="category")
+    figure.update_yaxes(title="dropped share", tickformat=".0%", rangemode="tozero")
+    return _sized(figure, 300)
 
 
 def _sized(figure: go.Figure, height: int) -> go.Figure:

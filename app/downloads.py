@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import pyarrow as pa
 import streamlit as st
 
-from analysis.export import FORMATS, TABLES, export_bytes
+from analysis.export import FORMATS, TABLES, computed_bytes, export_bytes
 from analysis.trace import Trace
 
 
@@ -19,3 +21,13 @@ def downloads(trace: Trace, tables: Sequence[str] = tuple(TABLES)) -> None:
     kind = row.selectbox("Format", FORMATS, key="format", width=120, help="Parquet and JSON are exact; CSV escapes text for spreadsheets.")
     row.download_button("Download", data=partial(export_bytes, trace, table, kind), key="download", on_click="ignore",
                         file_name=f"{re.sub(r'[^a-z0-9._-]', '_', trace.name)}-{table}.{kind}")  # fmt: skip
+
+
+def computed_downloads(trace: Trace, tables: Mapping[str, tuple[str, pa.Table]], settings: Mapping[str, Any]) -> None:
+    """The same for tables a page computed: name -> (what a row is, rows); ``settings`` go into the file."""
+    row = st.container(horizontal=True, vertical_alignment="bottom")
+    table = row.selectbox("Table", list(tables), key="table", width=220, help="; ".join(f"{n}: {what}" for n, (what, _) in tables.items()))
+    kind = row.selectbox("Format", FORMATS, key="format", width=120, help="Parquet and JSON carry run, settings and definitions.")
+    what, rows = tables[table]
+    row.download_button("Download", data=partial(computed_bytes, trace, rows, what, settings, kind), key="download", on_click="ignore",
+                        file_name=f"{re.sub(r'[^a-z0-9._-]', '_', trace.name)}-{table.replace(' ', '-')}.{kind}")  # fmt: skip

@@ -15,6 +15,7 @@ page = st.navigation(
         st.Page("views/overview.py", title="Overview", default=True),
         st.Page("views/tokens.py", title="Tokens", url_path="tokens"),
         st.Page("views/load.py", title="Load", url_path="load"),
+        st.Page("views/capacity.py", title="Capacity", url_path="capacity"),
         st.Page("views/runs.py", title="Runs", url_path="runs"),
     ],
     position="top",

@@ -30,9 +30,11 @@ def _complete() -> dict[str, RunSummary]:
     return {n: r for n, r in all_runs().items() if r.complete}
 
 
-def choice(key: str, label: str, names: Mapping[str, str], default: str, *, width: int | Literal["content"] = "content",
-           segmented: bool = False, hidden: bool = False) -> str:  # fmt: skip
+def choice(key: str, label: str, names: Mapping[str, str], default: str, *, width: int | Literal["content", "stretch"] = "content",
+           draw: Any = None, **options: Any) -> str:  # fmt: skip
     """A choice that stays over pages and stands in the URL as ``?key=``; ``names`` maps URL values to what is shown.
+
+    ``draw`` is the widget: st.selectbox (default), st.segmented_control, st.select_slider or alike; ``options`` go to it.
 
     Streamlit's own ``bind`` puts what is shown into the URL, cannot follow a step made inside a component, and gives the
     browser's Back button nothing to go back to.
@@ -42,9 +44,9 @@ def choice(key: str, label: str, names: Mapping[str, str], default: str, *, widt
         st.session_state[key] = asked
     if st.session_state.get(key) not in names:
         st.session_state[key] = default
-    draw: Any = st.segmented_control if segmented else st.selectbox
-    chosen = draw(label, list(names), format_func=names.__getitem__, key=key, persist_state="session", width=width,
-                  label_visibility="collapsed" if hidden else "visible", on_change=acted)  # fmt: skip
+    widget: Any = draw or st.selectbox
+    chosen = widget(label, list(names), format_func=names.__getitem__, key=key, persist_state="session", width=width,
+                                    on_change=acted, **options)  # fmt: skip
     st.session_state["_chosen"][key] = chosen or default
     return str(chosen or default)
 

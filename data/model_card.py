@@ -119,7 +119,7 @@ def samples(model: Any, tokenizer: Any) -> list[tuple[str, str]]:
 
 def card(work: Path, folder: Path, trained: Trace, untrained: Trace, made: Sequence[tuple[str, str]]) -> str:
     """The model card as Markdown, from measured values."""
-    recipe = json.loads((work / "recipe.json").read_text())
+    phases = json.loads((work / "recipe.json").read_text())
     sources = json.loads((work / "sources.json").read_text())
     base = unigram_losses(dict(np.load(work / "streams.npz")), trained, trained.model.vocab_size)
     losses = trained.stats.losses()
@@ -153,11 +153,14 @@ def card(work: Path, folder: Path, trained: Trace, untrained: Trace, made: Seque
         "the training text, so the figures below are mildly optimistic. `data/demo-prompts.jsonl` holds some of them, under the "
         "licences above (MPL-2.0 for French, Russian and Chinese; LPPL for LaTeX; PSF-2.0 for Python).",
         "## Recipe",
-        f"{recipe['steps']:,} steps, {recipe['tokens']:,} tokens in {recipe['minutes']:g} minutes on two CPU cores, seed {recipe['seed']}. "
-        f"Muon ({recipe['muon_rate']}) on matrices, AdamW ({recipe['adam_rate']}) on embedding, router and norms; balance loss "
-        f"{recipe['balance']} per layer over each process's batch (not pooled over layers), z-loss {recipe['z']}. "
-        "Everything else: `Recipe` in `data/train_demo.py`.",
-        "```json\n" + json.dumps(recipe, indent=1) + "\n```",
+        "\n".join(
+            f"{i}. {p['steps']:,} steps, {p['tokens']:,} tokens in {p['minutes']:g} minutes on two CPU cores; Muon ({p['muon_rate']}) on"
+            f" matrices, AdamW ({p['adam_rate']}) on embedding, router and norms; balance loss {p['balance']} falling to"
+            f" {p['last_balance']} per layer over each process's batch (not pooled over layers), z-loss {p['z']}."
+            for i, p in enumerate(phases, 1)
+        ),
+        f"Seed {phases[0]['seed']}; each phase starts from the model of the one before. Everything else: `plan` in `data/train_demo.py`.",
+        "```json\n" + json.dumps(phases, indent=1) + "\n```",
         "## Quality on held-out text",
         table(("domain", "tokens predicted", "loss (nats/token)", "perplexity", "unigram perplexity"), quality),
         f"Mean loss over the {len(domains)} domains: {mean:.3f} nats per token. The unigram baseline is fitted to the domain's own training text.",

@@ -1,6 +1,6 @@
 """Train the demo model from scratch: extract text, train the tokenizer, train, save.
 
-    python -m data.train_demo --minutes 40            # everything; two processes of one thread each
+    python -m data.train_demo --minutes 85            # everything; two processes of one thread each
     python -m data.model_card data/build/model        # measure it, write the card and the prompts
 
 The learning rate follows the share of the time budget that has passed, so a run always ends on time with a finished
@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Recipe:
     # strong while experts could still die, weak while they specialise.
     balance: float = 0.01
     last_balance: float = 0.001
+    goes_on: bool = False  # from the model of the phase before, instead of from random weights
     z: float = 1e-4
     seed: int = 20_261_121
     vocabulary: int = 8_192
@@ -132,16 +133,17 @@ def train(rank: int, recipe: Recipe, work: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=recipe.processes, init_method=f"file://{work}/rendezvous")
     streams = dict(np.load(work / "streams.npz"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
-    model = OlmoeForCausalLM(model_config(len(tokenizer))).float().train()
+    before = OlmoeForCausalLM.from_pretrained(work / "model") if recipe.goes_on else OlmoeForCausalLM(model_config(len(tokenizer)))
+    model = before.float().train()
     named = [(n, p) for n, p in model.named_parameters()]
     matrices = [(n, p) for n, p in named if p.ndim >= 2 and "embed" not in n and "mlp.gate." not in n]
     others = [p for n, p in named if not any(p is q for _, q in matrices)]
     muon = Muon([p for _, p in matrices], ["gate_up_proj" in n for n, _ in matrices])
     adam = torch.optim.AdamW(others, lr=recipe.adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
     shares = np.array_split(np.arange(len(matrices)), recipe.processes)
-    batches = windows(streams, recipe.tokens_per_step // recipe.processes, recipe.seed + 1 + rank)
+    batches = windows(streams, recipe.tokens_per_step // recipe.processes, recipe.seed + 1 + rank + 100 * recipe.goes_on)
     next(batches)
-    log = (work / "history.jsonl").open("w") if rank == 0 else None
+    log = (work / "history.jsonl").open("a" if recipe.goes_on else "w") if rank == 0 else None
     began, saved, step, tokens = time.monotonic(), time.monotonic(), 0, 0
     while True:
         clock = torch.tensor([(time.monotonic() - began) / (60 * recipe.minutes)])
@@ -174,7 +176,9 @@ def train(rank: int, recipe: Recipe, work: Path) -> None:
             saved = time.monotonic()
     if rank == 0:
         save(model, tokenizer, work / "model")
-        (work / "recipe.json").write_text(json.dumps({**recipe.__dict__, "steps": step, "tokens": tokens}, indent=2))
+        phases = json.loads((work / "recipe.json").read_text()) if recipe.goes_on else []
+        phases.append({**recipe.__dict__, "steps": step, "tokens": tokens})
+        (work / "recipe.json").write_text(json.dumps(phases, indent=2))
     dist.destroy_process_group()
 
 
@@ -210,6 +214,13 @@ def prepare(work: Path, recipe: Recipe, documents: Sequence[Document]) -> None:
     (work / "held-out.jsonl").write_text("\n".join(json.dumps(d, ensure_ascii=False) for d in held_out) + "\n")
 
 
+def plan(minutes: float, processes: int) -> tuple[Recipe, ...]:
+    """Two phases: a full schedule, then 5/17 of the time with the balance loss nearly off, in which late layers specialise."""
+    first = Recipe(minutes=minutes * 12 / 17, processes=processes)
+    return first, replace(first, minutes=minutes * 5 / 17, balance=0.0006, last_balance=0.0003, goes_on=True, muon_rate=0.012,
+                          adam_rate=2e-3, decay=0.7, last_share=0.3)  # fmt: skip
+
+
 def run(work: Path, recipe: Recipe) -> None:
     """Train on what ``prepare`` wrote, in ``recipe.processes`` processes."""
     (work / "rendezvous").unlink(missing_ok=True)
@@ -219,19 +230,20 @@ def run(work: Path, recipe: Recipe) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("data/build"), help="folder for downloads and results")
-    parser.add_argument("--minutes", type=float, default=Recipe.minutes, help="time to train")
+    parser.add_argument("--minutes", type=float, default=85.0, help="time to train")
     parser.add_argument("--processes", type=int, default=min(Recipe.processes, os.cpu_count() or 1))
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(minutes=arguments.minutes, processes=arguments.processes)
+    phases = plan(arguments.minutes, arguments.processes)
     print(f"extracting text into {work}", flush=True)
     documents, records = extract(work)
     (work / "sources.json").write_text(json.dumps(records, indent=2))
     print(f"{len(documents)} documents; training the tokenizer", flush=True)
-    prepare(work, recipe, documents)
-    print(f"training for {recipe.minutes:g} minutes; progress in {work / 'history.jsonl'}", flush=True)
-    run(work, recipe)
+    prepare(work, phases[0], documents)
+    for recipe in phases:
+        print(f"training for {recipe.minutes:.1f} minutes; progress in {work / 'history.jsonl'}", flush=True)
+        run(work, recipe)
     print(f"saved {work / 'model'}; next: python -m data.model_card --work {work}", flush=True)
 
 

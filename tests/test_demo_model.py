@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from analysis.models import load_model
 from analysis.store import open_run, verify_run
 from data.fast_olmoe import forward, orthogonalised
 from data.model_card import information
-from data.train_demo import Recipe, model_config, prepare, run
+from data.train_demo import balance_at, model_config, plan, prepare, run
 
 HOME = Path(__file__).parent.parent / "data"
 CARD = (HOME / "demo-model" / "MODEL_CARD.md").read_text(encoding="utf-8")
@@ -80,13 +81,21 @@ def test_training_at_toy_size_learns_and_saves(tmp_path: Path) -> None:
 
     texts = {"a": "the cat sat on the mat. ", "b": "le chat est sur le tapis. "}
     documents = [Document(t * 40 + str(i), d, "made up", "held-out" if i == 0 else "train") for d, t in texts.items() for i in range(6)]
-    recipe = Recipe(minutes=0.15, processes=1, tokens_per_step=256, length=32, last_length=64, vocabulary=300)
-    prepare(tmp_path, recipe, documents)
-    run(tmp_path, recipe)
+    small = {"tokens_per_step": 256, "length": 32, "last_length": 64, "vocabulary": 300}
+    phases = [replace(p, **small) for p in plan(minutes=0.17, processes=1)]
+    prepare(tmp_path, phases[0], documents)
+    for recipe in phases:
+        run(tmp_path, recipe)
     done = json.loads((tmp_path / "recipe.json").read_text())
-    assert done["steps"] > 2 and done["tokens"] == done["steps"] * 256
+    assert [p["goes_on"] for p in done] == [False, True] and sum(p["minutes"] for p in done) == pytest.approx(0.17)
+    assert all(p["steps"] > 2 and p["tokens"] == p["steps"] * 256 for p in done)
     model, tokenizer = load_model(tmp_path / "model")
     ids = torch.tensor([tokenizer(texts["a"] * 4)["input_ids"]])
     with torch.no_grad():
         loss = model(ids, labels=ids).loss.item()
     assert loss < 0.9 * np.log(len(tokenizer))
+
+
+def test_the_balance_loss_falls_from_phase_to_phase() -> None:
+    weights = [balance_at(done, recipe) for recipe in plan(10, 1) for done in (0.0, 0.5, 1.0)]
+    assert weights == sorted(weights, reverse=True) and weights[0] == 0.01 and weights[-1] == pytest.approx(0.0003)

@@ -26,7 +26,7 @@ text.show_heading(
     f"{layer.title.capitalize()} is the least even: expert {int(relative[worst].argmax())} gets {peaks[worst]:.2f} times its share."
 )
 text.show_note(f"n = {stats.n_tokens(worst):,} tokens; uniform random routing would give at most about {chance:.2f} times.")
-order = choice("order", "Experts in each layer", {"number": "by number", "load": "by load"}, "number", segmented=True)
+order = choice("order", "Experts in each layer", {"number": "by number", "load": "by load"}, "number", draw=st.segmented_control)
 st.plotly_chart(
     charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load"),
     config=charts.CONFIG,

@@ -91,7 +91,9 @@ if chosen is not None:
     st.caption("Margin: selection score of the last chosen expert less that of the best rejected one; near 0 means the choice was close.")
 
 st.subheader("The same document, all layers at once")
-kind = choice("map", "Show", {k: k for k in ("expert", "router entropy", "margin")}, "expert", segmented=True, hidden=True)
+kind = choice(
+    "map", "Show", {k: k for k in ("expert", "router entropy", "margin")}, "expert", draw=st.segmented_control, label_visibility="collapsed"
+)
 values = {
     "expert": lambda r, s: first_choices(r),
     "router entropy": lambda r, s: s.entropy,

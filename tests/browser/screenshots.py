@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .served import chromium, served
 
-PAGES = {"overview": "", "tokens": "tokens", "load": "load", "runs": "runs"}
+PAGES = {"overview": "", "tokens": "tokens", "load": "load", "capacity": "capacity", "runs": "runs"}
 
 
 def take(folder: Path, wanted: list[str]) -> None:

@@ -73,7 +73,7 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
 
 def probe(url: str) -> bool:
     """Streamlit's own search for its base path: on a deep link it first asks below the page's path, and gets 404."""
-    return urlparse(url).path in {f"/{p}/_stcore/{w}" for p in ("tokens", "load", "runs") for w in ("health", "host-config")}
+    return urlparse(url).path in {f"/{p}/_stcore/{w}" for p in ("tokens", "load", "capacity", "runs") for w in ("health", "host-config")}
 
 
 def foreign(url: str, address: str) -> bool:

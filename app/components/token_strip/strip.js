@@ -55,6 +55,7 @@ export default function ({ data, parentElement, setStateValue }) {
       const span = element("span", "token", piece, line);
       span.setAttribute("role", "option");
       span.dataset.at = i;
+      if (data.lost && data.lost[i]) span.classList.add(data.lost[i] === 2 ? "lost" : "partly");
       if (data.breaks[i] && piece.endsWith("⏎")) {
         line = element("div", "line", undefined, text);
         line.dir = "auto";
@@ -71,7 +72,8 @@ export default function ({ data, parentElement, setStateValue }) {
 
   function describe(i) {
     const found = choices(i).map(([e, w]) => `expert ${e} (${w.toFixed(3)})`);
-    hover.textContent = `token ${i} “${data.texts[i]}” at ${layers[at].title}: ` + (found.join(", ") || "no expert");
+    const fate = data.lost ? ["; processed by all of them", "; dropped by some of them", "; dropped by all of them"][data.lost[i]] : "";
+    hover.textContent = `token ${i} “${data.texts[i]}” at ${layers[at].title}: ` + (found.join(", ") || "no expert") + fate;
   }
 
   function draw() {

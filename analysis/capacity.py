@@ -1,0 +1,290 @@
+"""The capacity lab: expert capacity enforced on a recorded run. What overflows, who pays for it, and what idles.
+
+``apply_capacity`` answers one setting; ``rank_trace`` ranks the sites once, so that every further capacity factor is
+cheap (``at``) and the whole curve costs one pass (``curves``). Capacity is counted against what the router chose, before
+any native drop. overflow.py has policies and definitions, slots.py capacities and batches.
+
+The gate weight of a natively dropped assignment is not recorded: at sites that dropped any, gate mass is NaN and the
+policies that order by weight are refused. Everything else there is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+
+import numpy as np
+import pyarrow as pa
+
+from .overflow import BLOCK, FACTORS, POLICIES, MissingScores, Overflow, Queues, chance_curve, rank_site
+from .slots import Batches, CapacityError, CapacityRule, ExpertShape, capacity_rule, least_factor, make_batches, slot_cost
+from .trace import LayerInfo, ModelCard, Trace, by_document
+
+_BYTES: Mapping[str, float] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1})
+ADDITIVE = ("tokens", "assignments", "dropped", "kept", "rerouted", "fully_dropped", "partly_dropped", "top1_dropped", "slots", "idle",
+            "gate_mass", "gate_mass_lost", "chance_dropped")  # fmt: skip
+SHARES = (("dropped_share", "dropped", "assignments"), ("fully_dropped_share", "fully_dropped", "tokens"),
+          ("partly_dropped_share", "partly_dropped", "tokens"), ("top1_dropped_share", "top1_dropped", "tokens"),
+          ("gate_mass_lost_share", "gate_mass_lost", "gate_mass"), ("slot_use", "kept", "slots"),
+          ("chance_dropped_share", "chance_dropped", "assignments"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RankedTrace:
+    """Sites of a trace ranked under one policy and scope; ``queues`` by site number. 8 bytes and more per assignment."""
+
+    trace: Trace
+    queues: Mapping[int, Queues]
+
+    def at(self, factor: float = 1.25, preset: str | CapacityRule = "megatron", *, slots: int | None = None,
+           block: int = BLOCK) -> AppliedCapacity:  # fmt: skip
+        """The answer at one factor under a preset or rule, or at ``slots`` per expert; ``block`` is for "dropless"."""
+        rule = _rule(preset)
+        return AppliedCapacity(self.trace, {i: q.at(factor, rule, slots=slots, block=block) for i, q in self.queues.items()})
+
+    def curves(self, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
+        """One row per site and factor: Curve.table with shares, and what overflows by chance (uniform routing, same batches)."""
+        return _curve_tables(self.trace, self.queues.items(), factors, _rule(preset))
+
+
+@dataclass(frozen=True)
+class AppliedCapacity:
+    """Capacity enforced on a trace at one setting; ``sites`` by site number. Tables start with site, layer, stack."""
+
+    trace: Trace
+    sites: Mapping[int, Overflow]
+
+    def kept(self, layer: int) -> np.ndarray:
+        """bool [tokens, k]: True where the assignment is executed; False where it is dropped or there is none."""
+        return self.sites[layer].kept
+
+    def dropped(self, layer: int) -> np.ndarray:
+        """bool [tokens, k]: chosen by the router and executed by no expert."""
+        return self.sites[layer].dropped
+
+    def by_layer(self) -> pa.Table:
+        """One row per site: the totals of Overflow.total, with shares."""
+        return self._tables(lambda layer, over: with_shares(pa.Table.from_pylist([over.total()])))
+
+    def by_expert(self) -> pa.Table:
+        """One row per site and expert: assignments, dropped, kept, slots, idle, gate mass and what of it is lost."""
+        return self._tables(lambda layer, over: with_shares(over.by_expert()))
+
+    def by_label(self) -> pa.Table:
+        """One row per site and label; unlabelled documents share the label null."""
+        return self._by("label", _labels)
+
+    def by_position(self, width: int | None = None) -> pa.Table:
+        """One row per site and bin of positions in the document: ``width`` positions each, or doubling (1, 2, 4, ...)."""
+        if width is not None and width < 1:
+            raise CapacityError(f"bins of {width} positions have no meaning: give at least 1")
+        return self._by("first_position", lambda trace, stream: _positions(trace, stream, width))
+
+    def by_document(self) -> pa.Table:
+        """One row per site and document."""
+        return self._by("document", _documents)
+
+    def by_token(self) -> pa.Table:
+        """One row per site and token id. Needs recorded tokens."""
+        return self._by("token_id", _token_ids)
+
+    def summary(self) -> dict[str, float]:
+        """Sums over the sites and their shares: the row for "all layers". A token counts once for every site it passes."""
+        rows = self.by_layer()
+        return with_shares(_summed(rows, [])).to_pylist()[0]
+
+    def cost(self, shape: ExpertShape | None = None, devices: int = 1) -> pa.Table:
+        """One row per site: SlotCost for the model's expert (``expert_shape``) or for ``shape``."""
+        shape = expert_shape(self.trace.model) if shape is None else shape
+        return self._tables(lambda layer, over: pa.Table.from_pylist(
+            [asdict(slot_cost(int(over.capacity.sum()), int(over.kept_load.sum()), shape, devices))]))  # fmt: skip
+
+    def _tables(self, make: Callable[[LayerInfo, Overflow], pa.Table]) -> pa.Table:
+        return pa.concat_tables([_of_site(self.trace.layers[i], make(self.trace.layers[i], over)) for i, over in self.sites.items()])
+
+    def _by(self, name: str, keys: Callable[[Trace, str], tuple[np.ndarray, pa.Array]]) -> pa.Table:
+        found = {stream: keys(self.trace, stream) for stream in {self.trace.layers[i].stream for i in self.sites}}
+
+        def make(layer: LayerInfo, over: Overflow) -> pa.Table:
+            codes, values = found[layer.stream]
+            return with_shares(over.by(codes, len(values)).add_column(0, name, values))
+
+        return self._tables(make)
+
+
+def apply_capacity(trace: Trace, factor: float = 1.25, policy: str = "position", scope: str = "document", *, size: int | None = None,
+                   mixed: int | None = None, preset: str | CapacityRule = "megatron", slots: int | None = None, seed: int = 0,
+                   block: int = BLOCK, layers: Sequence[int] | None = None) -> AppliedCapacity:  # fmt: skip
+    """Enforce expert capacity on a recorded run. ``layers`` are site numbers, by default all.
+
+    factor, preset   the capacity (slots.PRESETS, or a rule of ``slots.capacity_rule``); ``slots`` sets it outright
+    policy, seed     who is served first (overflow.py); seed for "random"
+    scope, size, mixed  which tokens are routed together (``slots.make_batches``)
+    Raises CapacityError for a setting without meaning, and TraceError for a run of statistics alone.
+    """
+    return rank_trace(trace, policy, scope, size=size, mixed=mixed, seed=seed, layers=layers).at(factor, preset, slots=slots, block=block)
+
+
+def rank_trace(trace: Trace, policy: str = "position", scope: str = "document", *, size: int | None = None, mixed: int | None = None,
+               seed: int = 0, layers: Sequence[int] | None = None) -> RankedTrace:  # fmt: skip
+    """Rank the sites ``layers`` (default all) of a trace once; arguments as for ``apply_capacity``."""
+    return RankedTrace(trace, dict(_ranked(trace, policy, scope, size, mixed, seed, layers)))
+
+
+def capacity_curves(trace: Trace, factors: Sequence[float] | np.ndarray = FACTORS, policy: str = "position", scope: str = "document", *,
+                    size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
+                    layers: Sequence[int] | None = None) -> pa.Table:  # fmt: skip
+    """As ``rank_trace(...).curves(...)``, holding one site at a time: for long runs with many sites."""
+    return _curve_tables(trace, _ranked(trace, policy, scope, size, mixed, seed, layers), factors, _rule(preset))
+
+
+def compare_policies(trace: Trace, factor: float = 1.25, scope: str = "document", *, policies: Sequence[str] = POLICIES,
+                     size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
+                     layers: Sequence[int] | None = None) -> pa.Table:  # fmt: skip
+    """One row per policy: AppliedCapacity.summary, and why a policy cannot be answered for this run (null where it can)."""
+    rows = []
+    for policy in policies:
+        try:
+            applied = apply_capacity(trace, factor, policy, scope, size=size, mixed=mixed, preset=preset, seed=seed, layers=layers)
+            rows.append({"policy": policy, **applied.summary(), "unanswered": None})
+        except MissingScores as error:
+            rows.append({"policy": policy, "unanswered": str(error)})
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "unanswered")) + ["unanswered"]
+    return pa.table({name: [row.get(name) for row in rows] for name in columns})
+
+
+def pool_curves(curves: pa.Table) -> pa.Table:
+    """Sums over the sites of ``RankedTrace.curves``: one row per factor, with shares."""
+    return with_shares(_summed(curves, ["factor"]))
+
+
+def with_shares(table: pa.Table) -> pa.Table:
+    """The table with every share of SHARES whose two columns it has: 0 to 1, NaN where there is nothing to share."""
+    for name, part, whole in SHARES:
+        if {part, whole} <= set(table.column_names) and name not in table.column_names:
+            top, bottom = (table[c].to_numpy().astype(np.float64) for c in (part, whole))
+            table = table.append_column(name, pa.array(np.divide(top, bottom, out=np.full(len(bottom), np.nan), where=bottom != 0)))
+    return table
+
+
+def in_words(now: Mapping[str, float], curve: pa.Table, factor: float, target: float = 0.01) -> str:
+    """One sentence: what ``factor`` drops, which factor of ``curve`` (pooled) keeps drops under ``target``, what then idles.
+
+    ``now`` has the shares at ``factor``: AppliedCapacity.summary, or the row of ``curve``.
+    """
+    said = f"CF {factor:g} drops {_percent(now['dropped_share'])} of assignments"
+    said += f" ({_percent(now['fully_dropped_share'])} of tokens lose all experts)"
+    factors, shares, use = (curve[c].to_numpy() for c in ("factor", "dropped_share", "slot_use"))
+    enough = least_factor(factors, shares, target)
+    if np.isnan(enough):
+        return f"{said}; no factor up to {factors.max():g} keeps it at {_percent(target)}"
+    idle = 1 - use[list(factors).index(enough)]
+    return f"{said}; {_percent(target)} or less needs {enough:g}, where {_percent(idle)} of slots idle"
+
+
+def expert_shape(model: ModelCard) -> ExpertShape:
+    """The model's expert from its card: the parameters a token leaves idle, over the experts it leaves idle.
+
+    Raises CapacityError where they do not divide evenly (sites with unlike experts, or a card without counts).
+    """
+    idle = sum(layer.n_experts - layer.top_k for layer in model.layers)
+    parameters = model.parameters - model.active_parameters
+    if idle < 1 or parameters < 1 or parameters % idle or model.dtype not in _BYTES:
+        raise CapacityError(f"the size of one expert of {model.name!r} does not follow from its card: give an ExpertShape")
+    return ExpertShape(model.hidden_size, parameters // idle, _BYTES[model.dtype])
+
+
+def _percent(share: float) -> str:
+    """Two digits, but never "0 %" or "100 %" for what is not: 0.004 % is "below 0.1 %"."""
+    if np.isnan(share):
+        return "none"
+    if 0 < share < 0.001 or 0.999 < share < 1:
+        return "below 0.1 %" if share < 0.5 else "over 99.9 %"
+    return f"{100 * share:.1f} %".replace(".0 %", " %")
+
+
+def _ranked(trace: Trace, policy: str, scope: str, size: int | None, mixed: int | None, seed: int,
+            layers: Sequence[int] | None) -> Iterator[tuple[int, Queues]]:  # fmt: skip
+    chosen, batches = range(len(trace.layers)) if layers is None else layers, dict[str, Batches]()
+    if not len(chosen):
+        raise CapacityError("no layer is chosen: give at least one site number")
+    for i in chosen:
+        routing = trace.routing(i)
+        layer = trace.layers[i]
+        if layer.stream not in batches:
+            batches[layer.stream] = make_batches([stop - start for start, stop in _ranges(trace, layer.stream)], scope, size, mixed)
+        known = routing.chosen is routing.experts or bool((routing.chosen == routing.experts).all())
+        preference = trace.scores(i).probabilities if policy == "reroute" else None
+        yield i, rank_site(routing.chosen, routing.weights, layer.n_experts, batches[layer.stream], policy, n_special=layer.n_special,
+                           seed=[seed, i], preference=preference, weights_known=known)  # fmt: skip
+
+
+def _curve_tables(
+    trace: Trace, ranked: Iterable[tuple[int, Queues]], factors: Sequence[float] | np.ndarray, rule: CapacityRule
+) -> pa.Table:
+    tables = []
+    chances: dict[tuple[str, int, int, int], np.ndarray] = {}
+    for i, queues in ranked:
+        layer = trace.layers[i]
+        same = (layer.stream, layer.n_experts, layer.top_k, layer.n_special)
+        if same not in chances:
+            chances[same] = chance_curve(queues.batches.sizes, *same[1:3], factors, rule, layer.n_special)
+        curve = queues.curve(factors, rule)
+        table = curve.table().append_column("chance_dropped", pa.array(chances[same] * curve.assignments))
+        tables.append(_of_site(layer, with_shares(table)))
+    return pa.concat_tables(tables)
+
+
+def _rule(preset: str | CapacityRule) -> CapacityRule:
+    return preset if isinstance(preset, CapacityRule) else capacity_rule(preset)
+
+
+def _of_site(layer: LayerInfo, table: pa.Table) -> pa.Table:
+    n = len(table)
+    named = (("stack", pa.array([layer.stack] * n, pa.string())), ("layer", pa.array(np.full(n, layer.layer, np.int32))),
+             ("site", pa.array(np.full(n, layer.index, np.int16))))  # fmt: skip
+    for name, values in named:
+        table = table.add_column(0, name, values)
+    return table
+
+
+def _summed(table: pa.Table, keys: list[str]) -> pa.Table:
+    columns = [c for c in table.column_names if c in ADDITIVE]
+    out = table.group_by(keys, use_threads=False).aggregate([(c, "sum") for c in columns])
+    return out.rename_columns([c.removesuffix("_sum") for c in out.column_names])
+
+
+def _ranges(trace: Trace, stream: str) -> list[tuple[int, int]]:
+    """(first row, row after the last) of each document; they must follow one another from row 0."""
+    ranges = [(start, stop) for _, start, stop, _ in by_document(trace.documents, stream)]
+    if [start for start, _ in ranges] != [0, *(stop for _, stop in ranges)][: len(ranges)]:
+        raise CapacityError(f"the documents of stream {stream!r} do not follow one another: batches cannot be told")
+    return ranges
+
+
+def _documents(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
+    lengths = [stop - start for start, stop in _ranges(trace, stream)]
+    numbers = [document for document, *_ in by_document(trace.documents, stream)]
+    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), pa.array(numbers, pa.int32())
+
+
+def _labels(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
+    of_document = [label for *_, label in by_document(trace.documents, stream)]
+    labels = sorted({x for x in of_document if x is not None}) + [None] * (None in of_document)
+    code = np.array([labels.index(x) for x in of_document], np.int32)
+    return code[_documents(trace, stream)[0]], pa.array(labels, pa.string())
+
+
+def _positions(trace: Trace, stream: str, width: int | None) -> tuple[np.ndarray, pa.Array]:
+    """Bins by first position; doubling bins start at 0, 1, 3, 7, ... as in stats.py."""
+    lengths = np.array([stop - start for start, stop in _ranges(trace, stream)], np.int64)
+    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    code = np.frexp(position + 1.0)[1] - 1 if width is None else position // width
+    bins = np.arange(code.max(initial=-1) + 1)
+    return code.astype(np.int32), pa.array(2**bins - 1 if width is None else bins * width, pa.int64())
+
+
+def _token_ids(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
+    ids, code = np.unique(trace.stream_tokens(stream)["token_id"].to_numpy(), return_inverse=True)
+    return code.astype(np.int32), pa.array(ids)

@@ -1,0 +1,323 @@
+"""Assignments that overflow at one routed site: pure functions on arrays.
+
+``Batches`` says which tokens are routed together; ``Queues`` ranks a site once under one drop policy, after which every
+capacity is a threshold; ``Overflow`` is the answer at one capacity and ``Curve`` that at many factors. slots.py has the
+capacities, queues.py the compiled kernels.
+
+    policy          who is served first
+    position        tokens in order, all k choices of a token together (Switch, Mesh-TensorFlow, transformers)
+    choice          all first choices in token order, then all second choices (GShard, DeepSpeed top-2, Tutel, NLLB)
+    probability     each expert its largest gate weights; ties by token order (Megatron-LM "probs")
+    batch_priority  as choice, with tokens ordered by their largest gate weight (V-MoE, arXiv 2106.05974; Tutel)
+    random          each expert a seeded random order of its own (DeepSpeed's random token selection)
+    reroute         as position, then what overflowed tries its token's next-best experts, stage by stage (Switch
+                    appendix B, "no token left behind"; Mesh-TensorFlow); needs the probabilities of all experts
+    dropless        everyone; slots are padded to a block (MegaBlocks, arXiv 2211.15841)
+
+All but the last two drop sum over experts of max(n_e - C, 0) assignments: only who is dropped differs. Megatron-LM's own
+"position" is torch.topk over ties, which is not first come first served, and is not offered. Router classes without
+weights (zero-compute, skip) take no slot: they are left out of every figure and always kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from .slots import PRESETS, Batches, CapacityError, CapacityRule, batch_loads, capacities, make_batches, uniform_overflow
+from .trace import NO_EXPERT
+
+_KERNEL: Mapping[str, int] = MappingProxyType(
+    {"position": 0, "choice": 1, "probability": 2, "batch_priority": 3, "random": 2, "reroute": 0, "dropless": 0}
+)
+POLICIES = tuple(_KERNEL)
+BLOCK = 128
+BAD_WEIGHT = "a gate weight is NaN or infinite"
+FACTORS = tuple(round(0.25 + 0.05 * i, 2) for i in range(76))
+
+
+class MissingScores(CapacityError):
+    """The run did not record what a policy orders by; another policy, or another capture, can be answered."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One site over capacity factors, float64 [factors]; arrays int64 [factors] unless said otherwise.
+
+    ``assignments``, ``tokens`` and ``gate_mass`` are the totals; ``lost`` is float64, the gate weight of dropped
+    assignments; ``slots`` over all experts and batches.
+    """
+
+    factors: np.ndarray
+    assignments: int
+    tokens: int
+    gate_mass: float
+    dropped: np.ndarray
+    fully_dropped: np.ndarray
+    lost: np.ndarray
+    slots: np.ndarray
+
+    def table(self) -> pa.Table:
+        """One row per factor: factor, tokens, assignments, dropped, kept, fully_dropped, slots, idle, gate_mass, gate_mass_lost."""
+        n, kept = len(self.factors), self.assignments - self.dropped
+        return pa.table(
+            {"factor": self.factors, "tokens": np.full(n, self.tokens), "assignments": np.full(n, self.assignments),
+             "dropped": self.dropped, "kept": kept, "fully_dropped": self.fully_dropped, "slots": self.slots,
+             "idle": self.slots - kept, "gate_mass": np.full(n, self.gate_mass), "gate_mass_lost": self.lost}
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """One site at one setting.
+
+    experts   int [tokens, k]; chosen experts that need a slot, -1 = none.
+    weights   float32 [tokens, k]; gate weights. Where ``weights_known`` is False some were not recorded, and mass is NaN.
+    kept      bool [tokens, k]; True where the assignment is executed, by whichever expert.
+    capacity  int64 [batches, E]; slots per expert (alike over E except under "dropless").
+    loads     int64 [batches, E]; assignments chosen per expert.
+    moved     int [tokens, k] or None; under "reroute" the expert that executes each assignment, -1 = none.
+    """
+
+    experts: np.ndarray
+    weights: np.ndarray
+    kept: np.ndarray
+    capacity: np.ndarray
+    loads: np.ndarray
+    moved: np.ndarray | None = None
+    weights_known: bool = True
+
+    @property
+    def dropped(self) -> np.ndarray:
+        """bool [tokens, k]: chosen, but executed by no expert."""
+        return (self.experts != NO_EXPERT) & ~self.kept
+
+    @property
+    def rerouted(self) -> int:
+        """Assignments executed by another expert than the one chosen."""
+        return 0 if self.moved is None else int(((self.moved != self.experts) & (self.moved != NO_EXPERT)).sum())
+
+    @cached_property
+    def kept_load(self) -> np.ndarray:
+        """int64 [E]: assignments each expert executes."""
+        if self.moved is None:
+            return np.minimum(self.loads, self.capacity).sum(0)
+        return np.bincount(self.moved[self.moved != NO_EXPERT], minlength=self.loads.shape[1])
+
+    def by(self, keys: np.ndarray, n_keys: int) -> pa.Table:
+        """One row per key, keys int [tokens] in 0..n_keys-1 (labels, positions, documents, token ids, or all 0).
+
+        tokens, assignments, dropped; tokens that lost all (fully), some (partly), their first choice (top1, largest
+        weight); gate mass and what of it is lost. Raises CapacityError unless every token has a key in range.
+        """
+        from . import outcomes
+
+        if len(keys) != len(self.experts) or (len(keys) and not 0 <= int(keys.min()) <= int(keys.max()) < n_keys):
+            raise CapacityError(f"one key in 0..{n_keys - 1} is needed for each of the {len(self.experts)} tokens")
+        counts, sums = outcomes.tally(self.experts, self.weights, self.kept, np.ascontiguousarray(keys, np.int32), n_keys)
+        names = ("tokens", "assignments", "dropped", "fully_dropped", "partly_dropped", "top1_dropped")
+        return pa.table({**{name: counts[:, i] for i, name in enumerate(names)}, **self._mass(sums)})
+
+    def by_expert(self) -> pa.Table:
+        """One row per expert: assignments, dropped, kept (executed here), slots, idle, gate mass and what of it is lost."""
+        from . import outcomes
+
+        counts, sums = outcomes.tally_experts(self.experts, self.weights, self.kept, self.loads.shape[1])
+        kept, slots = self.kept_load, self.capacity.sum(0)
+        counted = {"assignments": counts[:, 0], "dropped": counts[:, 1], "kept": kept, "slots": slots, "idle": slots - kept}
+        return pa.table({"expert": np.arange(len(kept), dtype=np.int32), **counted, **self._mass(sums)})
+
+    def total(self) -> dict[str, Any]:
+        """The row of ``by`` over all tokens, with kept, rerouted, slots, idle, batches and the capacities' range."""
+        row = self.by(np.zeros(len(self.experts), np.int32), 1).to_pylist()[0]
+        slots, kept = int(self.capacity.sum()), int(self.kept_load.sum())
+        low, high = (int(self.capacity.min()), int(self.capacity.max())) if self.capacity.size else (0, 0)
+        slot = {"kept": kept, "rerouted": self.rerouted, "slots": slots, "idle": slots - kept}
+        return {**row, **slot, "batches": len(self.capacity), "least_capacity": low, "largest_capacity": high}
+
+    def _mass(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        known = sums if self.weights_known else np.full_like(sums, np.nan)
+        return {"gate_mass": known[:, 0], "gate_mass_lost": known[:, 1]}
+
+
+@dataclass(frozen=True)
+class Queues:
+    """One site ranked under one policy: ``rank_site`` makes it; ``at`` and ``curve`` answer from it.
+
+    ranks     int32 [tokens, k]; place in the expert's queue within the batch, -1 = no expert.
+    priority  float32 [tokens, k]; what the policy served by: gate weights, or seeded random numbers.
+    special   bool [tokens, k] or None; assignments to classes that take no slot.
+    preference  float32 [tokens, E] or None; scores of all experts, for "reroute". Other arrays as in Overflow.
+    """
+
+    experts: np.ndarray
+    weights: np.ndarray
+    ranks: np.ndarray
+    loads: np.ndarray
+    batches: Batches
+    policy: str
+    priority: np.ndarray
+    special: np.ndarray | None = None
+    preference: np.ndarray | None = None
+    weights_known: bool = True
+
+    def at(self, factor: float = 1.25, rule: CapacityRule = PRESETS["megatron"], *, slots: int | None = None,
+           block: int = BLOCK) -> Overflow:  # fmt: skip
+        """The answer at one factor, or at an absolute number of ``slots`` per expert. ``block`` is for "dropless" alone."""
+        if self.policy == "dropless":
+            return self._dropless(block)
+        if slots is not None and not 0 <= slots <= 2**40:
+            raise CapacityError(f"{slots} slots per expert have no meaning: give 0 or more")
+        each = np.full(len(self.loads), slots, np.int64) if slots is not None else self._slots(factor, rule)
+        capacity = np.broadcast_to(each[:, None], self.loads.shape)
+        if self.policy == "reroute":
+            return self._rerouted(each, capacity)
+        limit = np.minimum(each, 2**31 - 1).astype(np.uint32)[self.batches.of_row]
+        return self._answer(self.ranks.view(np.uint32) < limit[:, None], capacity)  # rank -1 is the largest uint32
+
+    def curve(self, factors: Sequence[float] | np.ndarray = FACTORS, rule: CapacityRule = PRESETS["megatron"]) -> Curve:
+        """Every factor in one pass. "reroute" and "dropless" have no thresholds: ask ``at`` for one factor at a time."""
+        return drop_curve(self.experts, self.weights, self.loads.shape[1], self.batches, factors, self.policy, rule,
+                          priority=self.priority, loads=self.loads, weights_known=self.weights_known)  # fmt: skip
+
+    def _slots(self, factor: float, rule: CapacityRule) -> np.ndarray:
+        sizes, k = self.batches.sizes, self.experts.shape[1]
+        return capacities(sizes, self.loads.shape[1], k, np.array([factor]), rule, self.loads.max(1, initial=0))[:, 0]
+
+    def _answer(self, kept: np.ndarray, capacity: np.ndarray, moved: np.ndarray | None = None) -> Overflow:
+        kept = kept if self.special is None else kept | self.special
+        return Overflow(self.experts, self.weights, kept, capacity, self.loads, moved, self.weights_known)
+
+    def _rerouted(self, each: np.ndarray, capacity: np.ndarray) -> Overflow:
+        from . import outcomes
+
+        moved = outcomes.reroute(self.experts, self.ranks, self.preference, self.batches.order, self.batches.starts, each)
+        return self._answer(moved != NO_EXPERT, capacity, moved)
+
+    def _dropless(self, block: int) -> Overflow:
+        if block < 1:
+            raise CapacityError(f"a block of {block} tokens has no meaning: give at least 1")
+        return self._answer(self.experts != NO_EXPERT, -(-self.loads // block) * block)
+
+
+def rank_site(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches: Batches, policy: str = "position", *,
+              n_special: int = 0, seed: int | Sequence[int] = 0, preference: np.ndarray | None = None, weights_known: bool = True) -> Queues:  # fmt: skip
+    """Rank every assignment of a site once.
+
+    experts int [tokens, k], ids 0..n_experts-1 need a slot, the next ``n_special`` do not, -1 = none; weights float
+    [tokens, k], finite; preference float [tokens, >= n_experts], for "reroute". ``seed`` is for "random".
+    Raises CapacityError for an unknown policy, arrays that do not fit, ids or weights out of range, or what is missing.
+    """
+    from . import queues
+
+    experts, weights = _checked(experts, weights, batches, policy)
+    if not weights_known and (policy in ("probability", "batch_priority") or (policy == "choice" and experts.shape[1] > 1)):
+        raise MissingScores(f"policy {policy!r} orders by gate weights, and those of natively dropped assignments were not recorded")
+    if weights.size and not (np.isfinite(weights.min()) and np.isfinite(weights.max())):  # NaN passes through min
+        raise CapacityError(BAD_WEIGHT)
+    if experts.size and experts.max() >= n_experts + n_special:
+        raise CapacityError(f"expert id {experts.max()} is outside {NO_EXPERT}..{n_experts + n_special - 1}")
+    slotless = experts >= n_experts
+    special = slotless if slotless.any() else None
+    experts = experts if special is None else np.where(slotless, experts.dtype.type(NO_EXPERT), experts)
+    if policy == "reroute":
+        if preference is None or preference.ndim != 2 or len(preference) != len(experts) or preference.shape[1] < n_experts:
+            raise MissingScores("reroute needs the router's probabilities of all experts: capture the run with them")
+        preference = np.ascontiguousarray(preference[:, :n_experts], np.float32)
+    priority = _random_priority(weights.shape, seed) if policy == "random" else weights
+    ranks, loads, bad = queues.rank_all(experts, priority.view(np.uint32), batches.order, batches.starts, n_experts, _KERNEL[policy])
+    if bad:
+        raise CapacityError(f"an expert id is below {NO_EXPERT}")
+    return Queues(experts, weights, ranks, loads, batches, policy, priority, special, preference, weights_known)
+
+
+def drop_curve(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches: Batches, factors: Sequence[float] | np.ndarray = FACTORS,
+               policy: str = "position", rule: CapacityRule = PRESETS["megatron"], *, priority: np.ndarray | None = None,
+               loads: np.ndarray | None = None, weights_known: bool = True) -> Curve:  # fmt: skip
+    """A site's whole curve in one pass that stores no ranks. Arguments as in ``rank_site``, but ids below n_experts only.
+
+    ``priority`` float32 [tokens, k] is what "random" serves by (default: gate weights); ``loads`` int64 [batches, E]
+    is used by rules that size slots by the fullest expert, and counted where not given.
+    """
+    from . import queues
+
+    if policy in ("reroute", "dropless"):
+        raise CapacityError(f"policy {policy!r} has no curve by thresholds: ask for one factor at a time")
+    experts, weights = _checked(experts, weights, batches, policy)
+    k, factors = experts.shape[1], np.asarray(factors, np.float64)
+    sizes, row_of, count = np.unique(batches.sizes, return_inverse=True, return_counts=True)
+    most = None
+    if rule.zero == "max load":  # every batch has its own capacity
+        most = (batch_loads(experts, n_experts, batches) if loads is None else loads).max(1, initial=0)
+        sizes, row_of, count = batches.sizes, np.arange(len(most)), np.ones(len(most), np.int64)
+    slots = capacities(sizes, n_experts, k, factors, rule, most)
+    places = np.argsort(slots, axis=1, kind="stable")
+    bits = (weights if priority is None else priority).view(np.uint32)
+    dropped, fully, lost, totals, bad = queues.curve(
+        experts, weights, bits, batches.order, batches.starts, n_experts, _KERNEL[policy], np.take_along_axis(slots, places, 1), places,
+        row_of.astype(np.int32).ravel())  # fmt: skip
+    if bad:
+        raise CapacityError(f"an expert id is outside {NO_EXPERT}..{n_experts - 1}")
+    if not np.isfinite(totals[1]):  # a sum of finite float32 is finite
+        raise CapacityError(BAD_WEIGHT)
+    mass, lost = (totals[1], lost) if weights_known else (float("nan"), np.full_like(lost, np.nan))
+    return Curve(factors, int(totals[0]), len(experts), float(mass), dropped, fully, lost, n_experts * (count[:, None] * slots).sum(0))
+
+
+def curve_of_loads(loads: np.ndarray, sizes: np.ndarray, top_k: int, factors: Sequence[float] | np.ndarray = FACTORS,
+                   rule: CapacityRule = PRESETS["megatron"]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(dropped, slots) int64 [factors] from loads alone, int [batches, E] for batches of ``sizes`` [batches] tokens.
+
+    Exact for every policy but "reroute" and "dropless": how much overflows does not depend on who is served first. For
+    runs of statistics, pass one batch. Raises CapacityError for shapes that do not fit.
+    """
+    loads, sizes = np.asarray(loads), np.asarray(sizes)
+    if loads.ndim != 2 or len(loads) != len(sizes):
+        raise CapacityError(f"loads {loads.shape} must be [batches, E] for {len(sizes)} batches")
+    slots = capacities(sizes, loads.shape[1], top_k, np.asarray(factors, np.float64), rule, loads.max(1, initial=0))
+    dropped = [np.maximum(loads - slots[:, [f]], 0).sum() for f in range(slots.shape[1])]
+    return np.array(dropped, np.int64), loads.shape[1] * slots.sum(0)
+
+
+def chance_curve(sizes: np.ndarray, n_experts: int, top_k: int, factors: Sequence[float] | np.ndarray = FACTORS,
+                 rule: CapacityRule = PRESETS["megatron"], n_special: int = 0) -> np.ndarray:  # fmt: skip
+    """float64 [factors]: share of assignments expected to overflow under uniform routing in batches of ``sizes`` [batches]."""
+    sizes, count = np.unique(sizes, return_counts=True)
+    slots = capacities(sizes, n_experts, top_k, np.asarray(factors, np.float64), rule, sizes)  # no load exceeds the tokens
+    over = [uniform_overflow(int(t), n_experts, top_k, c, n_special) for t, c in zip(sizes, slots, strict=True)]
+    assignments = (sizes * count).sum() * top_k * n_experts / (n_experts + n_special)
+    return np.array(count @ np.array(over) / assignments if len(sizes) else np.full(len(factors), np.nan))
+
+
+def warm_up() -> None:
+    """Compile every kernel, or load it from numba's cache: some seconds the first time on a machine, 0.3 s afterwards."""
+    experts, batches = np.zeros((1, 1), np.int16), make_batches([1])
+    preference = np.ones((1, 2), np.float32)
+    ranked = rank_site(experts, np.ones((1, 1), np.float32), 2, batches, "reroute", preference=preference)
+    over = ranked.at(1.0)
+    over.by_expert(), over.total()
+    drop_curve(experts, ranked.weights, 2, batches)
+
+
+def _checked(experts: np.ndarray, weights: np.ndarray, batches: Batches, policy: str) -> tuple[np.ndarray, np.ndarray]:
+    if policy not in _KERNEL:
+        raise CapacityError(f"no policy {policy!r}: choose one of {', '.join(POLICIES)}")
+    if experts.ndim != 2 or experts.shape != weights.shape or experts.dtype.kind not in "iu":
+        raise CapacityError(f"experts {experts.shape} {experts.dtype} and weights {weights.shape} must be integer and float [tokens, k]")
+    if len(batches.order) != len(experts):
+        raise CapacityError(f"the batches hold {len(batches.order)} tokens, the site {len(experts)}")
+    if experts.dtype.itemsize > 4 and experts.size and not -(2**31) <= int(experts.min()) <= int(experts.max()) < 2**31:
+        raise CapacityError(f"expert id {experts.max()} is out of range")
+    narrow = np.int16 if experts.dtype in (np.int8, np.uint8, np.int16) else np.int32
+    return np.ascontiguousarray(experts, narrow), np.ascontiguousarray(weights, np.float32)
+
+
+def _random_priority(shape: tuple[int, ...], seed: int | Sequence[int]) -> np.ndarray:
+    """float32: positive numbers with uniformly random bits, so that their order is uniformly random and ties are rare."""
+    return np.random.default_rng(seed).integers(0, 0x7F800000, shape, np.uint32).view(np.float32)

@@ -1,0 +1,280 @@
+"""Capacity on whole traces: tables that add up, sites that differ, native drops, real models' figures, sentences."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickletools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from analysis import apply_capacity, expert_capacity, open_run
+from analysis.balance import maxvio
+from analysis.capacity import capacity_curves, compare_policies, expert_shape, in_words, pool_curves, rank_trace, with_shares
+from analysis.capture import capture
+from analysis.overflow import curve_of_loads, drop_curve, rank_site
+from analysis.slots import CapacityError, ExpertShape, capacity_rule, make_batches
+from analysis.trace import SiteRouting, Trace, TraceError
+from tests import tiny
+from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_parts, make_trace, site
+
+ROOT = Path(__file__).parent.parent
+UNLIKE = (site(0, 8, 2), site(1, 4, 3), site(2, 16, 1))  # sites of one model that differ in E and k
+TRACES = {"plain": PLAIN, "300 experts": MANY, "two streams, dropping": TWO_STREAMS, "unlike sites": UNLIKE}
+COUNTS = ("tokens", "assignments", "dropped", "fully_dropped", "partly_dropped", "top1_dropped")
+
+
+@pytest.mark.parametrize("layers", TRACES.values(), ids=TRACES)
+@pytest.mark.parametrize(("scope", "size", "mixed"), [("document", None, None), ("documents", 2, 3), ("tokens", 7, None), ("run", None, 1)])
+def test_every_table_adds_up_to_the_layer(layers: tuple, scope: str, size: int | None, mixed: int | None) -> None:
+    trace = make_trace(layers)
+    applied = apply_capacity(trace, 1.0, "random", scope, size=size, mixed=mixed)
+    rows = applied.by_layer().to_pylist()
+    for layer, row in zip(trace.layers, rows, strict=True):
+        experts, kept = trace.chosen(layer.index), applied.kept(layer.index)
+        assert kept.shape == experts.shape and (row["site"], row["layer"], row["stack"]) == (layer.index, layer.layer, layer.stack)
+        assert row["dropped"] == applied.dropped(layer.index).sum() == ((experts >= 0) & ~kept).sum()
+        assert row["kept"] + row["dropped"] == row["assignments"] and row["kept"] + row["idle"] == row["slots"]
+        assert row["dropped_share"] == row["dropped"] / row["assignments"] and row["slot_use"] == row["kept"] / row["slots"]
+    for table in (applied.by_label(), applied.by_position(), applied.by_position(4), applied.by_document(), applied.by_token()):
+        summed = table.group_by("site", use_threads=False).aggregate([(c, "sum") for c in COUNTS]).to_pylist()
+        assert [[r[f"{c}_sum"] for c in COUNTS] for r in summed] == [[r[c] for c in COUNTS] for r in rows]
+    experts = applied.by_expert().group_by("site").aggregate([(c, "sum") for c in ("dropped", "kept", "slots", "idle")]).to_pylist()
+    assert [[r[f"{c}_sum"] for c in ("dropped", "kept", "slots", "idle")] for r in experts] == [
+        [r[c] for c in ("dropped", "kept", "slots", "idle")] for r in rows]  # fmt: skip
+    summary = applied.summary()
+    assert summary["dropped"] == sum(r["dropped"] for r in rows) and summary["slots"] == sum(r["slots"] for r in rows)
+
+
+def test_who_pays_is_told_by_the_tokens_table() -> None:
+    """by_label, by_document, by_position and by_token against the tokens table, row by row."""
+    trace = make_trace(PLAIN, make_parts(PLAIN, 4))
+    applied = apply_capacity(trace, 0.75, "probability", "tokens", size=11)
+    tokens, lost = trace.stream_tokens("decoder").to_pylist(), applied.dropped(1).sum(1)
+    for table, column, bins in ((applied.by_label(), "label", None), (applied.by_document(), "document", None),
+                                (applied.by_token(), "token_id", None), (applied.by_position(4), "position", 4)):  # fmt: skip
+        expected: dict = {}
+        for row, n in zip(tokens, lost, strict=True):
+            key = row[column] if bins is None else row[column] // bins * bins
+            expected[key] = expected.get(key, 0) + int(n)
+        name = "first_position" if bins else column
+        found = {r[name]: r["dropped"] for r in table.to_pylist() if r["site"] == 1}
+        assert found == expected
+    doubling = {r["first_position"]: r["tokens"] for r in applied.by_position().to_pylist() if r["site"] == 0}
+    positions = np.array([r["position"] for r in tokens])
+    assert doubling == {2**b - 1: int(((positions >= 2**b - 1) & (positions < 2 ** (b + 1) - 1)).sum()) for b in range(len(doubling))}
+
+
+def test_unlabelled_documents_share_the_label_null() -> None:
+    part = make_part(PLAIN, [4, 3, 5], labels=("a", None))
+    labels = {r["label"]: r["tokens"] for r in apply_capacity(make_trace(PLAIN, [part])).by_label().to_pylist() if r["site"] == 0}
+    assert labels == {"a": 9, None: 3}
+
+
+@pytest.mark.parametrize("policy", ["position", "choice", "probability", "batch_priority", "random"])
+def test_curves_meet_single_settings_and_pool(policy: str) -> None:
+    ranked = rank_trace(make_trace(UNLIKE), policy, "documents", size=2, seed=4)
+    curves = ranked.curves([0.5, 1.0, 2.0], "deepspeed")
+    for row in curves.to_pylist():
+        other = ranked.at(row["factor"], "deepspeed").by_layer().to_pylist()[row["site"]]
+        assert {c: row[c] for c in ("tokens", "assignments", "dropped", "kept", "fully_dropped", "slots", "idle", "dropped_share", "slot_use")} == {
+            c: other[c] for c in ("tokens", "assignments", "dropped", "kept", "fully_dropped", "slots", "idle", "dropped_share", "slot_use")}  # fmt: skip
+        assert row["gate_mass_lost"] == pytest.approx(other["gate_mass_lost"], rel=1e-12) and 0 <= row["chance_dropped_share"] < 1
+    pooled = pool_curves(curves).to_pylist()
+    assert [r["factor"] for r in pooled] == [0.5, 1.0, 2.0]
+    for r in pooled:
+        one = ranked.at(r["factor"], "deepspeed").summary()
+        assert (r["dropped"], r["dropped_share"], r["slot_use"]) == (one["dropped"], one["dropped_share"], one["slot_use"])
+
+
+def test_curves_one_site_at_a_time_are_the_same() -> None:
+    trace = make_trace(TWO_STREAMS)
+    options = {"size": 2, "mixed": 5, "layers": [2, 0]}
+    together = rank_trace(trace, "random", "documents", seed=3, **options).curves([0.5, 1.5], "mesh")
+    alone = capacity_curves(trace, [0.5, 1.5], "random", "documents", seed=3, preset="mesh", **options)
+    assert alone.column_names == together.column_names and alone["site"].to_pylist() == [2, 2, 0, 0]
+    assert repr(alone.to_pylist()) == repr(together.to_pylist())  # NaN gate mass where native drops hide it
+
+
+def test_policies_are_compared_and_what_cannot_be_answered_says_why() -> None:
+    rows = {r["policy"]: r for r in compare_policies(make_trace(PLAIN), 0.75, "run").to_pylist()}
+    told = [p for p in rows if rows[p]["unanswered"] is None]
+    assert set(rows) - set(told) == {"reroute"} and "capture the run" in rows["reroute"]["unanswered"]
+    assert len({rows[p]["dropped"] for p in told if p != "dropless"}) == 1 and rows["dropless"]["dropped"] == 0
+    assert rows["probability"]["gate_mass_lost"] == min(rows[p]["gate_mass_lost"] for p in told if p != "dropless")
+    with pytest.raises(CapacityError, match="no policy"):
+        compare_policies(make_trace(PLAIN), policies=["luck"])
+
+
+def test_layers_preset_rule_and_slots_can_be_chosen() -> None:
+    trace = make_trace(UNLIKE)
+    applied = apply_capacity(trace, 1.0, scope="run", layers=[2], preset=capacity_rule("megatron", minimum=5))
+    (row,) = applied.by_layer().to_pylist()
+    assert (row["site"], row["least_capacity"]) == (2, expert_capacity(trace.n_tokens(), 16, 1, minimum=5))
+    assert {r["largest_capacity"] for r in apply_capacity(trace, slots=3).by_layer().to_pylist()} == {3}
+    assert not apply_capacity(trace, 4.0, scope="run").by_layer()["dropped"].to_pylist()[1]  # 4 experts at CF 4 hold any load
+
+
+def test_random_differs_between_sites_and_not_between_calls() -> None:
+    trace = make_trace((site(0, 4, 1), site(1, 4, 1)), [make_part((site(0, 4, 1), site(1, 4, 1)), [200])])
+    same = replace(trace, source=_Twice(trace))
+    a, b = (apply_capacity(same, 0.5, "random", seed=1) for _ in range(2))
+    assert np.array_equal(a.kept(0), b.kept(0)) and not np.array_equal(a.kept(0), a.kept(1))
+
+
+class _Twice:
+    """Every site routes as site 0 does."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+
+    def routing(self, site: int, start: int, stop: int) -> SiteRouting:
+        return self.trace.routing(0, start, stop)
+
+
+def test_native_drops_of_a_recorded_switch_model_are_reproduced() -> None:
+    trace = capture(tiny.build("switch_transformers"), tiny.tokenizer(), ["aaaaaaaaaaaa", "abababab", "hello routers"])
+    applied = apply_capacity(trace, slots=3)
+    for layer in trace.layers:
+        assert np.array_equal(applied.kept(layer.index), trace.experts(layer.index) >= 0)
+    assert applied.dropped(0).any() and math.isnan(applied.by_layer()["gate_mass_lost"].to_pylist()[0])
+    with pytest.raises(CapacityError, match="natively dropped"):
+        apply_capacity(trace, policy="probability")
+
+
+def test_reroute_needs_and_uses_recorded_probabilities() -> None:
+    model, texts = tiny.build("mixtral"), ["def f(x): return x", "Il pleut."]
+    with pytest.raises(CapacityError, match="capture the run with them"):
+        apply_capacity(capture(model, tiny.tokenizer(), texts), policy="reroute")
+    trace = capture(model, tiny.tokenizer(), texts, probabilities=True)
+    plain, moved = (apply_capacity(trace, 1.0, policy) for policy in ("position", "reroute"))
+    assert moved.summary()["dropped"] < plain.summary()["dropped"]
+    assert moved.summary()["rerouted"] == plain.summary()["dropped"] - moved.summary()["dropped"] > 0
+
+
+def test_shares_are_nan_where_there_is_nothing_to_share() -> None:
+    part = make_part(PLAIN, [3, 2])
+    nobody, nothing = np.full((5, 2), -1, np.int16), np.zeros((5, 2), np.float32)
+    trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(nobody, nothing, nobody),) * 2)])
+    row = apply_capacity(trace, 0.0).by_layer().to_pylist()[0]
+    assert (row["assignments"], row["dropped"], row["slots"]) == (0, 0, 0)
+    assert all(math.isnan(row[c]) for c in ("dropped_share", "gate_mass_lost_share", "slot_use")) and row["fully_dropped_share"] == 0
+    curves = rank_trace(trace).curves([0.0, 1.0])
+    assert with_shares(curves).column_names == curves.column_names  # nothing is added twice
+    assert np.isnan(curves["dropped_share"].to_numpy()).all() and np.isnan(pool_curves(curves)["dropped_share"].to_numpy()).all()
+
+
+def test_a_run_of_one_token_and_settings_without_meaning() -> None:
+    one = make_trace(PLAIN, [make_part(PLAIN, [1])])
+    assert apply_capacity(one, 1.0).summary()["dropped"] == 0 and apply_capacity(one, 0).summary()["dropped"] == 4
+    for arguments, message in (({"factor": math.nan}, "capacity factor"), ({"policy": "luck"}, "no policy"), ({"scope": "epoch"}, "no scope"),
+                               ({"scope": "tokens"}, "give size"), ({"preset": "x"}, "no preset"), ({"slots": -2}, "slots")):  # fmt: skip
+        with pytest.raises(CapacityError, match=message):
+            apply_capacity(one, **arguments)
+    with pytest.raises(CapacityError, match="no layer is chosen"):
+        apply_capacity(one, layers=[])
+    for layer in (2, -1):
+        with pytest.raises(TraceError, match=f"no site {layer}"):
+            apply_capacity(one, layers=[layer])
+    with pytest.raises(CapacityError, match="bins of 0"):
+        apply_capacity(one).by_position(0)
+    with pytest.raises(TraceError, match="statistics only"):
+        apply_capacity(replace(one, source=None, load_tokens=None))
+    with pytest.raises(CapacityError, match="do not follow one another"):
+        apply_capacity(replace(one, documents=one.documents.set_column(4, "first_row", [[3]])))
+
+
+def test_demo_run() -> None:
+    """Scope decides what overflows: one document alone always more than the mixed run; policies agree on the total."""
+    trace = open_run(ROOT / "data/demo-run")
+    alone, together = apply_capacity(trace).summary(), apply_capacity(trace, scope="run").summary()
+    assert alone["dropped_share"] > 2 * together["dropped_share"]
+    totals = {
+        p: apply_capacity(trace, 1.0, p, "documents", size=8, mixed=0, layers=[1]).summary() for p in ("position", "choice", "probability")
+    }
+    assert len({t["dropped"] for t in totals.values()}) == 1
+    assert totals["probability"]["gate_mass_lost"] < totals["choice"]["gate_mass_lost"] < totals["position"]["gate_mass_lost"]
+    for layer in trace.layers:  # dropless from the largest load on: CF = max load / mean load
+        enough = maxvio(trace.stats.load(layer.index)) + 1
+        ranked = rank_trace(trace, scope="run", layers=[layer.index])
+        assert ranked.at(enough).summary()["dropped"] == 0 < ranked.at(0.99 * enough).summary()["dropped"]
+
+
+def test_cost_follows_from_the_models_card() -> None:
+    trace = open_run(ROOT / "data/demo-run")
+    config = json.loads((ROOT / "data/demo-model/config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    assert config["dtype"] == "bfloat16" and expert_shape(trace.model) == ExpertShape.feed_forward(hidden, inner, 3, 2)
+    row = apply_capacity(trace, 1.25, scope="run").cost(devices=4).to_pylist()[0]
+    assert row["flops"] == row["slots"] * 6 * hidden * inner and row["padding_flops"] == row["idle"] * 6 * hidden * inner
+    assert row["all_to_all_bytes"] == row["slots"] * 2 * hidden * 2 * 3 // 4
+    own = apply_capacity(trace, 1.25, scope="run").cost(ExpertShape(4, 10)).to_pylist()[0]
+    assert own["flops"] == 20 * own["slots"] and own["all_to_all_bytes"] == 0
+    with pytest.raises(CapacityError, match="does not follow from its card"):
+        expert_shape(replace(trace.model, active_parameters=trace.model.parameters))
+
+
+def test_the_answer_in_words() -> None:
+    experts = np.array([[0]] * 6 + [[1]] * 2, np.int16)
+    layers = (site(0, 2, 1),)
+    part = replace(make_part(layers, [8]), routing=(SiteRouting(experts, np.ones((8, 1), np.float32), experts),))
+    ranked = rank_trace(make_trace(layers, [part]))
+    pooled = pool_curves(ranked.curves([1.0, 1.25, 1.5, 2.0]))
+    said = in_words(ranked.at(1.0).summary(), pooled, 1.0)
+    assert said == "CF 1 drops 25 % of assignments (25 % of tokens lose all experts); 1 % or less needs 1.5, where 33.3 % of slots idle"
+    assert in_words(ranked.at(1.0).summary(), pool_curves(ranked.curves([1.0, 1.25])), 1.0).endswith("no factor up to 1.25 keeps it at 1 %")
+
+
+@pytest.mark.parametrize("task", ["intent", "law"])
+def test_real_deepseek_v2_lite(real: Path, task: str) -> None:
+    """Share dropped at four factors in 26 layers, to every digit given; the same total under every policy."""
+    golden = json.loads((real / "golden.json").read_text())["deepseek-v2-lite"][task]
+    table = pq.read_table(real / "deepseek-v2-lite" / "routing.parquet", filters=[("task", "==", task)]).to_pandas()
+    table = table.sort_values(["layer", "seq", "pos", "slot"])
+    whole = make_batches([golden["tokens"]], "run")
+    for layer, figures in golden["layers"].items():
+        mine = table[table["layer"] == int(layer)]
+        experts, weights = (mine[c].to_numpy().reshape(-1, 6) for c in ("expert", "weight"))
+        factors = [float(cf) for cf in figures["drop_pct"]]
+        for policy in ("position", "choice", "probability", "batch_priority") if layer in ("1", "26") else ("position",):
+            curve = drop_curve(experts, weights, 64, whole, factors, policy)
+            ours = 100 * curve.dropped / curve.assignments
+            assert [float(f"{x:.8g}") for x in ours] == list(figures["drop_pct"].values()), (layer, policy)
+
+
+def counters(path: Path) -> Iterator[np.ndarray]:
+    """Expert loads out of a pickled list of Counters {int64: int}, from its opcodes: nothing of the file is run."""
+    load: dict[int, int] = {}
+    key = None
+    for op, value, _ in pickletools.genops(path.read_bytes()):
+        if op.name == "EMPTY_DICT" and load:
+            yield np.array([load.get(e, 0) for e in range(max(load) + 1)])
+            load = {}
+        elif op.name == "SHORT_BINBYTES":
+            key = int.from_bytes(value, "little")
+        elif op.name.startswith("BININT") and key is not None:
+            load[key], key = value, None
+    yield np.array([load.get(e, 0) for e in range(max(load) + 1)])
+
+
+@pytest.mark.parametrize("domain", ["github", "wikipedia", "c4"])
+@pytest.mark.parametrize(("model", "n_experts", "top_k"), [("olmoe", 64, 8), ("mixtral", 8, 2)])
+def test_real_olmoe_and_mixtral(real: Path, model: str, n_experts: int, top_k: int, domain: str) -> None:
+    """From loads alone, which is all that was published: what overflows does not depend on the order."""
+    golden = json.loads((real / "golden.json").read_text())[model]
+    loads = list(counters(real / "olmoe" / model / f"expert_counts_{domain}.pkl"))
+    assert len(loads) == 3
+    for name, load in zip(("L0", "L7", "L15"), loads, strict=True):
+        figures = golden[f"{domain}/{name}"]
+        experts = np.repeat(np.arange(len(load), dtype=np.int16), load).reshape(-1, top_k)
+        assert len(experts) == figures["tokens"]
+        factors = [float(cf) for cf in figures["drop_pct"]]
+        curve = rank_site(experts, np.ones(experts.shape, np.float32), n_experts, make_batches([len(experts)], "run")).curve(factors)
+        dropped, slots = curve_of_loads(load[None], np.array([len(experts)]), top_k, factors)
+        assert np.array_equal(dropped, curve.dropped) and np.array_equal(slots, curve.slots)
+        assert [float(f"{x:.8g}") for x in 100 * curve.dropped / curve.assignments] == list(figures["drop_pct"].values())
