@@ -14,7 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from . import balance
+from .information import sparse_information, table_information
+from .stability import batch_maxvio, percentiles
 from .trace import LayerInfo, Trace
+
+CORRECTION = 1 / (2 * float(np.log(2)))  # bits; Miller and Madow's correction never moves an estimate further
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,19 @@ def _mean(statistic: str, trace: Trace, site: int) -> float:
     return trace.stats.mean(statistic, site)
 
 
+def _label_information(trace: Trace, site: int) -> float:
+    return table_information(trace.stats.label_load(site)[1])[1]
+
+
+def _token_information(trace: Trace, site: int) -> float:
+    ids, experts, counts = trace.stats.token_load(site)
+    return sparse_information(np.cumsum(np.diff(ids, prepend=ids[:1]) != 0), experts, counts)[1]
+
+
+def _bits(layer: LayerInfo) -> float:
+    return float(np.log2(layer.n_classes)) + CORRECTION
+
+
 def _experts(layer: LayerInfo) -> float:
     return float(layer.n_experts)
 
@@ -77,6 +94,9 @@ _ENTRIES = (
            "at most chance_max_over_mean", "common; EPLB's inverse", partial(_of_load, balance.max_over_mean)),
     Metric("maxvio", "MaxVio", "(largest load - mean) / mean, over the whole run", "ratio", 0, lambda x: x.n_experts - 1.0,
            "at most chance_max_over_mean - 1", "arXiv 2408.15664", partial(_of_load, balance.maxvio)),
+    Metric("document_maxvio", "MaxVio per document", "(largest load - mean) / mean of each document, averaged over documents",
+           "ratio", 0, lambda x: x.n_experts - 1.0, "at most chance_max_over_mean - 1 at one document's length; far above the run's",
+           "arXiv 2408.15664, batch form", batch_maxvio),
     Metric("chance_max_over_mean", "Max / mean by chance",
            "upper bound of max / mean expected under uniform random routing without capacity", "ratio", 1, _unbounded,
            "is the chance value", "union bound over E loads, each Binomial(T, k/E)",
@@ -107,6 +127,14 @@ _ENTRIES = (
            lambda x: float(np.log(x.n_classes)), "ln E for an undecided router", "Shannon 1948", partial(_mean, "entropy")),
     Metric("z_loss", "z-loss", "mean squared logsumexp of the router logits", "nats^2", 0, _unbounded,
            "(ln E)^2 for zero logits", "ST-MoE, arXiv 2202.08906", partial(_mean, "z")),
+    Metric("label_information", "Label information",
+           "I(expert; label) over assignments, less Miller and Madow's bias: bits that an assignment tells about the text's label",
+           "bits", -CORRECTION, _bits, "0 for independent draws; documents differ, so a little more: specialization.label_information",
+           "Shannon 1948; Miller 1955", _label_information),
+    Metric("token_information", "Token information",
+           "I(expert; token id) over assignments, less Miller and Madow's bias: bits of routing that the token id alone explains",
+           "bits", -CORRECTION, _bits, "0 with many tokens per id; rare ids add some: vocabulary.context_independence",
+           "OpenMoE, arXiv 2402.01739; Miller 1955", _token_information),
 )  # fmt: skip
 
 METRICS: Mapping[str, Metric] = MappingProxyType({m.name: m for m in _ENTRIES})
@@ -119,6 +147,15 @@ def balance_table(trace: Trace) -> pa.Table:
     for name, metric in METRICS.items():
         table = table.append_column(name, metric(trace)["value"])
     return table
+
+
+def percentile_table(trace: Trace) -> pa.Table:
+    """One row per metric: metric, n (sites), min, p10, median, p90, max over the sites. Experts are never pooled."""
+    rows = []
+    for name, metric in METRICS.items():
+        values = metric(trace)["value"].to_numpy()
+        rows.append({"metric": name, "n": int(np.isfinite(values).sum()), **percentiles(values)})
+    return pa.Table.from_pylist(rows)
 
 
 def load_table(trace: Trace) -> pa.Table:

@@ -154,6 +154,30 @@ class Statistics:
         np.add.at(out, (rows["a"].to_numpy(), rows["b"].to_numpy()), rows["count"].to_numpy())
         return out
 
+    def label_tokens(self, site: int) -> dict[str, int]:
+        """label -> tokens of the label seen by the site; unlabelled tokens are left out."""
+        rows = self._rows("label_tokens", site)
+        return dict(zip(rows["label"].to_pylist(), rows["count"].to_pylist(), strict=True))
+
+    def document_load(self, site: int, documents: np.ndarray) -> np.ndarray:
+        """int64 [documents, classes]: assignments per expert in each of ``documents`` (distinct numbers, ascending)."""
+        return self._by_key(self.by_document, "document", site, documents)
+
+    def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(token ids, experts, counts), int64 [cells]: assignments of every token id that occur, sorted by id and expert."""
+        first, last = np.searchsorted(self.by_token["site"].to_numpy(), [site, site + 1])  # merged tables are sorted by site
+        rows = self.by_token.slice(first, last - first)
+        ids, experts, counts = (rows[n].to_numpy().astype(np.int64) for n in ("token_id", "expert", "count"))
+        return ids, experts, counts
+
+    def _by_key(self, table: pa.Table, key: str, site: int, keys: np.ndarray) -> np.ndarray:
+        rows = table.filter(table["site"].to_numpy() == site)
+        at = np.searchsorted(keys, rows[key].to_numpy())
+        known = (at < len(keys)) & (keys[np.minimum(at, len(keys) - 1)] == rows[key].to_numpy()) if len(keys) else at < 0
+        out = np.zeros((len(keys), self.classes[site]), np.int64)
+        np.add.at(out, (at[known], rows["expert"].to_numpy()[known]), rows["count"].to_numpy()[known])
+        return out
+
 
 def following_sites(layers: Sequence[LayerInfo]) -> tuple[int | None, ...]:
     """For each site, the next site of the same stream, or None."""

@@ -33,3 +33,31 @@ def test_one_document_is_not_enough() -> None:
     experts = np.where(np.array(part.tokens["label"].to_pylist())[:, None] == "b", [5, 6], [1, 2]).astype(np.int16)
     site = SiteRouting(experts, part.routing[0].weights, experts)
     assert strongest_label(make_trace(PLAIN, [replace(part, routing=(site, site))])) is None
+
+
+def carried_by(documents: set[int]) -> np.ndarray:
+    """Experts of ten documents of 200 tokens, a and b in turn: those named send every token to 5 and 6, others to 0 to 3."""
+    owner = np.arange(2000) // 200
+    plain = np.array([[0, 1], [2, 3]])[np.arange(2000) % 2]
+    return np.where(np.isin(owner, list(documents))[:, None], [5, 6], plain).astype(np.int16)
+
+
+def test_two_documents_do_not_speak_for_their_label() -> None:
+    """Expert 5 takes 40 % of b and nothing of a either way; only where it is in every b text is it b's."""
+    part = make_part(PLAIN, [200] * 10)
+
+    def found(experts: np.ndarray) -> object:
+        routing = SiteRouting(experts, part.routing[0].weights, experts)
+        return strongest_label(make_trace(PLAIN, [replace(part, routing=(routing, routing))]))
+
+    assert found(carried_by({1, 3})) is None
+    spread = np.where(((np.arange(2000) // 200 % 2 == 1) & (np.arange(2000) % 5 < 2))[:, None], [5, 6], carried_by(set()))
+    assert found(spread.astype(np.int16)) is not None
+
+
+def test_the_claim_must_survive_all_comparisons() -> None:
+    """With four documents of two labels no deal is rare enough: 2 of 6 look as strong."""
+    part = make_part(PLAIN, [600] * 4)
+    experts = np.where(np.array(part.tokens["label"].to_pylist())[:, None] == "b", [5, 6], [1, 2]).astype(np.int16)
+    routing = SiteRouting(experts, part.routing[0].weights, experts)
+    assert strongest_label(make_trace(PLAIN, [replace(part, routing=(routing, routing))])) is None

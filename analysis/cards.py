@@ -1,0 +1,300 @@
+"""Everything known of one expert: its load, what it serves beyond chance, whom it works with, and passages that show it.
+
+The one-line description is made from the statistics alone: only preferences that survive correction are named, the
+most work first, with how far they lie above the base rate and on how many tokens. Knows nothing of screens; text from
+data is passed on as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .paths import PairCounts, coactivation, flow
+from .specialization import ROWS, Preferences, by_label, effects
+from .trace import Trace
+from .vocabulary import CLASSES, LEAST, TokenCounts, TokenUse, by_class, class_codes, input_tokens, top_tokens
+
+LEAST_LIFT = 1.5  # a preference below it may be significant, but is no description
+NONE = "no significant preference"
+
+
+@dataclass(frozen=True)
+class SiteEvidence:
+    """What the cards of one site's experts are made of; worth keeping while cards of one site are looked at.
+
+    ``crossed``: effects of every label and class together, groups in the order label by label.  ``into``: flow from the
+    site before.  ``missing`` says in words what this run cannot tell.
+    """
+
+    site: int
+    labels: Preferences
+    classes: Preferences | None
+    crossed: Preferences | None
+    tokens: TokenCounts | None
+    partners: PairCounts
+    into: PairCounts | None
+    onward: PairCounts | None
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GroupUse:
+    """One row of Preferences for one expert; fields as there, ``n`` its tokens."""
+
+    group: str
+    count: int
+    n: int
+    documents: int
+    share: float
+    elsewhere: float
+    lift: float
+    enrichment: float
+    low: float
+    high: float
+    q: float
+    significant: bool
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Another expert: ``count`` tokens or pairs, ``share`` of this expert's, ``lift`` over what loads alone would give."""
+
+    expert: int
+    count: int
+    share: float
+    lift: float
+
+
+@dataclass(frozen=True)
+class ExpertCard:
+    """One expert. ``share`` is the part of the site's ``n`` tokens that use it (even: k / E), ``relative_load`` 1 = even.
+
+    ``labels`` and ``classes`` by falling lift; ``tokens`` by falling lift, ids seen at least LEAST times; ``partners`` by
+    falling lift, ``sources`` and ``targets`` by falling count.
+    """
+
+    site: int
+    expert: int
+    title: str
+    description: str
+    n: int
+    assignments: int
+    share: float
+    even_share: float
+    relative_load: float
+    first_choices: int
+    mean_gate: float
+    labels: tuple[GroupUse, ...]
+    classes: tuple[GroupUse, ...]
+    tokens: tuple[TokenUse, ...]
+    partners: tuple[Neighbour, ...]
+    sources: tuple[Neighbour, ...]
+    targets: tuple[Neighbour, ...]
+    missing: tuple[str, ...]
+
+
+def site_evidence(trace: Trace, site: int) -> SiteEvidence:
+    """All tests and tables of one site. About 0.5 s on 50,000 tokens; one pass over the site where there are tokens."""
+    layer, labels = trace.layers[site], by_label(trace, site)
+    before = [i for i, after in enumerate(trace.stats.following) if after == site]
+    missing = [] if labels.groups else ["labels: the run has none"]
+    classes = crossed = tokens = None
+    if trace.source is None or trace.tokens is None:
+        missing.append("token classes, texts and passages: the run holds statistics only")
+    else:
+        classes = by_class(trace, site)
+        crossed = _crossed(trace, site, labels.groups, classes)
+    if trace.tokens is not None or trace.stats.load(site).sum() == trace.stats.n_tokens(site) * layer.top_k:
+        tokens = input_tokens(trace, site)
+    else:
+        missing.append("top tokens: assignments were dropped, and without tokens an id's occurrences are unknown")
+    if not before:
+        missing.append("where its tokens come from: this is the first routed layer")
+    if trace.stats.following[site] is None:
+        missing.append("where its tokens go to: this is the last routed layer")
+    return SiteEvidence(site, labels, classes, crossed, tokens, coactivation(trace, site), flow(trace, before[0]) if before else None,
+                        flow(trace, site) if trace.stats.following[site] is not None else None, tuple(missing))  # fmt: skip
+
+
+def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | None = None) -> ExpertCard:
+    """The card of one expert. ``evidence`` of the same site saves the time of making it. IndexError for no such expert."""
+    layer, stats = trace.layers[site], trace.stats
+    if not 0 <= expert < layer.n_classes:
+        raise IndexError(f"no expert {expert} at {layer.title}: it has 0 to {layer.n_classes - 1}")
+    known = site_evidence(trace, site) if evidence is None else evidence
+    n, load = stats.n_tokens(site), stats.load(site)
+    used, mean = int(load[expert]), load.sum() / layer.n_classes
+    labels, classes = _uses(known.labels, expert), _uses(known.classes, expert)
+    return ExpertCard(
+        site, expert, f"{layer.title}, expert {expert}", describe(known, expert), n, used, used / n if n else float("nan"),
+        layer.top_k / layer.n_classes, float(used / mean) if mean else float("nan"), int(stats.first_choice_load(site)[expert]),
+        float(stats.gate_mass(site)[expert] / used) if used else float("nan"), labels, classes,
+        top_tokens(trace, known.tokens, expert) if known.tokens is not None else (),
+        _neighbours(known.partners, expert, True), _neighbours(known.into, expert, False, column=True),
+        _neighbours(known.onward, expert, False), known.missing,
+    )  # fmt: skip
+
+
+def describe(evidence: SiteEvidence, expert: int) -> str:
+    """One line, e.g. "python newlines and spaces: 41x over base rate, 12,310 tokens"; NONE with n where nothing holds.
+
+    Labels and token classes are each tested on their own; of the labels, the classes and both together, the line names
+    what tells most about the expert: tokens x log2 lift, its part in the mutual information.
+    """
+    labels, classes = _leading(evidence.labels, expert), _leading(evidence.classes, expert)
+    choices = [_together(evidence, rows, columns, expert) for rows, columns in ((labels, []), ([], classes), (labels, classes))]
+    told = [x for x in choices if x is not None and x[2] >= LEAST and x[0] >= LEAST_LIFT]
+    if not told:
+        kinds = [
+            f"{len(p.groups)} {what}" for p, what in ((evidence.labels, "labels"), (evidence.classes, "token classes")) if p is not None
+        ]
+        n = int(evidence.labels.documents.sum()) or int(max(evidence.classes.documents, default=0) if evidence.classes else 0)
+        return f"{NONE} among {' and '.join(kinds)} of {n:,} documents"
+    lift, name, count = max(told, key=lambda x: x[2] * np.log2(x[0]))
+    return (
+        f"{name}: {lift:.0f}x over base rate, {count:,} tokens" if lift >= 10 else f"{name}: {lift:.1f}x over base rate, {count:,} tokens"
+    )
+
+
+def _leading(found: Preferences | None, expert: int) -> list[int]:
+    """Up to two groups, most excess tokens first, that are significantly and clearly preferred; the second at least half the first."""
+    if found is None or not found.groups:
+        return []
+    lift, count = found.lift[:, expert], found.count[:, expert]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess = np.where(found.significant[:, expert] & (lift >= LEAST_LIFT), count - count / lift, 0)
+    order = np.argsort(-excess, kind="stable")[:2]
+    return [int(i) for i in order if excess[i] > 0 and excess[i] >= excess[order[0]] / 2]
+
+
+def _together(evidence: SiteEvidence, labels: Sequence[int], classes: Sequence[int], expert: int) -> tuple[float, str, int] | None:
+    """(lift, name, tokens routed to the expert) of the chosen labels and classes taken together; None for no choice."""
+    if labels and classes and evidence.crossed is not None and evidence.classes is not None:
+        found, width = evidence.crossed, len(evidence.classes.groups)
+        groups = [a * width + b for a in labels for b in classes]
+    elif labels and not classes:
+        found, groups = evidence.labels, list(labels)
+    elif classes and not labels and evidence.classes is not None:
+        found, groups = evidence.classes, list(classes)
+    else:
+        return None
+    count, n = int(found.count[groups, expert].sum()), int(found.tokens[groups].sum())
+    base = found.count[:, expert].sum() / found.tokens.sum()
+    kinds = " and ".join(evidence.classes.groups[i] for i in classes) if evidence.classes is not None and classes else "text"
+    name = " ".join([" and ".join(evidence.labels.groups[i] for i in labels), kinds]).strip()
+    return (float(count / n / base) if n and base else 0.0), name, count
+
+
+def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: Preferences) -> Preferences | None:
+    """Effects of label x class, in one pass; None for a run without labels."""
+    layer = trace.layers[site]
+    if not labels:
+        return None
+    table = trace.stream_tokens(layer.stream)
+    place = {name: i for i, name in enumerate(labels)}
+    of_document = {r["document"]: place.get(r["label"], -1) for r in trace.documents.to_pylist()}
+    numbers, inverse = np.unique(table["document"].to_numpy(), return_inverse=True)
+    label = np.array([of_document[int(d)] for d in numbers])[inverse]
+    column = np.array([classes.groups.index(c) if c in classes.groups else -1 for c in CLASSES] + [-1])
+    kind = column[class_codes(trace, layer.stream)]
+    group = np.where((label >= 0) & (kind >= 0), label * len(classes.groups) + kind, -1)
+    size = len(labels) * len(classes.groups)
+    counts = np.zeros(size * layer.n_classes, np.int64)
+    for start in range(0, len(group), ROWS):
+        experts = trace.routing(site, start, min(start + ROWS, len(group))).experts.astype(np.int64)
+        mine = group[start : start + len(experts), None]
+        counts += np.bincount((mine * layer.n_classes + experts)[(experts >= 0) & (mine >= 0)], minlength=len(counts))
+    names = tuple(f"{a} {b}" for a in labels for b in classes.groups)
+    return effects(site, "label and class", names, np.bincount(group[group >= 0], minlength=size), counts.reshape(size, -1))
+
+
+def _uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:
+    if found is None:
+        return ()
+    order = np.argsort(-np.nan_to_num(found.lift[:, expert]), kind="stable")
+    return tuple(
+        GroupUse(found.groups[g], int(found.count[g, expert]), int(found.tokens[g]), int(found.documents[g]),
+                 float(found.share[g, expert]), float(found.elsewhere[g, expert]), float(found.lift[g, expert]),
+                 float(found.enrichment[g, expert]), float(found.low[g, expert]), float(found.high[g, expert]),
+                 float(found.q[g, expert]), bool(found.significant[g, expert]))
+        for g in order
+    )  # fmt: skip
+
+
+def _neighbours(pairs: PairCounts | None, expert: int, by_lift: bool, column: bool = False, most: int = 8) -> tuple[Neighbour, ...]:
+    if pairs is None or not pairs.observed.size:
+        return ()
+    count, lift = (x[:, expert] if column else x[expert] for x in (pairs.observed, pairs.lift))
+    total = count.sum()
+    keys = (np.arange(len(count)), -count, -np.nan_to_num(lift)) if by_lift else (np.arange(len(count)), -np.nan_to_num(lift), -count)
+    order = [int(i) for i in np.lexsort(keys) if count[i] >= (LEAST if by_lift else 1)][:most]
+    return tuple(Neighbour(i, int(count[i]), float(count[i] / total), float(lift[i])) for i in order)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of one document, rows ``start`` to ``stop`` of the site's stream.
+
+    texts    readable token texts.  weights  gate weight of the expert per token as executed; 0 where it was not used.
+    used     tokens that use it.  mass  sum of weights, by which passages are ranked.
+    """
+
+    document: int
+    name: str
+    label: str | None
+    start: int
+    stop: int
+    texts: tuple[str | None, ...]
+    weights: tuple[float, ...]
+    used: int
+    mass: float
+
+
+def passages(trace: Trace, site: int, expert: int, most: int = 5, width: int = 24, label: str | None = None) -> tuple[Passage, ...]:
+    """The stretches of ``width`` tokens with most gate weight on the expert, at most one per document; ties by position.
+
+    Chosen to show the expert at its strongest, not at its usual: read them beside its statistics. Documents are cut into
+    stretches from their first token. One pass over the site, ``ROWS`` tokens at a time. TraceError without decisions.
+    """
+    stream = trace.layers[site].stream
+    rows = [r for r in trace.documents.to_pylist() if r["stack"] == stream and r["n_tokens"] and label in (None, r["label"])]
+    found: list[tuple[float, int, dict[str, Any]]] = []
+    for chunk in _runs(rows):
+        start, stop = chunk[0]["first_row"], chunk[-1]["first_row"] + chunk[-1]["n_tokens"]
+        routing = trace.routing(site, start, stop)
+        weight = np.where(routing.experts == expert, routing.weights, 0).sum(1, dtype=np.float64)
+        for row in chunk:
+            mine = weight[row["first_row"] - start : row["first_row"] - start + row["n_tokens"]]
+            masses = np.add.reduceat(mine, np.arange(0, len(mine), width))
+            best = int(masses.argmax())
+            if masses[best] > 0:
+                found.append((-float(masses[best]), row["first_row"] + best * width, row))
+        found = sorted(found, key=lambda x: x[:2])[:most]
+    return tuple(_passage(trace, site, expert, at, min(at + width, row["first_row"] + row["n_tokens"]), row) for _, at, row in found)
+
+
+def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Documents that lie side by side, in groups of about ROWS tokens."""
+    out: list[list[dict[str, Any]]] = []
+    size = 0
+    for row in sorted(rows, key=lambda r: r["first_row"]):
+        joined = bool(out) and out[-1][-1]["first_row"] + out[-1][-1]["n_tokens"] == row["first_row"]
+        if not joined or size + row["n_tokens"] > ROWS:
+            out.append([])
+            size = 0
+        out[-1].append(row)
+        size += row["n_tokens"]
+    return out
+
+
+def _passage(trace: Trace, site: int, expert: int, start: int, stop: int, row: dict[str, Any]) -> Passage:
+    routing = trace.routing(site, start, stop)
+    here = routing.experts == expert
+    weights = np.where(here, routing.weights, 0).sum(1)
+    texts = trace.stream_tokens(trace.layers[site].stream)["token"].slice(start, stop - start).to_pylist()
+    return Passage(row["document"], row["name"], row["label"], start, stop, tuple(texts), tuple(weights.tolist()), int(here.any(1).sum()),
+                   float(weights.sum(dtype=np.float64)))  # fmt: skip

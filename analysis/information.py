@@ -1,0 +1,113 @@
+"""Information that two things carry about each other, from a table of their joint counts. In bits.
+
+Plug-in mutual information is never below zero and grows with the number of cells over the number of draws, so a
+random router shows some. Two corrections: Miller and Madow's (a formula, good for full tables) and the floor that
+shuffled tables with the same margins reach (good for sparse ones).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+DENSE = 1 << 25  # cells of a table that is counted whole: 256 MiB
+
+
+@dataclass(frozen=True)
+class Information:
+    """I(x; y) in bits and what to hold it against.
+
+    plug_in     from the counts as they are; 0 to min(H(x), H(y)).
+    corrected   plug-in less Miller and Madow's bias; about 0 for independence, may fall below.
+    floor       mean plug-in under the null named where it is made; NaN where none was drawn.
+    above_floor plug_in - floor.
+    p           P(plug-in under the null >= plug-in); NaN without null.
+    n           draws counted (assignments or first choices).
+    """
+
+    plug_in: float
+    corrected: float
+    floor: float
+    p: float
+    entropy_x: float
+    entropy_y: float
+    n: int
+    null: str
+
+    @property
+    def above_floor(self) -> float:
+        """plug_in - floor, bits."""
+        return self.plug_in - self.floor
+
+    def share_of(self, entropy: float) -> float:
+        """The part of ``entropy`` (one of the two) that is explained, beyond the floor where there is one."""
+        value = self.corrected if np.isnan(self.floor) else self.above_floor
+        return value / entropy if entropy > 0 else float("nan")
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Plug-in entropy in bits; NaN for no counts."""
+    total = counts.sum()
+    if not total:
+        return float("nan")
+    share = counts[counts > 0] / total
+    return float(-(share * np.log2(share)).sum()) + 0.0
+
+
+def sparse_information(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> tuple[float, float, float, float]:
+    """(plug-in I, Miller-Madow corrected I, H(x), H(y)) of cells (x, y) given once each; x, y int >= 0. Bits.
+
+    Corrected = plug-in - (cells - rows - columns + 1) / (2 n ln 2), of rows, columns and cells that occur. Miller 1955.
+    """
+    n = counts.sum()
+    if not n:
+        return (float("nan"),) * 4
+    rows, columns = np.bincount(x, counts), np.bincount(y, counts)
+    hx, hy, joint = entropy(rows), entropy(columns), entropy(counts)
+    plug_in = max(hx + hy - joint, 0.0)
+    cells = int((counts > 0).sum()) - int((rows > 0).sum()) - int((columns > 0).sum()) + 1
+    return plug_in, float(plug_in - cells / (2 * float(n) * np.log(2))), hx, hy
+
+
+def table_information(table: np.ndarray) -> tuple[float, float, float, float]:
+    """``sparse_information`` of a full table [x, y] of counts."""
+    x, y = np.nonzero(table)
+    return sparse_information(x, y, table[x, y])
+
+
+def plug_in(tables: np.ndarray) -> np.ndarray:
+    """float64 [draws]: plug-in I in bits of each table of [draws, x, y]."""
+
+    def total(counts: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = np.where(counts > 0, counts * np.log2(counts), 0)
+        return np.asarray(terms.reshape(len(counts), -1).sum(1))
+
+    n = tables.sum((1, 2))
+    bits = (total(tables) - total(tables.sum(2)) - total(tables.sum(1))) / n + np.log2(n)
+    return np.asarray(np.maximum(bits, 0))
+
+
+def shuffled_tables(x: np.ndarray, y: np.ndarray, counts: np.ndarray, width: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(x, y, counts) of a random table with the same margins: every draw keeps its x and is dealt another's y.
+
+    ``width`` is one more than the largest y. O(n) in the number of draws.
+    """
+    ys = np.repeat(y, counts).astype(np.int32)
+    np.random.default_rng(seed).shuffle(ys)
+    drawn = np.repeat(x.astype(np.int64), counts) * width + ys
+    if (int(x.max(initial=0)) + 1) * width <= DENSE:  # counting beats sorting
+        dense = np.bincount(drawn)
+        cells = np.flatnonzero(dense)
+        return cells // width, cells % width, dense[cells]
+    cells, number = np.unique(drawn, return_counts=True)
+    return cells // width, cells % width, number
+
+
+def jensen_shannon(a: np.ndarray, b: np.ndarray) -> float:
+    """Divergence of two count vectors' shares, bits; 0 (equal) to 1 (nothing in common). Lin 1991. NaN for no counts."""
+    if not a.sum() or not b.sum():
+        return float("nan")
+    p, q = a / a.sum(), b / b.sum()
+    return max(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0.0)

@@ -1,0 +1,182 @@
+"""Which experts go together: in one token, from one layer to the next, from one token to the next, between two runs.
+
+Every count is set against what the experts' loads alone would give, because two busy experts meet often by chance.
+Definitions: co-activation and router saturation OLMoE (arXiv 2409.02060) eq. 6 and 5; repetition Mixtral (arXiv
+2401.04088) Table 5. From statistics alone, but for saturation, which compares two runs token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import comb
+from types import MappingProxyType
+
+import numpy as np
+import pyarrow as pa
+
+from .information import Information, table_information
+from .significance import bootstrap_sums, interval
+from .specialization import MOST_UNITS, blocks
+from .trace import Trace, TraceError
+
+# text -> layers 0, 15, 31: (first choice repeated %, first or second in common %); Mixtral 8x7B, its Table 5
+MIXTRAL_REPETITION: Mapping[str, tuple[tuple[float, float], ...]] = MappingProxyType({
+    "ArXiv": ((14.0, 46.5), (27.9, 62.3), (22.7, 52.9)),
+    "DM Mathematics": ((14.1, 44.9), (28.4, 67.0), (19.7, 44.5)),
+    "Github": ((14.9, 49.9), (28.1, 66.9), (19.7, 49.2)),
+    "Gutenberg": ((13.9, 49.5), (26.1, 63.1), (26.3, 52.2)),
+    "PubMed abstracts": ((14.2, 48.6), (24.6, 61.6), (22.0, 51.8)),
+    "Wikipedia (en)": ((14.4, 49.8), (23.6, 62.1), (25.3, 51.8)),
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """Pairs of experts, rows x columns. For flow, rows are this site's experts and columns the next site's.
+
+    observed   int64: tokens (co-activation) or pairs of choices (flow).
+    expected   float64: with the same row and column totals, and nothing else in common.
+    lift       observed / expected; 1 by chance; NaN where nothing is expected.
+    share      observed / row total: given the row's expert, how often the column's. OLMoE eq. 6 for co-activation.
+    residual   (observed - expected) / sqrt(expected): for tokens drawn independently beyond +-4 is no accident; tokens
+               of one document are not independent, so read it as a ranking, not as a test.
+    n          what ``observed`` sums to, each pair once.  chance_share  share under uniform routing.
+    """
+
+    observed: np.ndarray
+    expected: np.ndarray
+    lift: np.ndarray
+    share: np.ndarray
+    residual: np.ndarray
+    n: int
+    chance_share: float
+
+
+def coactivation(trace: Trace, site: int) -> PairCounts:
+    """Experts of the same token: symmetric, empty diagonal. Uniform routing shares (k - 1) / (E - 1).
+
+    Expected is a_i a_j with the same number of partners for every expert: exact for k = 2 where experts are drawn by
+    fixed odds without return, close for larger k. (n_i n_j / n would be too high: no token has one expert twice.)
+    """
+    observed = trace.stats.coactivation(site)
+    layer = trace.layers[site]
+    chance = (layer.top_k - 1) / (layer.n_classes - 1) if layer.n_classes > 1 else float("nan")
+    load = trace.stats.load(site)[:, None]
+    pairs = _pairs(observed, quasi_independent(observed.sum(0)), int(observed.sum()) // 2, chance)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = observed / load
+    np.fill_diagonal(share, np.nan)
+    return PairCounts(pairs.observed, pairs.expected, pairs.lift, share, pairs.residual, pairs.n, pairs.chance_share)
+
+
+def quasi_independent(totals: np.ndarray, rounds: int = 500) -> np.ndarray:
+    """float64 [E, E], symmetric, zero diagonal, a_i a_j elsewhere, rows adding up to ``totals`` (Goodman 1968).
+
+    By proportional fitting, to 1e-9 of the total or ``rounds`` rounds; an expert in nearly every pair converges slowly.
+    """
+    want = totals.astype(np.float64)
+    a = want / np.sqrt(want.sum()) if want.sum() else want
+    for _ in range(rounds):
+        reached = a * (a.sum() - a)
+        if np.abs(reached - want).max(initial=0) <= 1e-9 * want.sum():
+            break
+        with np.errstate(divide="ignore", invalid="ignore"):
+            a = np.where(reached > 0, a * np.sqrt(want / reached), 0)
+    out = np.outer(a, a)
+    np.fill_diagonal(out, 0)
+    return out
+
+
+def flow(trace: Trace, site: int, first: bool = False) -> PairCounts:
+    """From this site's experts to the next one's of the stream: all pairs of choices, or first choices only.
+
+    Expected is row total x column total / n. Empty [E, 0] after the last site.
+    """
+    observed = trace.stats.flow(site, first)
+    n = int(observed.sum())
+    expected = observed.sum(1, keepdims=True) * observed.sum(0, keepdims=True) / n if n else np.zeros(observed.shape)
+    return _pairs(observed, expected, n, 1 / observed.shape[1] if observed.shape[1] else float("nan"))
+
+
+def flow_information(trace: Trace, site: int) -> Information:
+    """I(first choice here; first choice at the next site), bits: how far a path is set by where it comes from."""
+    table = trace.stats.flow(site, first=True)
+    bits, corrected, here, there = table_information(table)
+    return Information(bits, corrected, float("nan"), float("nan"), here, there, int(table.sum()), "none drawn: Miller and Madow's formula")
+
+
+def _pairs(observed: np.ndarray, expected: np.ndarray, n: int, chance: float) -> PairCounts:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lift = np.where(expected > 0, observed / expected, np.nan)
+        share = observed / observed.sum(1, keepdims=True)
+        residual = np.where(expected > 0, (observed - expected) / np.sqrt(expected), np.nan)
+    return PairCounts(observed, expected, lift, share, residual, n, chance)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Neighbouring tokens of one document at one site; shares of ``pairs``, 0 to 1.
+
+    first  the same first choice.  shared  any expert in common.
+    chance_first = 1 / E and chance_shared = 1 - C(E - k, k) / C(E, k): uniform routing.
+    chance_first_given_load: two tokens drawn independently at the recorded loads; uneven loads repeat by themselves.
+    """
+
+    site: int
+    pairs: int
+    first: float
+    shared: float
+    chance_first: float
+    chance_shared: float
+    chance_first_given_load: float
+
+
+def repetition(trace: Trace, site: int) -> Repetition:
+    """From statistics; NaN shares where no document has two tokens. Context: MIXTRAL_REPETITION."""
+    pairs, first, shared = trace.stats.repetition(site)
+    layer, load = trace.layers[site], trace.stats.first_choice_load(site)
+    e, k = layer.n_classes, layer.top_k
+    given = float(((load / load.sum()) ** 2).sum()) if load.sum() else float("nan")
+    return Repetition(site, pairs, first / pairs if pairs else float("nan"), shared / pairs if pairs else float("nan"), 1 / e,
+                      1 - comb(e - k, k) / comb(e, k), given)  # fmt: skip
+
+
+def saturation(a: Trace, b: Trace) -> pa.Table:
+    """How far two runs over the same tokens agree, one row per site: mean over tokens of |chosen by both| / k.
+
+    Columns site, layer, n (tokens), saturation (0 to 1), low, high (95 % bootstrap over documents; NaN below 2),
+    chance (k / E), chance_given_loads (independent choices at the two runs' loads). OLMoE eq. 5 with b the final
+    checkpoint. One pass over both runs. Raises TraceError where texts, tokenization or sites differ.
+    """
+    _check_comparable(a, b)
+    rows = [_site_saturation(a, b, x.index) for x in a.layers]
+    return pa.Table.from_pylist(rows)
+
+
+def _check_comparable(a: Trace, b: Trace) -> None:
+    shapes = [[(x.stream, x.n_classes, x.top_k) for x in t.layers] for t in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise TraceError(f"runs {a.name!r} and {b.name!r} have other sites, experts or top-k: they cannot be compared token by token")
+    keys = [t.documents.select(["document", "stack", "first_row", "n_tokens", "digest"]).to_pylist() for t in (a, b)]
+    if keys[0] != keys[1]:
+        raise TraceError(f"runs {a.name!r} and {b.name!r} are not over the same token ids: record the same texts with the same tokenizer")
+
+
+def _site_saturation(a: Trace, b: Trace, site: int) -> dict[str, object]:
+    layer, n = a.layers[site], a.n_tokens(a.layers[site].stream)
+    lengths = [r["n_tokens"] for r in a.documents.to_pylist() if r["stack"] == layer.stream]
+    units = max(min(len(lengths), MOST_UNITS), 1)
+    unit = np.repeat(np.arange(len(lengths)) * units // max(len(lengths), 1), lengths)
+    agreed = np.zeros(units)
+    for start, mine in blocks(a, layer):
+        other = b.routing(site, start, start + len(mine)).experts
+        both = ((mine[:, :, None] == other[:, None, :]) & (mine >= 0)[:, :, None]).sum((1, 2))
+        agreed += np.bincount(unit[start : start + len(mine)], both, units)
+    sizes = np.bincount(unit, minlength=units)
+    drawn = bootstrap_sums(np.column_stack([agreed, sizes]), np.zeros(units, np.int64))[:, 0]
+    low, high = interval(drawn[:, 0] / drawn[:, 1] / layer.top_k) if len(lengths) > 1 else (np.nan, np.nan)
+    given = (a.stats.load(site) * b.stats.load(site)).sum() / n**2 / layer.top_k if n else float("nan")
+    value = agreed.sum() / (n * layer.top_k) if n else float("nan")
+    return {"site": site, "layer": layer.layer, "n": n, "saturation": float(value), "low": float(low), "high": float(high),
+            "chance": layer.top_k / layer.n_classes, "chance_given_loads": float(given)}  # fmt: skip

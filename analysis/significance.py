@@ -1,0 +1,235 @@
+"""Is it more than chance? Tests and intervals whose unit is the document, on counts alone.
+
+Tokens of one document are alike, so a test that takes tokens for independent draws finds specialists in noise. Here
+labels move between whole documents (permutation), signs flip for whole documents (within-document contrasts), and
+documents are drawn again (bootstrap). Everything is seeded; small runs are enumerated instead of sampled. Knows
+nothing of traces, labels' names or experts' meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, product
+from math import factorial, prod
+
+import numpy as np
+
+ALPHA = 0.05
+PSEUDO = 0.5  # tokens added to "used" and to "not used" in enrichments, so that zero counts stay finite
+BUDGET = 1e10  # multiply-adds that one permutation test may spend: about 1 s on one core
+LEAST, MOST = 999, 50_000  # permutations
+CHUNK_BYTES = 4 << 20  # what a processor's cache holds
+_TIE = 1e-9  # relative; equal statistics differ in the last bits when documents are summed in another order
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of a resampling test on cells. All arrays have the shape of the cells.
+
+    p          two-sided, 0 < p <= 1; NaN where nothing could be tested.
+    family     p corrected for having looked at all cells: P(the largest statistic of all cells is at least this one).
+               Westfall and Young 1993, single step. Bounds the chance of any false claim, not only their share.
+    draws      rearrangements looked at; ``exact`` where they are all there are.
+    maximum    float64 [draws]: the largest statistic under each rearrangement, to join tests over one seed.
+    """
+
+    p: np.ndarray
+    family: np.ndarray
+    statistic: np.ndarray
+    draws: int
+    exact: bool
+    maximum: np.ndarray
+
+    @property
+    def method(self) -> str:
+        """In words, for captions."""
+        return f"all {self.draws:,} rearrangements" if self.exact else f"{self.draws:,} random rearrangements"
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """q-values: the smallest false discovery rate at which each cell is claimed; NaN stays NaN and is not counted.
+
+    Benjamini and Hochberg 1995; holds for independent and for positively dependent tests.
+    """
+    q = np.full(p.shape, np.nan)
+    known = np.isfinite(p)
+    values = p[known]
+    order = np.argsort(values)[::-1]
+    n = len(values)
+    ranked = np.minimum.accumulate(values[order] * n / np.arange(n, 0, -1))
+    out = np.empty(n)
+    out[order] = np.minimum(ranked, 1)
+    q[known] = out
+    return q
+
+
+def enrichment(count: np.ndarray, tokens: np.ndarray, other_count: np.ndarray, other_tokens: np.ndarray) -> np.ndarray:
+    """log2 of (share of tokens that use the expert here) over (the same elsewhere), with half a token added to each side.
+
+    (count + 1/2) / (tokens + 1) over the same of the others. 0 is no difference, +1 twice as often, -1 half as often.
+    """
+    here = (count + PSEUDO) / (tokens + 2 * PSEUDO)
+    there = (other_count + PSEUDO) / (other_tokens + 2 * PSEUDO)
+    return np.asarray(np.log2(here / there))
+
+
+def draws_for(units: int, groups: int, cells: int) -> int:
+    """Rearrangements so that a single true cell can reach q = ALPHA, within BUDGET; at least LEAST."""
+    wanted = int(np.ceil(groups * cells / ALPHA))
+    affordable = int(BUDGET / max(units * groups * cells * 3, 1))
+    return max(LEAST, min(wanted, affordable, MOST))
+
+
+def rearranged_labels(codes: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, bool]:
+    """(int [draws, units], exact): ways to deal the labels to the units, group sizes kept.
+
+    All of them, the given one included, where there are at most ``n``; else ``n`` seeded random ones.
+    """
+    sizes = np.bincount(codes)
+    ways = factorial(len(codes)) // prod(factorial(int(s)) for s in sizes) if len(codes) <= 170 else None
+    if ways is not None and ways <= n:
+        return np.array(list(_deals(tuple(range(len(codes))), tuple(sizes.tolist()), len(codes)))), True
+    rng = np.random.default_rng(seed)
+    return codes[rng.random((n, len(codes))).argsort(1)], False
+
+
+def _deals(free: tuple[int, ...], sizes: tuple[int, ...], n: int, code: int = 0) -> Iterator[np.ndarray]:
+    if code == len(sizes) - 1:
+        row = np.zeros(n, np.int64)
+        row[list(free)] = code
+        yield row
+        return
+    for taken in combinations(free, sizes[code]):
+        left = tuple(x for x in free if x not in taken)
+        for row in _deals(left, sizes, n, code + 1):
+            row[list(taken)] = code
+            yield row
+
+
+def permutation_test(counts: np.ndarray, tokens: np.ndarray, codes: np.ndarray, draws: int | None = None, seed: int = 0) -> Verdict:
+    """Does a group of units use an expert more or less often than if the labels had been dealt at random?
+
+    counts int64 [units, experts], tokens int64 [units], codes int [units] in 0..groups-1 -> Verdict with cells
+    [groups, experts]. The p-value is exact for labels that have nothing to do with the units. The statistic is the
+    difference of shares over its standard error, with each side's own spread between units (Chung and Romano 2013):
+    a label of few, short or erratic documents is then not taken for a preference. A permutation is one matrix product.
+    """
+    groups = int(codes.max()) + 1 if len(codes) else 0
+    shape = (groups, counts.shape[1])
+    if groups < 2 or not tokens.sum():
+        nothing = np.full(shape, np.nan)
+        return Verdict(nothing, nothing, nothing, 0, False, np.zeros(0))
+    counts, codes, tokens = counts[tokens > 0], codes[tokens > 0], tokens[tokens > 0]  # an empty document says nothing
+    n = draws_for(len(codes), *shape) if draws is None else draws
+    deals, exact = rearranged_labels(codes, n, seed)
+    moments = _Moments.of(counts, tokens)
+    observed = moments.statistic(codes[None], groups)[0]
+    exceeded, maxima = np.zeros(shape, np.int64), []
+    for at in _chunks(len(deals), groups * (counts.shape[1] * 12 + len(codes))):
+        null = moments.statistic(deals[at], groups)
+        exceeded += (null >= observed * (1 - _TIE)).sum(0)
+        maxima.append(null.max((1, 2)))
+    return _result(observed, exceeded, np.concatenate(maxima), exact)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """What a permutation sums over units: counts, their squares, counts times sizes [units, experts each], sizes."""
+
+    columns: np.ndarray
+    experts: int
+
+    @classmethod
+    def of(cls, counts: np.ndarray, tokens: np.ndarray) -> _Moments:
+        used, size = counts.astype(np.float64), tokens.astype(np.float64)[:, None]
+        return cls(np.concatenate([used, used**2, used * size, size, size**2, np.ones_like(size)], 1), counts.shape[1])
+
+    def statistic(self, codes: np.ndarray, groups: int) -> np.ndarray:
+        """float64 [draws, groups, experts]: |share - share elsewhere| over its standard error; 0 where nothing varies."""
+        member = (codes[:, None, :] == np.arange(groups)[None, :, None]).astype(np.float64)
+        here = member @ self.columns
+        share, variance = self._share(here)
+        other, spread = self._share(self.columns.sum(0) - here)
+        return np.asarray(np.abs(share - other) / np.sqrt(variance + spread))
+
+    def _share(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(share of tokens, its variance): spread between units (ratio estimator), at least that of independent draws."""
+        used, squares, crossed = (sums[..., i * self.experts : (i + 1) * self.experts] for i in range(3))
+        size, size_squares, n = (sums[..., -i, None] for i in (3, 2, 1))
+        share = used / size
+        between = (squares - 2 * share * crossed + share**2 * size_squares) * n / np.maximum(n - 1, 1) / size**2
+        smooth = (used + PSEUDO) / (size + 2 * PSEUDO)
+        return share, np.maximum(between, smooth * (1 - smooth) / size)
+
+
+def sign_flip_test(excess: np.ndarray, draws: int | None = None, seed: int = 0) -> Verdict:
+    """Do units lean to the same side more often than coin flips would?
+
+    excess float64 [units, *cells]: per unit, count minus what the unit's own loads predict (0 where it cannot tell).
+    The statistic is |sum| / sqrt(sum of squares). Units without any excess say nothing and are left out of the count.
+    Fewer than 2 telling units give NaN.
+    """
+    cells = excess.shape[1:]
+    flat = excess.reshape(len(excess), int(np.prod(cells)))
+    flat = np.where(np.abs(flat) > _TIE, flat, 0)  # what only rounding left is no lean
+    norm = np.sqrt((flat**2).sum(0))
+    n = draws_for(len(flat), 1, flat.shape[1]) if draws is None else draws
+    exact = 2 ** min(len(flat), 60) <= n
+    if exact:
+        signs = np.array(list(product((1.0, -1.0), repeat=len(flat))))
+    else:
+        signs = np.random.default_rng(seed).integers(0, 2, (n, len(flat))) * 2.0 - 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scaled = np.where(norm > 0, flat / norm, 0)
+    observed = np.abs(scaled.sum(0))
+    exceeded, maxima = np.zeros(flat.shape[1], np.int64), []
+    for at in _chunks(len(signs), flat.shape[1] * 2):
+        null = np.abs(signs[at] @ scaled)
+        exceeded += (null >= observed * (1 - _TIE)).sum(0)
+        maxima.append(null.max(1, initial=0))
+    result = _result(observed, exceeded, np.concatenate(maxima), exact)
+    told = (flat != 0).sum(0) >= 2
+    p, family, statistic = (np.where(told, x, np.nan).reshape(cells) for x in (result.p, result.family, observed))
+    return Verdict(p, family, statistic, result.draws, exact, result.maximum)
+
+
+def _result(observed: np.ndarray, exceeded: np.ndarray, maximum: np.ndarray, exact: bool) -> Verdict:
+    draws = len(maximum)
+    own = 0 if exact else 1  # the observed arrangement is among all of them, and is added to random ones
+    return Verdict((exceeded + own) / (draws + own), family_p(observed, maximum, exact), observed, draws, exact, maximum)
+
+
+def family_p(observed: np.ndarray, maximum: np.ndarray, exact: bool) -> np.ndarray:
+    """P(largest statistic of the family >= observed), from the largest under each rearrangement [draws]."""
+    own = 0 if exact else 1
+    above = len(maximum) - np.searchsorted(np.sort(maximum), observed * (1 - _TIE))
+    return np.asarray((above + own) / (len(maximum) + own))
+
+
+def bootstrap_sums(counts: np.ndarray, codes: np.ndarray, draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """float64 [draws, groups, columns]: sums per group over units drawn again, with replacement, within their group.
+
+    counts [units, columns] (append tokens as a column to have them drawn along), codes int [units]. Deterministic.
+    """
+    rng = np.random.default_rng(seed)
+    groups = int(codes.max()) + 1 if len(codes) else 0
+    out = np.zeros((draws, groups, counts.shape[1]))
+    for group in range(groups):
+        mine = counts[codes == group].astype(np.float64)
+        if len(mine):
+            out[:, group] = rng.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), draws) @ mine
+    return out
+
+
+def interval(values: np.ndarray, coverage: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile interval over axis 0. Few units make it too narrow: show how many there were."""
+    tail = 50 * (1 - coverage)
+    low, high = np.percentile(values, [tail, 100 - tail], axis=0)
+    return low, high
+
+
+def _chunks(n: int, width: int) -> Iterator[slice]:
+    step = max(1, int(CHUNK_BYTES / 8 / max(width, 1)))
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))

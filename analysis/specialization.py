@@ -1,0 +1,295 @@
+"""What kinds of text does each expert of a site serve, and is it more than chance?
+
+A *group* is a kind of tokens: those of one label, one token class, one stretch of positions. For every group and
+expert: how many of the group's tokens use the expert, against all others, with an interval over documents and a test
+whose unit is the document. Definitions: OLMoE (arXiv 2409.02060) eq. 7 for the share; ESFT (arXiv 2407.01906) eq. 4-5.
+Knows nothing of screens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .information import Information, jensen_shannon, plug_in, table_information
+from .significance import (
+    ALPHA,
+    Verdict,
+    benjamini_hochberg,
+    bootstrap_sums,
+    enrichment,
+    interval,
+    permutation_test,
+    rearranged_labels,
+    sign_flip_test,
+)  # fmt: skip
+from .trace import LayerInfo, Trace
+
+MOST_UNITS = 400  # documents beyond this are joined into units, so that a test's cost does not grow with the corpus
+INTERVAL_DRAWS = 1_000
+ROWS = 65_536  # tokens read at a time
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """How G groups of tokens use the E classes of one site. Arrays are [G, E] unless said otherwise.
+
+    tokens       int64 [G]: n, tokens of the group.  documents  int64 [G]: documents they come from.
+    count        int64: of these, tokens that use the expert.
+    share        count / tokens, 0 to 1; by chance (uniform routing) k / E. OLMoE eq. 7.
+    elsewhere    the same over the tokens of all other groups.
+    lift         share / share over all groups; 1 = as often as anywhere.
+    enrichment   log2 of share over elsewhere, half a token added to each side; 0 = no difference.
+    low, high    95 % percentile bootstrap interval of enrichment over documents; NaN with fewer than 2 of them.
+    p, q         of the test that ``method`` describes; q corrects for all G x E cells (Benjamini and Hochberg).
+    significant  q <= ALPHA. False where nothing could be tested.
+    """
+
+    site: int
+    kind: str
+    groups: tuple[str, ...]
+    tokens: np.ndarray
+    documents: np.ndarray
+    count: np.ndarray
+    share: np.ndarray
+    elsewhere: np.ndarray
+    lift: np.ndarray
+    enrichment: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    p: np.ndarray
+    q: np.ndarray
+    significant: np.ndarray
+    method: str
+
+    def table(self) -> pa.Table:
+        """One row per cell: site, the kind ("label", ...), expert, n, documents, then every column above."""
+        g, e = self.count.shape
+        columns: dict[str, object] = {"site": np.full(g * e, self.site, np.int16), self.kind: np.repeat(np.array(self.groups, object), e)}
+        columns |= {"expert": np.tile(np.arange(e, dtype=np.int32), g), "n": np.repeat(self.tokens, e)}
+        columns["documents"] = np.repeat(self.documents, e)
+        names = ("count", "share", "elsewhere", "lift", "enrichment", "low", "high", "p", "q", "significant")
+        return pa.table({**columns, **{n: getattr(self, n).ravel() for n in names}})
+
+
+@dataclass(frozen=True)
+class DocumentCounts:
+    """Labelled units of one site: usually documents; where there are many, runs of documents of one label.
+
+    labels  sorted names.  codes  int64 [units] into labels.  tokens  int64 [units].  counts  int64 [units, classes].
+    documents  int64 [units]: documents in each unit.
+    """
+
+    labels: tuple[str, ...]
+    codes: np.ndarray
+    tokens: np.ndarray
+    counts: np.ndarray
+    documents: np.ndarray
+
+
+def labelled_documents(trace: Trace, site: int, most: int = MOST_UNITS) -> DocumentCounts:
+    """Counts per labelled document of a site's stream. More than ``most`` are joined, in order, within their label."""
+    stream = trace.layers[site].stream
+    rows = trace.documents.filter(pc.and_(pc.equal(trace.documents["stack"], stream), pc.is_valid(trace.documents["label"])))
+    rows = rows.filter(pc.greater(rows["n_tokens"], 0)).sort_by("document")
+    names = np.array(rows["label"].to_pylist(), object)
+    labels = tuple(sorted(set(names.tolist())))
+    at = {label: i for i, label in enumerate(labels)}
+    codes = np.array([at[x] for x in names], np.int64)
+    numbers = rows["document"].to_numpy()
+    whole = DocumentCounts(labels, codes, rows["n_tokens"].to_numpy().astype(np.int64), trace.stats.document_load(site, numbers),
+                           np.ones(len(codes), np.int64))  # fmt: skip
+    return whole if len(codes) <= most else _joined(whole, most)
+
+
+def _joined(whole: DocumentCounts, most: int) -> DocumentCounts:
+    """At most about ``most`` units of whole documents, each of one label, as many per label as its documents' share."""
+    order = np.argsort(whole.codes, kind="stable")
+    codes = whole.codes[order]
+    sizes = np.bincount(codes)
+    units = np.maximum(np.minimum(sizes, 2), sizes * most // len(codes))
+    rank = np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    unit = np.repeat(np.cumsum(units) - units, sizes) + rank * units[codes] // sizes[codes]
+    starts = np.flatnonzero(np.append(True, unit[1:] != unit[:-1]))
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(values[order], starts, axis=0)
+
+    return DocumentCounts(whole.labels, codes[starts], total(whole.tokens), total(whole.counts), total(whole.documents))
+
+
+def by_label(trace: Trace, site: int, draws: int | None = None, seed: int = 0) -> Preferences:
+    """Preferences of labels. Null: labels dealt at random to whole documents; NaN p without two labels of documents.
+
+    From statistics alone; no decision is read. A run of counts without documents gives shares and effects, no test.
+    """
+    plain = label_effects(trace, site)
+    labels = plain.groups
+    units = labelled_documents(trace, site)
+    if units.labels != labels or len(labels) < 2:
+        return replace(plain, method="no test: labels of at least two kinds of documents are needed")
+    test = permutation_test(units.counts, units.tokens, units.codes, draws, seed)
+    drawn = bootstrap_sums(np.column_stack([units.counts, units.tokens]), units.codes, INTERVAL_DRAWS, seed)
+    documents = np.bincount(units.codes, units.documents, len(labels)).astype(np.int64)
+    low, high = _interval(drawn[..., :-1], drawn[..., -1:], np.bincount(units.codes, minlength=len(labels)))
+    return _tested(plain, documents, low, high, test, "labels moved between whole documents")
+
+
+def label_effects(trace: Trace, site: int) -> Preferences:
+    """Sizes and effects of labels without any test, from counts alone. Labels are those with an assignment at the site."""
+    labels, count = trace.stats.label_load(site)
+    sizes = trace.stats.label_tokens(site)
+    return effects(site, "label", labels, np.array([sizes[x] for x in labels], np.int64), count)
+
+
+def label_divergence(trace: Trace, site: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """(labels, float64 [labels, labels]): Jensen-Shannon divergence of their shares of assignments, bits, 0 to 1.
+
+    Random routing of n and m assignments gives about (E - 1) (1/n + 1/m) / (8 ln 2): nearly 0.
+    """
+    labels, count = trace.stats.label_load(site)
+    return labels, np.array([[jensen_shannon(a, b) for b in count] for a in count]).reshape(len(labels), len(labels))
+
+
+def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: np.ndarray, draws: int | None = None,
+             seed: int = 0) -> Preferences:  # fmt: skip
+    """Preferences of any kind of token: ``codes`` int [tokens of the site's stream] into ``groups``, -1 for none.
+
+    Null: within each document the kind has nothing to do with the expert, so documents lean to either side alike
+    (signs of whole documents flipped). One streaming pass over the site's decisions. Raises TraceError without them.
+    """
+    counts, sizes, documents = _group_counts(trace, site, len(groups), codes)
+    plain = effects(site, kind, tuple(groups), sizes.sum(0), counts.sum(0))
+    totals = sizes.sum(1).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate = np.where(totals > 0, counts.sum(1).T / totals, 0).T
+    excess = counts - sizes[..., None] * rate[:, None, :]
+    test = sign_flip_test(excess, draws, seed)
+    columns = np.concatenate([counts, sizes[..., None]], 2).reshape(len(counts), -1)
+    drawn = bootstrap_sums(columns, np.zeros(len(columns), np.int64), INTERVAL_DRAWS, seed)
+    drawn = drawn.reshape(INTERVAL_DRAWS, len(groups), -1)
+    low, high = _interval(drawn[..., :-1], drawn[..., -1:], (sizes > 0).sum(0))
+    return _tested(plain, documents, low, high, test, "signs of whole documents flipped")
+
+
+def by_position(trace: Trace, site: int) -> Preferences:
+    """Preferences of stretches of positions, 0, 1-2, 3-6, 7-14, ...: doubling, as the statistics count them."""
+    rows = trace.stream_tokens(trace.layers[site].stream)
+    bucket = np.floor(np.log2(rows["position"].to_numpy() + 1)).astype(np.int64)
+    names = [f"{2**b - 1}" if b == 0 else f"{2**b - 1}-{2 ** (b + 1) - 2}" for b in range(int(bucket.max(initial=-1)) + 1)]
+    return by_group(trace, site, "position", names, bucket)
+
+
+def effects(site: int, kind: str, groups: tuple[str, ...], tokens: np.ndarray, count: np.ndarray) -> Preferences:
+    """Preferences with sizes and effects only: tokens int64 [G], count int64 [G, E]; intervals and p are NaN."""
+    n, total = tokens[:, None], tokens.sum()
+    others, rest = count.sum(0) - count, total - n
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share, elsewhere = count / n, others / rest
+        lift = share / (count.sum(0) / total)
+        log2 = np.where((n > 0) & (rest > 0), enrichment(count, n, others, rest), np.nan)
+    unknown = np.full(count.shape, np.nan)
+    return Preferences(site, kind, groups, tokens, np.zeros(len(groups), np.int64), count, share, elsewhere, lift, log2, unknown, unknown,
+                       unknown, unknown, np.zeros(count.shape, bool), "no test")  # fmt: skip
+
+
+def _tested(plain: Preferences, documents: np.ndarray, low: np.ndarray, high: np.ndarray, test: Verdict, what: str) -> Preferences:
+    q = benjamini_hochberg(test.p)
+    return replace(plain, documents=documents, low=low, high=high, p=test.p, q=q, significant=q <= ALPHA, method=f"{what}: {test.method}")
+
+
+def _interval(count: np.ndarray, tokens: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of enrichment, from drawn counts [draws, G, E] and tokens [draws, G, 1]; NaN for groups in fewer than 2 units."""
+    others, rest = count.sum(1, keepdims=True) - count, tokens.sum(1, keepdims=True) - tokens
+    low, high = interval(enrichment(count, tokens, others, rest))
+    thin = (units < 2)[:, None]
+    return np.where(thin, np.nan, low), np.where(thin, np.nan, high)
+
+
+def _group_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(int64 [units, groups, classes], int64 [units, groups] tokens, int64 [groups] documents); one pass over a site."""
+    layer = trace.layers[site]
+    numbers = trace.stream_tokens(layer.stream)["document"].to_numpy()
+    distinct, document = np.unique(numbers, return_inverse=True)
+    units = min(len(distinct), MOST_UNITS)
+    unit = document * units // max(len(distinct), 1)
+    counts = np.zeros(units * n_groups * layer.n_classes, np.int64)
+    for start, experts in blocks(trace, layer):
+        stop = start + len(experts)
+        cell = (unit[start:stop] * n_groups + codes[start:stop]) * layer.n_classes
+        kept = (experts >= 0) & (codes[start:stop] >= 0)[:, None]
+        counts += np.bincount((cell[:, None] + experts)[kept], minlength=len(counts))
+    known = codes >= 0
+    sizes = np.bincount(unit[known] * n_groups + codes[known], minlength=units * n_groups).reshape(units, n_groups)
+    pairs = np.unique(document[known] * n_groups + codes[known])
+    documents = np.bincount(pairs % n_groups, minlength=n_groups)
+    return counts.reshape(units, n_groups, layer.n_classes), sizes, documents
+
+
+def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, executed experts int64 [up to ``rows``, k]) over a site's stream, in order; bounded memory."""
+    for start in range(0, trace.n_tokens(layer.stream), rows):
+        stop = min(start + rows, trace.n_tokens(layer.stream))
+        yield start, trace.routing(layer.index, start, stop).experts.astype(np.int64)
+
+
+def label_information(trace: Trace, site: int, draws: int = 199, seed: int = 0) -> Information:
+    """I(expert; label) over assignments, bits; floor and p from labels dealt at random to whole documents.
+
+    A random, untrained router shows some too: texts of different labels have different tokens.
+    """
+    table = trace.stats.label_load(site)[1]
+    bits, corrected, h_label, h_expert = table_information(table)
+    units = labelled_documents(trace, site)
+    n = int(table.sum())
+    if len(units.labels) < 2 or len(units.labels) != len(table) or not n:
+        return Information(bits, corrected, np.nan, np.nan, h_label, h_expert, n, "no null: labelled documents are needed")
+    deals, exact = rearranged_labels(units.codes, draws, seed)
+    member = (deals[:, None, :] == np.arange(len(table))[None, :, None]).astype(np.float64)
+    null = plug_in(member @ units.counts.astype(np.float64))
+    own = 0 if exact else 1
+    p = ((null >= bits * (1 - 1e-9)).sum() + own) / (len(null) + own)
+    return Information(bits, corrected, float(null.mean()), float(p), h_label, h_expert, n,
+                       f"labels moved between whole documents, {len(null)} times")  # fmt: skip
+
+
+def token_score(load: np.ndarray, tokens: int, top_k: int) -> np.ndarray:
+    """float64 [E]: ESFT's token selection ratio, mean over tokens of [expert chosen] / k. Sums to 1 without drops."""
+    return load / (tokens * top_k) if tokens else np.full(len(load), np.nan)
+
+
+def gate_score(gate_mass: np.ndarray, tokens: int) -> np.ndarray:
+    """float64 [E]: ESFT's average gate score, mean over tokens of the gate weight (0 where not chosen)."""
+    return gate_mass / tokens if tokens else np.full(len(gate_mass), np.nan)
+
+
+def esft_experts(score: np.ndarray, top_p: float) -> tuple[int, ...]:
+    """The fewest experts, by falling score, whose scores add up to ``top_p`` or more; ties by expert number. ESFT eq. 6.
+
+    Raises ValueError for a ``top_p`` outside (0, 1].
+    """
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: it must lie above 0 and at most 1")
+    order = np.argsort(-score, kind="stable")
+    enough = int(np.searchsorted(np.cumsum(score[order]), top_p * (1 - 1e-12))) + 1
+    return tuple(order[: min(enough, len(order))].tolist())
+
+
+def seriation(enriched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(order of groups, order of experts) that puts a heatmap [G, E] of log2 enrichment near its diagonal.
+
+    Experts follow the group they prefer most, the strongest first; groups follow the number and strength of their
+    experts. Ties by number. A reordering only: it shows structure, it proves none, and random tables look ordered too.
+    """
+    value = np.nan_to_num(enriched, nan=-np.inf)
+    if not value.size:
+        return np.arange(value.shape[0]), np.arange(value.shape[1])
+    best, strength = value.argmax(0), value.max(0)
+    owned = np.bincount(best, minlength=len(value))
+    groups = np.lexsort((np.arange(len(value)), -value.max(1), -owned))
+    place = np.argsort(groups)
+    return groups, np.lexsort((np.arange(len(best)), -strength, place[best]))

@@ -1,0 +1,166 @@
+"""How stable is the balance of load: from batch to batch, along the text, between labels, between layers?
+
+A layer may be even over a run and overloaded in every batch; a model may be even over its layers' sum and collapsed in
+each of them. From statistics alone. Every table has n and what uniform random routing of so many tokens would give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from . import balance
+from .trace import LayerInfo, Trace
+
+EVEN, COLLAPSED = 1.5, 3.0  # max / mean: "looks even" up to the one, "collapsed" from the other, or with a dead expert
+SCHEMA = (("n", pa.int64()), ("max_over_mean", pa.float64()), ("cv", pa.float64()), ("normalised_entropy", pa.float64()),
+          ("dead", pa.float64()), ("chance_max_over_mean", pa.float64()), ("chance_cv", pa.float64()))  # fmt: skip
+
+
+def batch_balance(trace: Trace, site: int, batch_tokens: int = 1) -> pa.Table:
+    """Balance per batch: runs of whole documents, in order, closed once they hold ``batch_tokens``; at least one document.
+
+    Columns batch, documents, n (tokens), max_over_mean, cv, normalised_entropy, dead, and the two chance values.
+    A last batch that falls short is joined to the one before. MaxVio of a batch is max_over_mean - 1.
+    """
+    sizes, counts = _documents(trace, site)
+    starts = _batches(sizes, batch_tokens)
+    n = np.add.reduceat(sizes, starts) if len(starts) else sizes
+    loads = np.add.reduceat(counts, starts, axis=0) if len(starts) else counts
+    table = _described(trace.layers[site], n, loads)
+    table = table.add_column(0, "documents", pa.array(np.diff(np.append(starts, len(sizes))), pa.int64()))
+    return table.add_column(0, "batch", pa.array(np.arange(len(n)), pa.int64()))
+
+
+def batch_maxvio(trace: Trace, site: int, batch_tokens: int = 1) -> float:
+    """MaxVio per batch, averaged over batches; 0 to E - 1; NaN without assignments. Wang et al., arXiv 2408.15664.
+
+    ``batch_tokens`` as in ``batch_balance``; at its default every document is a batch.
+    """
+    sizes, counts = _documents(trace, site)
+    starts = _batches(sizes, batch_tokens)
+    loads = np.add.reduceat(counts, starts, axis=0) if len(starts) else counts
+    loads = loads[:, : trace.layers[site].n_experts]
+    loads = loads[loads.sum(1) > 0]
+    return float((loads.max(1) / loads.mean(1) - 1).mean()) if len(loads) else float("nan")
+
+
+def position_balance(trace: Trace, site: int) -> pa.Table:
+    """Balance per stretch of positions (0, 1-2, 3-6, ... doubling): first, last, then the columns of ``batch_balance``."""
+    layer = trace.layers[site]
+    loads = trace.stats.position_load(site)
+    n = -(-loads.sum(1) // layer.top_k)  # tokens, but for assignments dropped natively
+    bucket = np.arange(len(loads))
+    table = _described(layer, n, loads)
+    table = table.add_column(0, "last", pa.array(2 ** (bucket + 1) - 2, pa.int64()))
+    return table.add_column(0, "first", pa.array(2**bucket - 1, pa.int64()))
+
+
+def label_balance(trace: Trace, site: int) -> pa.Table:
+    """Balance per label: label, then the columns of ``batch_balance``. Empty for a run without labels."""
+    labels, loads = trace.stats.label_load(site)
+    tokens = trace.stats.label_tokens(site)
+    table = _described(trace.layers[site], np.array([tokens[x] for x in labels], np.int64), loads)
+    return table.add_column(0, "label", pa.array(labels, pa.string()))
+
+
+def _described(layer: LayerInfo, n: np.ndarray, loads: np.ndarray) -> pa.Table:
+    known: dict[int, tuple[float, float]] = {}
+    for size in set(n.tolist()):
+        chance = (balance.chance_max_over_mean, balance.chance_cv)
+        known[size] = tuple(f(size, layer.n_classes, layer.top_k) for f in chance)  # type: ignore[assignment]
+    rows = []
+    for size, load in zip(n.tolist(), loads[:, : layer.n_experts], strict=True):
+        figures = [f(load) for f in (balance.max_over_mean, balance.cv, balance.normalised_entropy, balance.dead)]
+        rows.append((size, *figures, *known[size]))
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(SCHEMA)
+    return pa.table([pa.array(c, t) for c, (_, t) in zip(columns, SCHEMA, strict=True)], schema=pa.schema(SCHEMA))
+
+
+def _documents(trace: Trace, site: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [documents] tokens, int64 [documents, classes] assignments) of the site's stream, by document number."""
+    rows = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
+    return rows["n_tokens"].to_numpy().astype(np.int64), trace.stats.document_load(site, rows["document"].to_numpy())
+
+
+def _batches(sizes: np.ndarray, batch_tokens: int) -> np.ndarray:
+    """First document of each batch. Raises ValueError for a batch of no tokens."""
+    if batch_tokens < 1:
+        raise ValueError(f"a batch of {batch_tokens} tokens holds nothing: give at least 1")
+    starts, filled = [0] if len(sizes) else [], 0
+    for i, size in enumerate(sizes.tolist()):
+        if filled >= batch_tokens:
+            starts.append(i)
+            filled = 0
+        filled += size
+    if len(starts) > 1 and filled < batch_tokens:
+        starts.pop()
+    return np.array(starts, np.int64)
+
+
+@dataclass(frozen=True)
+class PooledBalance:
+    """Load summed over layers by expert number, beside the layers themselves. All max / mean: 1 (even) to E.
+
+    Expert numbers mean nothing across layers: a sum over them is shown only to expose losses that balance it.
+    pooled   of the mean over layers of relative load.  worst  of the worst layer, at ``worst_site``.
+    chance   mean of ``pooled`` when every layer's experts are numbered at random.
+    p        P(numbering at random gives a pooled CV as small); small: something balanced the sum itself.
+    dead     experts without any assignment, over all layers.
+    hidden   pooled <= EVEN while a layer is >= COLLAPSED or has a dead expert.
+    """
+
+    pooled: float
+    worst: float
+    worst_site: int
+    chance: float
+    p: float
+    dead: int
+    layers: int
+
+    @property
+    def hidden(self) -> bool:
+        """Balanced when pooled over layers, collapsed within them."""
+        return self.pooled <= EVEN and (self.worst >= COLLAPSED or self.dead > 0)
+
+
+def pooled_balance(trace: Trace, draws: int = 999, seed: int = 0) -> PooledBalance | None:
+    """What a load chart summed over layers would hide. None without two layers of equally many experts that saw tokens."""
+    sizes = {x.n_experts for x in trace.layers}
+    if len(trace.layers) < 2 or len(sizes) != 1:
+        return None
+    loads = np.array([trace.stats.load(x.index)[: x.n_experts] for x in trace.layers])
+    if not loads.sum(1).all():
+        return None
+    relative = loads * loads.shape[1] / loads.sum(1, keepdims=True)
+    rng = np.random.default_rng(seed)
+    null = np.array([rng.permuted(relative, axis=1).mean(0) for _ in range(draws)])
+    pooled, worst = relative.mean(0), relative.max(1)
+    p = ((null.std(1) <= pooled.std() * (1 + 1e-9)).sum() + 1) / (draws + 1)
+    return PooledBalance(float(pooled.max()), float(worst.max()), int(worst.argmax()), float(null.max(1).mean()), float(p),
+                         int((loads == 0).sum()), len(loads))  # fmt: skip
+
+
+def transformers_auxiliary_loss(trace: Trace) -> float:
+    """What transformers' load_balancing_loss_func gives for the run: E sum f_e P_e with layers pooled; even = k, not 1.
+
+    f_e: assignments per token, P_e: mean router probability, both over the tokens of all layers at once, so that two
+    collapsed layers can hide each other. Shown as "transformers variant" only. NaN where sites differ or scores are unknown.
+    """
+    sizes = {(x.n_classes, x.top_k) for x in trace.layers}
+    tokens = sum(trace.stats.n_tokens(x.index) for x in trace.layers)
+    if len(sizes) != 1 or not tokens:
+        return float("nan")
+    probability = np.sum([trace.stats.probability_sum(x.index) for x in trace.layers], 0) / tokens
+    chosen = np.sum([trace.stats.chosen_load(x.index) for x in trace.layers], 0) / tokens
+    return float(len(chosen) * (chosen * probability).sum()) if probability.sum() else float("nan")
+
+
+def percentiles(values: np.ndarray) -> dict[str, float]:
+    """min, p10, median, p90, max over layers, NaN left out: layers are compared, never pooled."""
+    known = values[np.isfinite(values)]
+    names = {"min": 0, "p10": 10, "median": 50, "p90": 90, "max": 100}
+    return {name: float(np.percentile(known, at)) if len(known) else float("nan") for name, at in names.items()}

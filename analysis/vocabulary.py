@@ -1,0 +1,236 @@
+"""How far do tokens themselves explain where they are sent? By token id, by kind of token.
+
+Input ids come from the statistics; next ids need the recorded tokens and one pass over a site's decisions; the token
+the model itself predicted next is not recorded by a capture (see PREDICTED_NEXT). Definitions: OLMoE (arXiv
+2409.02060) eq. 8 for vocabulary specialization, OpenMoE (arXiv 2402.01739) for context independence.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from .information import Information, shuffled_tables, sparse_information
+from .significance import family_p
+from .specialization import Preferences, blocks, by_group
+from .trace import Trace, TraceError
+
+LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"
+PREDICTED_NEXT = "A capture records routing and loss, not the model's output: the predicted next token is not known. Use the next token."
+CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
+           "special tokens", "empty tokens")  # fmt: skip
+_SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:pad|unk|bos|eos|mask)>|\[(?:CLS|SEP|PAD|MASK|UNK)\]", re.I)
+_RAW_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
+
+
+def token_class(text: str) -> str:
+    """The kind of a token's readable text, one of CLASSES.
+
+    Word starts carry the space before the word; a word at a line's start or after a bracket therefore counts as a word
+    part. Wide letters (Chinese, Japanese, Korean) are ideographs. A token that is not whole characters shows as \\xNN.
+    """
+    if not text or _SPECIAL.fullmatch(text):
+        return "special tokens" if text else "empty tokens"
+    if _RAW_BYTE.search(text):
+        return "parts of characters"
+    if text.isspace():
+        return "newlines" if "\n" in text or "\r" in text else "spaces"
+    letters = [c for c in text if c.isalpha()]
+    if not letters:
+        return "digits" if any(c.isnumeric() for c in text) else "punctuation"
+    if any(unicodedata.east_asian_width(c) in "WF" for c in letters):
+        return "ideographs"
+    return "word starts" if text[0].isspace() else "word parts"
+
+
+def class_codes(trace: Trace, stream: str = "decoder") -> np.ndarray:
+    """int64 [tokens of the stream] into CLASSES; -1 where a token's text is not known. Raises TraceError without tokens."""
+    text = trace.stream_tokens(stream)["token"].combine_chunks()
+    coded = text if pa.types.is_dictionary(text.type) else text.dictionary_encode()
+    at = {name: i for i, name in enumerate(CLASSES)}
+    kinds = np.array([*(-1 if t is None else at[token_class(t)] for t in coded.dictionary.to_pylist()), -1])
+    return np.asarray(kinds[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
+
+
+def by_class(trace: Trace, site: int) -> Preferences:
+    """Preferences of the token classes that occur. Null and cost as in ``by_group``."""
+    codes = class_codes(trace, trace.layers[site].stream)
+    present = np.flatnonzero(np.bincount(codes[codes >= 0], minlength=len(CLASSES)))
+    place = np.full(len(CLASSES) + 1, -1)
+    place[present] = np.arange(len(present))
+    return by_group(trace, site, "class", [CLASSES[i] for i in present], place[codes])
+
+
+def token_texts(trace: Trace, ids: np.ndarray, stream: str = "decoder") -> tuple[str | None, ...]:
+    """Readable text of each token id as recorded in the run; None for an id that does not occur, or without tokens."""
+    if trace.tokens is None or not len(ids):
+        return (None,) * len(ids)
+    tokens = trace.stream_tokens(stream)
+    recorded = tokens["token_id"].to_numpy()
+    first = np.full(int(max(recorded.max(initial=0), ids.max())) + 1, -1)
+    first[recorded[::-1]] = np.arange(len(recorded))[::-1]
+    texts = tokens["token"].take(pa.array(np.maximum(first[ids], 0))).to_pylist() if len(recorded) else [None] * len(ids)
+    return tuple(t if row >= 0 else None for t, row in zip(texts, first[ids], strict=True))
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Who serves which token id at one site, sparse.
+
+    ids     int64 [V], ascending.  tokens  int64 [V]: N_x, occurrences of the id.
+    row, expert, count  int64 [cells]: index into ids, expert, assignments.
+    classes  ids an expert can have.  kind  "input token" or "next token".
+    """
+
+    site: int
+    kind: str
+    classes: int
+    ids: np.ndarray
+    tokens: np.ndarray
+    row: np.ndarray
+    expert: np.ndarray
+    count: np.ndarray
+
+
+def input_tokens(trace: Trace, site: int) -> TokenCounts:
+    """By the token the expert reads. From statistics alone, unless assignments were dropped or skipped natively."""
+    cells, experts, counts = trace.stats.token_load(site)
+    layer = trace.layers[site]
+    if counts.sum() == trace.stats.n_tokens(site) * layer.top_k:
+        ids, row = np.unique(cells, return_inverse=True)
+        tokens = np.bincount(row, counts, len(ids)).astype(np.int64) // layer.top_k
+    else:  # some tokens have fewer than k experts: their number is in the tokens table only
+        recorded = trace.stream_tokens(layer.stream)["token_id"].to_numpy().astype(np.int64)
+        ids, tokens = np.unique(recorded, return_counts=True)
+        row = np.searchsorted(ids, cells)
+    return TokenCounts(site, "input token", layer.n_classes, ids, tokens, row, experts, counts)
+
+
+def next_tokens(trace: Trace, site: int) -> TokenCounts:
+    """By the token that follows in the document; last tokens are left out. One pass; TraceError without decisions."""
+    layer = trace.layers[site]
+    table = trace.stream_tokens(layer.stream)
+    document, recorded = table["document"].to_numpy(), table["token_id"].to_numpy().astype(np.int64)
+    follows = np.append(document[1:] == document[:-1], np.zeros(min(len(document), 1), bool))
+    ids, code = np.unique(recorded, return_inverse=True)
+    code = np.where(follows, np.append(code[1:], 0)[: len(code)], -1)
+    parts = []
+    for start, experts in blocks(trace, layer):
+        mine = code[start : start + len(experts), None]
+        kept = (experts >= 0) & (mine >= 0)
+        parts.append(np.unique((mine * layer.n_classes + experts)[kept], return_counts=True))
+    cell, at = np.unique(np.concatenate([c for c, _ in parts]), return_inverse=True)
+    count = np.bincount(at, np.concatenate([n for _, n in parts]), len(cell)).astype(np.int64)
+    tokens = np.bincount(code[code >= 0], minlength=len(ids))
+    return TokenCounts(site, "next token", layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count)
+
+
+def predicted_tokens(trace: Trace, site: int) -> TokenCounts:
+    """Always raises TraceError: what is missing is said in PREDICTED_NEXT. Here so that nobody takes next for predicted."""
+    raise TraceError(PREDICTED_NEXT)
+
+
+def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) -> Information:
+    """I(expert; token id) over assignments, bits; ``share_of(entropy_y)`` is the part of H(expert) the id alone explains.
+
+    Floor: assignments dealt again to the tokens, ids' and experts' totals kept. Rare ids make it large: the floor has
+    to be taken off before two runs, or two layers, are compared. OpenMoE calls a high share context independence.
+    """
+    bits, corrected, h_id, h_expert = sparse_information(counts.row, counts.expert, counts.count)
+    null = []
+    for i in range(shuffles if counts.count.sum() else 0):
+        null.append(sparse_information(*shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, seed + i))[0])
+    floor = float(np.mean(null)) if null else float("nan")
+    p = (sum(x >= bits for x in null) + 1) / (len(null) + 1) if null else float("nan")
+    return Information(bits, corrected, floor, p, h_id, h_expert, int(counts.count.sum()), f"assignments dealt again, {len(null)} times")
+
+
+@dataclass(frozen=True)
+class VocabularySpecialization:
+    """Mean over token ids of the largest share any expert has of the id's tokens; 1/E... to 1. OLMoE eq. 8.
+
+    every      over all ids: an id seen once scores 1 whatever the router does.
+    frequent   over ids seen at least ``least`` times (``n_frequent`` of them).
+    weighted   over tokens: each id counts as often as it occurs.
+    chance_*   the same after assignments were dealt again to the tokens (shares capped at 1).
+    """
+
+    every: float
+    frequent: float
+    weighted: float
+    chance_every: float
+    chance_frequent: float
+    chance_weighted: float
+    n_ids: int
+    n_frequent: int
+    n_tokens: int
+    least: int
+
+
+def vocabulary_specialization(counts: TokenCounts, least: int = LEAST, seed: int = 0) -> VocabularySpecialization:
+    """Eq. 8 three ways, each beside its shuffled value; NaN for no tokens. Seeded."""
+    real = _top_shares(counts, counts.row, counts.count, least)
+    row, _, count = shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, seed)
+    seen = counts.tokens > 0
+    return VocabularySpecialization(*real, *_top_shares(counts, row, count, least), int(seen.sum()), int((counts.tokens >= least).sum()),
+                                    int(counts.tokens.sum()), least)  # fmt: skip
+
+
+def _top_shares(counts: TokenCounts, row: np.ndarray, count: np.ndarray, least: int) -> tuple[float, float, float]:
+    top = np.zeros(len(counts.ids))
+    np.maximum.at(top, row, count.astype(np.float64))
+    seen = counts.tokens > 0
+    share, n = np.minimum(top[seen] / counts.tokens[seen], 1), counts.tokens[seen]
+    often = n >= least
+    nothing = float("nan")
+    return (float(share.mean()) if len(n) else nothing, float(share[often].mean()) if often.any() else nothing,
+            float((share * n).sum() / n.sum()) if len(n) else nothing)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenUse:
+    """One token id at one expert. share = count / tokens; lift = share over the expert's share of all tokens.
+
+    ``p``: probability that any id seen at least ``least`` times stands out as much when the expert's assignments are
+    dealt at random to the tokens. The unit is the token: repeats within one document count as independent.
+    """
+
+    token_id: int
+    text: str | None
+    count: int
+    tokens: int
+    share: float
+    lift: float
+    p: float
+
+
+def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAST, most: int = 20, draws: int = 199,
+               seed: int = 0) -> tuple[TokenUse, ...]:  # fmt: skip
+    """The expert's ids by falling lift, among those seen at least ``least`` times and used more often than elsewhere.
+
+    Ties by falling count, then by id. Empty where nothing is.
+    """
+    mine = counts.expert == expert
+    used = np.bincount(counts.row[mine], counts.count[mine], len(counts.ids)).astype(np.int64)
+    dealt = np.bincount(counts.row, counts.count, len(counts.ids)).astype(np.int64)
+    total, n = int(used.sum()), int(counts.tokens.sum())
+    often = (counts.tokens >= least) & (dealt > 0)
+    if not total or not often.any():
+        return ()
+    share = used[often] / counts.tokens[often]
+    lift = share / (total / n)
+    rate = total / dealt.sum()
+    error = np.sqrt(np.maximum(dealt[often] * rate * (1 - rate), 1e-12))
+    colours = np.append(dealt[often], dealt.sum() - dealt[often].sum())  # rare ids together: none of them is looked at
+    null = np.random.default_rng(seed).multivariate_hypergeometric(colours, total, draws, method="marginals")[:, :-1]
+    maximum = ((null - dealt[often] * rate) / error).max(1)
+    p = family_p((used[often] - dealt[often] * rate) / error, maximum, False)
+    ids, count, tokens = counts.ids[often], used[often], counts.tokens[often]
+    order = [i for i in np.lexsort((ids, -count, -lift)) if lift[i] > 1][:most]
+    texts = token_texts(trace, ids[order], trace.layers[counts.site].stream)
+    return tuple(TokenUse(int(ids[i]), text, int(count[i]), int(tokens[i]), float(share[i]), float(lift[i]), float(p[i]))
+                 for i, text in zip(order, texts, strict=True))  # fmt: skip

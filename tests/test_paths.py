@@ -1,0 +1,176 @@
+"""Pairs of experts against loops, against what loads alone give, and against published repetition."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis.paths import MIXTRAL_REPETITION, coactivation, flow, flow_information, quasi_independent, repetition, saturation
+from analysis.trace import SiteRouting, Trace, TraceError
+from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_parts, make_trace, site
+
+
+def weighted_trace(k: int, n: int = 4000, seed: int = 0) -> Trace:
+    """Experts drawn without return at fixed odds from 1 to 8: uneven loads, no partnership, no memory."""
+    layers = (site(0, 8, k), site(1, 8, k))
+    part = make_part(layers, [n // 4] * 4, seed)
+    rng = np.random.default_rng(seed)
+    routing = []
+    for old in part.routing:
+        sets = []
+        while len(sets) < n:  # draws with return, kept where all differ: odds of a set are the product of its experts' odds
+            drawn = rng.choice(8, (4 * n, k), p=np.arange(1, 9) / 36)
+            ordered = np.sort(drawn, 1)
+            sets += drawn[(ordered[:, 1:] != ordered[:, :-1]).all(1)].tolist()
+        experts = np.array(sets[:n], np.int16)
+        routing.append(SiteRouting(experts, old.weights, experts))
+    return make_trace(layers, [replace(part, routing=tuple(routing))])
+
+
+@pytest.mark.parametrize("layers", [PLAIN, MANY, TWO_STREAMS], ids=["plain", "many", "streams"])
+def test_coactivation_counts(layers: tuple) -> None:
+    trace = make_trace(layers)
+    for layer in layers:
+        found, experts = coactivation(trace, layer.index), trace.experts(layer.index)
+        uses = np.array([(experts == e).any(1) for e in range(layer.n_classes)]).astype(int)
+        both = uses @ uses.T
+        np.fill_diagonal(both, 0)
+        assert np.array_equal(found.observed, both) and found.n == both.sum() // 2
+        e = int(uses.sum(1).argmax())
+        np.testing.assert_allclose(np.delete(found.share[e], e), np.delete(both[e] / uses[e].sum(), e))
+        assert np.isnan(found.lift.diagonal()).all() and np.isnan(found.share.diagonal()).all()
+        assert found.chance_share == (layer.top_k - 1) / (layer.n_classes - 1)
+
+
+def test_uneven_loads_alone_make_no_partners() -> None:
+    """Where experts are drawn without regard to each other lift is 1; n_i n_j / n would call every pair rare."""
+    trace = weighted_trace(2)
+    found = coactivation(trace, 0)
+    off = ~np.eye(8, dtype=bool)
+    assert np.abs(found.residual[off]).max() < 3.5 and np.average(found.lift[off], weights=found.expected[off]) == pytest.approx(1)
+    np.testing.assert_allclose(found.expected.sum(0), found.observed.sum(0), rtol=1e-6)
+    load = trace.stats.load(0)
+    naive = found.observed[off] / (np.outer(load, load)[off] / 4000)
+    assert np.median(naive) < 0.8
+    three = coactivation(weighted_trace(3), 0)
+    assert np.nanmax(np.abs(three.lift[three.expected > 100] - 1)) < 0.25
+
+
+def test_planted_partners_stand_out() -> None:
+    trace = weighted_trace(2)
+    experts = trace.experts(0).copy()
+    experts[::10] = [0, 1]
+    part = make_part(trace.layers, [1000] * 4)
+    planted = make_trace(trace.layers, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
+    found = coactivation(planted, 0)
+    assert np.nanargmax(found.lift) == 1 and found.lift[0, 1] == found.lift[1, 0] > 3
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=3, max_size=12))
+def test_quasi_independence_reaches_its_margins(odds: list[float]) -> None:
+    a = np.array(odds)
+    table = np.outer(a, a)
+    np.fill_diagonal(table, 0)
+    if (a * 2 < a.sum()).all():  # else one expert is in nearly every pair, and fitting takes long
+        np.testing.assert_allclose(quasi_independent(table.sum(0)), table, rtol=1e-4)
+
+
+def test_quasi_independence_of_nothing_and_of_even_loads() -> None:
+    assert not quasi_independent(np.zeros(4, int)).any()
+    even = quasi_independent(np.full(4, 30))
+    np.testing.assert_allclose(even[~np.eye(4, dtype=bool)], 10)
+
+
+def test_flow_counts_and_its_null() -> None:
+    trace = make_trace()
+    found, a, b = flow(trace, 0), trace.experts(0), trace.experts(1)
+    counted = np.zeros((8, 8), int)
+    for mine, other in zip(a, b, strict=True):
+        for i in mine:
+            counted[i, other] += 1
+    assert np.array_equal(found.observed, counted) and found.n == 4 * len(a) and found.chance_share == 1 / 8
+    np.testing.assert_allclose(found.expected, np.outer(counted.sum(1), counted.sum(0)) / counted.sum())
+    np.testing.assert_allclose(found.share[counted.sum(1) > 0].sum(1), 1)
+    assert flow(trace, 1).lift.shape == (8, 0) and np.isnan(flow_information(trace, 1).plug_in)
+    assert flow(trace, 0, first=True).n == len(a)
+
+
+def test_flow_of_independent_and_of_chained_layers() -> None:
+    trace = weighted_trace(1)
+    assert np.abs(flow(trace, 0).residual).max() < 4 and abs(flow_information(trace, 0).corrected) < 0.01
+    part = make_part(trace.layers, [1000] * 4)
+    here = trace.experts(0)
+    chained = ((here + 3) % 8).astype(here.dtype)
+    both = (SiteRouting(here, part.routing[0].weights, here), SiteRouting(chained, part.routing[1].weights, chained))
+    told = flow(make_trace(trace.layers, [replace(part, routing=both)]), 0)
+    assert (told.observed > 0).sum() == 8 and told.lift[0, 3] == pytest.approx(4000 / (here == 0).sum())
+
+
+def test_repetition_and_its_chance() -> None:
+    found = repetition(weighted_trace(2), 0)
+    assert found.pairs == 3996 and found.chance_first == 1 / 8 and found.chance_shared == pytest.approx(0.4643, abs=5e-5)
+    assert found.first == pytest.approx(found.chance_first_given_load, abs=0.03) and found.chance_first_given_load > 0.135
+    for e, k, percent in ((8, 2, 46.43), (64, 8, 67.91), (64, 6, 46.01), (128, 8, 41.23)):  # reference: Mixtral Table 5's null
+        layers = (site(0, e, k),)
+        chance = repetition(make_trace(layers, [make_part(layers, [3])]), 0).chance_shared
+        assert 100 * chance == pytest.approx(percent, abs=0.005) and chance == 1 - comb(e - k, k) / comb(e, k)
+    assert np.isnan(repetition(make_trace(PLAIN, [make_part(PLAIN, [1])]), 0).first)
+
+
+def test_repetition_of_deepseek_v2_lite(real: Path) -> None:
+    golden = json.loads((real / "golden.json").read_text())["deepseek-v2-lite"]["law"]
+    table = pq.read_table(real / "deepseek-v2-lite" / "routing.parquet").to_pandas()
+    layers = (site(0, 64, 6),)
+    for number in ("1", "13", "26"):
+        mine = table[(table["task"] == "law") & (table["layer"] == int(number))].sort_values(["seq", "pos", "slot"])
+        experts = mine["expert"].to_numpy().reshape(-1, 6).astype(np.int16)
+        weights = mine["weight"].to_numpy().reshape(-1, 6).astype(np.float32)
+        part = make_part(layers, mine.iloc[::6].groupby("seq", sort=False).size().tolist())
+        found = repetition(make_trace(layers, [replace(part, routing=(SiteRouting(experts, weights, experts),))]), 0)
+        figures = golden["layers"][number]
+        assert found.first == pytest.approx(figures["repeat_first"], rel=5e-8)
+        assert found.shared == pytest.approx(figures["repeat_any"], rel=5e-8)
+
+
+def test_mixtrals_table_is_above_chance_for_two_choices() -> None:
+    assert len(MIXTRAL_REPETITION) == 6 and all(len(rows) == 3 for rows in MIXTRAL_REPETITION.values())
+    deep = [rows[1] for rows in MIXTRAL_REPETITION.values()]
+    assert all(first > 12.5 and either > 46.43 for first, either in deep)
+
+
+def test_saturation_at_its_ends_and_in_between() -> None:
+    a = make_trace(PLAIN, [make_part(PLAIN, [300] * 6, 1)])
+    same = saturation(a, a).to_pylist()
+    assert [(r["site"], r["n"], r["saturation"], r["low"], r["high"]) for r in same] == [(s, 1800, 1, 1, 1) for s in (0, 1)]
+    part = make_part(PLAIN, [300] * 6, 1)
+    other = make_part(PLAIN, [300] * 6, 2)
+    b = make_trace(PLAIN, [replace(part, routing=(other.routing[0], part.routing[1]))], name="later")
+    random, equal = saturation(a, b).to_pylist()
+    assert equal["saturation"] == 1 and random["chance"] == 0.25
+    assert random["saturation"] == pytest.approx(0.25, abs=0.02) and random["chance_given_loads"] == pytest.approx(0.25, abs=0.005)
+    assert random["low"] < random["saturation"] < random["high"]
+    by_hand = [len(set(x) & set(y)) / 2 for x, y in zip(a.experts(0).tolist(), b.experts(0).tolist(), strict=True)]
+    assert random["saturation"] == pytest.approx(np.mean(by_hand))
+
+
+def test_saturation_compares_only_what_is_comparable() -> None:
+    a = make_trace()
+    with pytest.raises(TraceError, match="same token ids"):
+        saturation(a, make_trace(parts=make_parts(PLAIN, seed=9)))
+    with pytest.raises(TraceError, match="other sites"):
+        saturation(a, make_trace(MANY, make_parts(MANY)))
+    assert len(saturation(make_trace(TWO_STREAMS), make_trace(TWO_STREAMS))) == 3
+
+
+def test_no_expert_agrees_with_no_expert() -> None:
+    dropping = make_trace(TWO_STREAMS)
+    for row in saturation(dropping, dropping).to_pylist():
+        assert row["saturation"] == pytest.approx((dropping.experts(row["site"]) >= 0).mean())

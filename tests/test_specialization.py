@@ -1,0 +1,258 @@
+"""Preferences against loops over decisions, against noise, against planted experts, and against published figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from analysis import specialization
+from analysis.specialization import (
+    by_group,
+    by_label,
+    by_position,
+    effects,
+    esft_experts,
+    gate_score,
+    label_divergence,
+    label_information,
+    labelled_documents,
+    seriation,
+    token_score,
+)
+from analysis.stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics
+from analysis.trace import DOCUMENTS, SiteRouting, Trace
+from tests.counters import read_counters
+from tests.published import ESFT_TOKEN
+from tests.synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, make_trace, site
+
+LABELS = ("a", "b", "c", "d")
+
+
+def random_trace(seed: int, lengths: list[int] | None = None, labels: tuple = LABELS) -> Trace:
+    return make_trace(PLAIN, [make_part(PLAIN, lengths or [60] * 24, seed, labels=labels)])
+
+
+def planted_trace(seed: int = 0, expert: int = 5) -> Trace:
+    """Random routing, but tokens of label b use ``expert`` at site 1 four times in five."""
+    part = make_part(PLAIN, [60] * 24, seed, labels=LABELS)
+    mine = np.array(part.tokens["label"].to_pylist()) == "b"
+    experts = part.routing[1].experts.copy()
+    chosen = mine & (np.random.default_rng(seed).random(len(mine)) < 0.8) & ~(experts == expert).any(1)
+    experts[chosen, 0] = expert
+    routing = (part.routing[0], SiteRouting(experts, part.routing[1].weights, experts))
+    return make_trace(PLAIN, [replace(part, routing=routing)])
+
+
+@pytest.mark.parametrize("layers", [PLAIN, MANY, TWO_STREAMS], ids=["plain", "many", "streams"])
+def test_counts_are_those_of_the_decisions(layers: tuple) -> None:
+    trace = make_trace(layers)
+    for layer in layers:
+        found = by_label(trace, layer.index, draws=99)
+        experts = trace.experts(layer.index)
+        label = np.array(trace.stream_tokens(layer.stream)["label"].to_pylist())
+        assert found.groups == ("a", "b")
+        for g, name in enumerate(found.groups):
+            mine = label == name
+            assert found.tokens[g] == mine.sum()
+            assert found.documents[g] == len(set(trace.stream_tokens(layer.stream)["document"].to_numpy()[mine].tolist()))
+            for e in range(layer.n_classes):
+                uses = (experts == e).any(1)
+                assert found.count[g, e] == uses[mine].sum()
+                assert found.share[g, e] == pytest.approx(uses[mine].mean()) and found.elsewhere[g, e] == pytest.approx(uses[~mine].mean())
+                if uses.any():
+                    assert found.lift[g, e] == pytest.approx(uses[mine].mean() / uses.mean())
+
+
+def test_the_table_has_one_row_per_cell() -> None:
+    found = by_label(planted_trace(), 1)
+    rows = found.table().to_pandas()
+    assert rows.columns[:5].tolist() == ["site", "label", "expert", "n", "documents"] and len(rows) == 32
+    row = rows[(rows.label == "b") & (rows.expert == 5)].iloc[0]
+    assert (row["count"], row.n, row.documents) == (found.count[1, 5], 360, 6) and row.q == found.q[1, 5] and row.significant
+    assert set(rows.site) == {1}
+
+
+def test_random_routing_shows_nothing() -> None:
+    """Labels, positions and kinds of tokens over 40 random runs: claims in about 5 % of them, 8 or more has odds of 1 : 1,000."""
+    claims = {"label": 0, "position": 0, "kind": 0}
+    for seed in range(40):
+        trace = random_trace(seed, [60, 20] * 12)
+        kind = np.random.default_rng(seed).integers(0, 3, 960)
+        claims["label"] += bool(by_label(trace, 0, draws=999).significant.any())
+        claims["position"] += bool(by_position(trace, 0).significant.any())
+        claims["kind"] += bool(by_group(trace, 0, "kind", "xyz", kind, draws=999).significant.any())
+    assert all(n < 8 for n in claims.values()), claims
+
+
+def test_a_planted_expert_is_found() -> None:
+    for seed in range(5):
+        found = by_label(planted_trace(seed), 1)
+        assert found.significant[1, 5] and found.p[1, 5] == found.p.min()
+        assert found.low[1, 5] > 1 and found.enrichment[1, 5] == found.enrichment.max()
+        assert found.low[1, 5] < found.enrichment[1, 5] < found.high[1, 5]
+        assert not by_label(planted_trace(seed), 0).significant.any()
+
+
+def test_a_planted_kind_of_token_is_found_within_documents() -> None:
+    part = make_part(PLAIN, [60] * 12)
+    kind = np.arange(720) % 4
+    experts = part.routing[0].experts.copy()
+    fits = (kind == 2) & ~(experts == 7).any(1)
+    experts[fits, 1] = 7
+    trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
+    found = by_group(trace, 0, "kind", ("w", "x", "y", "z"), kind)
+    assert (
+        found.share[2, 7] == 1 and found.significant[2, 7] and found.documents.tolist() == [12] * 4 and found.tokens.tolist() == [180] * 4
+    )
+    assert not by_group(trace, 1, "kind", ("w", "x", "y", "z"), kind).significant.any()
+    left_out = by_group(trace, 0, "kind", ("y",), np.where(kind == 2, 0, -1))
+    assert left_out.count[0].tolist() == found.count[2].tolist() and np.isnan(left_out.elsewhere).all()
+
+
+def test_a_kind_that_only_marks_documents_is_no_preference_within_them() -> None:
+    """Documents of kind 0 use other experts, but no document holds both kinds: nothing can be told within documents."""
+    part = make_part(PLAIN, [60] * 12)
+    kind = (np.arange(720) // 60) % 2
+    experts = np.where(kind[:, None] == 0, [0, 1], [2, 3]).astype(np.int16)
+    routing = SiteRouting(experts, part.routing[0].weights, experts)
+    found = by_group(make_trace(PLAIN, [replace(part, routing=(routing, routing))]), 0, "kind", "xy", kind)
+    assert not found.significant.any() and np.isnan(found.p).all() and found.lift[0, 0] == 2
+
+
+def test_positions_are_doubling_stretches() -> None:
+    trace = random_trace(0, [20, 5])
+    found = by_position(trace, 0)
+    assert found.groups == ("0", "1-2", "3-6", "7-14", "15-30")
+    assert found.tokens.tolist() == [2, 4, 6, 8, 5]
+    assert np.array_equal(found.count, trace.stats.position_load(0))
+
+
+def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = random_trace(1)
+    kind = np.arange(24 * 60) % 3
+    whole = by_group(trace, 0, "kind", "xyz", kind)
+    monkeypatch.setattr(specialization.blocks, "__defaults__", (7,))
+    assert np.array_equal(by_group(trace, 0, "kind", "xyz", kind).count, whole.count)
+
+
+def test_many_documents_are_joined_within_their_label() -> None:
+    trace = random_trace(0, [5, 9, 2, 7] * 30, labels=("a", "a", "b"))
+    whole, joined = labelled_documents(trace, 0), labelled_documents(trace, 0, most=15)
+    assert len(whole.codes) == 120 and len(joined.codes) == 15
+    for g in (0, 1):
+        assert joined.counts[joined.codes == g].sum(0).tolist() == whole.counts[whole.codes == g].sum(0).tolist()
+        assert joined.tokens[joined.codes == g].sum() == whole.tokens[whole.codes == g].sum()
+        assert joined.documents[joined.codes == g].sum() == (whole.codes == g).sum()
+    assert joined.documents.max() == 8 and np.bincount(joined.codes).tolist() == [10, 5]
+
+
+def test_what_cannot_be_tested_is_said() -> None:
+    one = by_label(random_trace(0, labels=("a",)), 0)
+    assert np.isnan(one.p).all() and not one.significant.any() and one.method.startswith("no test")
+    none = by_label(random_trace(0, labels=(None,)), 0)
+    assert none.groups == () and none.count.shape == (0, 8)
+    single = by_label(random_trace(0, [50, 60], labels=("a", "b")), 0)
+    assert np.isnan(single.low).all() and single.p.min() == 1  # two documents can be dealt in one way only
+
+
+def test_unlabelled_documents_are_left_out() -> None:
+    found = by_label(random_trace(0, labels=("a", None, "b")), 0, draws=99)
+    assert found.groups == ("a", "b") and found.tokens.tolist() == [480, 480] and found.documents.tolist() == [8, 8]
+
+
+def test_label_information_of_random_and_planted_routing() -> None:
+    random, planted = label_information(random_trace(3), 0), label_information(planted_trace(3), 1)
+    assert random.p > 0.05 and abs(random.above_floor) < 0.01
+    assert planted.p == 0.005 and planted.above_floor > 0.05 and planted.n == 24 * 60 * 2
+    assert planted.entropy_x == pytest.approx(2) and planted.share_of(planted.entropy_x) == pytest.approx(planted.above_floor / 2)
+    assert np.isnan(label_information(random_trace(0, labels=("a",)), 0).p)
+
+
+def test_divergence_of_labels() -> None:
+    labels, random = label_divergence(random_trace(3), 0)
+    assert labels == LABELS and random.shape == (4, 4) and not random.diagonal().any() and np.array_equal(random, random.T)
+    expected = 7 * 2 / 720 / (8 * np.log(2))  # 720 assignments of each label over 8 experts
+    assert 0.3 * expected < random[~np.eye(4, dtype=bool)].mean() < 2 * expected
+    planted = label_divergence(planted_trace(3), 1)[1]
+    assert planted[1, [0, 2, 3]].min() > 20 * expected > planted[0, [2, 3]].max()
+    assert label_divergence(random_trace(0, labels=(None,)), 0)[1].shape == (0, 0)
+
+
+def test_effects_of_empty_groups_are_unknown() -> None:
+    found = effects(0, "label", ("a", "b"), np.array([0, 10]), np.array([[0, 0], [4, 6]]))
+    assert np.isnan(found.share[0]).all() and np.isnan(found.enrichment).all() and found.share[1].tolist() == [0.4, 0.6]
+
+
+def test_seriation_puts_blocks_on_the_diagonal() -> None:
+    enriched = np.full((3, 7), -1.0)
+    for group, expert, value in ((2, 0, 3), (2, 4, 2), (2, 6, 1), (0, 1, 5), (0, 2, 1), (1, 3, 2), (1, 5, 1)):
+        enriched[group, expert] = value
+    groups, experts = seriation(enriched)
+    assert groups.tolist() == [2, 0, 1] and experts.tolist() == [0, 4, 6, 1, 2, 3, 5]
+    assert [x.tolist() for x in seriation(np.full((2, 3), np.nan))] == [[0, 1], [0, 1, 2]]
+    assert [len(x) for x in seriation(np.zeros((0, 4)))] == [0, 4]
+
+
+def test_seriation_follows_the_data_not_the_numbers() -> None:
+    rng = np.random.default_rng(0)
+    enriched = rng.normal(size=(5, 12))
+    rows, columns = rng.permutation(5), rng.permutation(12)
+    first, second = seriation(enriched), seriation(enriched[rows][:, columns])
+    np.testing.assert_array_equal(enriched[first[0]][:, first[1]], enriched[rows][:, columns][second[0]][:, second[1]])
+
+
+def test_esft_selection_by_hand() -> None:
+    score = np.array([0.1, 0.4, 0.1, 0.25, 0.15])
+    assert esft_experts(score, 0.4) == (1,) and esft_experts(score, 0.41) == (1, 3) and esft_experts(score, 0.85) == (1, 3, 4, 0)
+    assert esft_experts(score, 1) == (1, 3, 4, 0, 2)
+    for p in (0, 1.1, -1):
+        with pytest.raises(ValueError, match="top_p"):
+            esft_experts(score, p)
+    assert token_score(np.array([3, 1]), 2, 2).tolist() == [0.75, 0.25] and gate_score(np.array([1.5, 0.5]), 2).tolist() == [0.75, 0.25]
+    assert np.isnan(token_score(np.array([0]), 0, 2)).all() and np.isnan(gate_score(np.array([0.0]), 0)).all()
+
+
+@pytest.mark.parametrize("task", ESFT_TOKEN)
+def test_the_experts_esft_trained_in_deepseek_v2_lite(task: str, real: Path) -> None:
+    """All 26 published layers; ESFT rounds its scores to four places before it sorts them."""
+    table = pq.read_table(real / "deepseek-v2-lite" / "routing.parquet", columns=["task", "layer", "expert"]).to_pandas()
+    table = table[table["task"] == task]
+    for layer, published in enumerate(ESFT_TOKEN[task], start=1):
+        mine = table.loc[table["layer"] == layer, "expert"].to_numpy()
+        score = token_score(np.bincount(mine, minlength=64), len(mine) // 6, 6)
+        assert score.sum() == pytest.approx(1)
+        assert esft_experts(score.round(4), 0.2) == published, layer
+
+
+def counted(folder: Path, sites: tuple[int, ...], n_experts: int, top_k: int, tokens: int) -> Trace:
+    """A run of statistics alone: OLMoE's released counts by domain."""
+    rows = []
+    for domain in ("c4", "github", "wikipedia"):
+        for number, counts in enumerate(read_counters(folder / f"expert_counts_{domain}.pkl")):
+            rows.append(("label_tokens", number, domain, None, None, tokens, 0.0))
+            rows += [("label", number, domain, e, None, n, 0.0) for e, n in counts.items()]
+    core = pa.table(dict(zip(CORE.names, zip(*rows, strict=True), strict=True)), schema=CORE)
+    layers = tuple(site(i, n_experts, top_k) for i in range(len(sites)))
+    stats = Statistics(core, BY_TOKEN.empty_table(), BY_DOCUMENT.empty_table(), (n_experts,) * len(sites), (None,) * len(sites))
+    return Trace(card(layers), DOCUMENTS.empty_table(), stats, None, None)
+
+
+@pytest.mark.parametrize("model, n_experts, top_k", [("olmoe", 64, 8), ("mixtral", 8, 2)])
+def test_domain_specialization_of_olmoe_and_mixtral(model: str, n_experts: int, top_k: int, real: Path) -> None:
+    golden = json.loads((real / "golden.json").read_text())[model]
+    sites = (0, 7, 15)
+    trace = counted(real / "olmoe" / model, sites, n_experts, top_k, golden["c4/L0"]["tokens"])
+    for number, layer in enumerate(sites):
+        found = by_label(trace, number)
+        assert found.groups == ("c4", "github", "wikipedia") and found.method.startswith("no test")
+        for g, domain in enumerate(found.groups):
+            figures = golden[f"{domain}/L{layer}"]
+            assert found.tokens[g] == figures["tokens"] and found.share[g].sum() == pytest.approx(top_k)
+            assert 100 * found.share[g].max() == pytest.approx(figures["max_domain_specialization_pct"], abs=5e-7)
+            assert found.share[g].argmax() == figures["argmax"]

@@ -1,0 +1,155 @@
+"""Balance in pieces against loads counted from decisions; the pooled diagnostic on built and on random layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from analysis import balance
+from analysis.metrics import METRICS, percentile_table
+from analysis.stability import (
+    batch_balance,
+    batch_maxvio,
+    label_balance,
+    percentiles,
+    pooled_balance,
+    position_balance,
+    transformers_auxiliary_loss,
+)
+from analysis.trace import SiteRouting, Trace
+from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace, site
+
+
+def loads_of(trace: Trace, number: int, documents: list[list[int]]) -> list[np.ndarray]:
+    owner = trace.stream_tokens(trace.layers[number].stream)["document"].to_numpy()
+    experts, width = trace.experts(number), trace.layers[number].n_classes
+    return [np.bincount(experts[np.isin(owner, mine)].ravel() + 1, minlength=width + 1)[1:] for mine in documents]
+
+
+@pytest.mark.parametrize("layers", [PLAIN, MANY, TWO_STREAMS], ids=["plain", "many", "streams"])
+def test_batches_of_whole_documents(layers: tuple) -> None:
+    """Lengths are 5 3 9 6 3 9 7 3 9: batches of 12 tokens and more are 17, 18, 19."""
+    trace = make_trace(layers)
+    for layer in layers:
+        table = batch_balance(trace, layer.index, 12).to_pylist()
+        assert [(r["batch"], r["documents"], r["n"]) for r in table] == [(0, 3, 17), (1, 3, 18), (2, 3, 19)]
+        for row, load in zip(table, loads_of(trace, layer.index, [[0, 1, 2], [3, 4, 5], [6, 7, 8]]), strict=True):
+            assert row["max_over_mean"] == pytest.approx(balance.max_over_mean(load)) and row["cv"] == pytest.approx(balance.cv(load))
+            assert row["dead"] == (load == 0).sum() and row["normalised_entropy"] == pytest.approx(balance.normalised_entropy(load))
+            assert row["chance_cv"] == balance.chance_cv(row["n"], layer.n_classes, layer.top_k)
+            assert row["chance_max_over_mean"] == balance.chance_max_over_mean(row["n"], layer.n_classes, layer.top_k)
+        mean = np.mean([balance.maxvio(x) for x in loads_of(trace, layer.index, [[0, 1, 2], [3, 4, 5], [6, 7, 8]])])
+        assert batch_maxvio(trace, layer.index, 12) == pytest.approx(mean)
+        each = np.mean([balance.maxvio(x) for x in loads_of(trace, layer.index, [[d] for d in range(9)])])
+        assert batch_maxvio(trace, layer.index) == pytest.approx(each) == METRICS["document_maxvio"](trace)["value"][layer.index].as_py()
+
+
+def test_a_short_last_batch_joins_the_one_before() -> None:
+    trace = make_trace(PLAIN, [make_part(PLAIN, [10, 10, 10, 3])])
+    assert batch_balance(trace, 0, 10)["n"].to_pylist() == [10, 10, 13]
+    assert batch_balance(trace, 0, 1_000)["n"].to_pylist() == [33]
+    assert batch_balance(trace, 0, 20)["documents"].to_pylist() == [4]
+    with pytest.raises(ValueError, match="at least 1"):
+        batch_balance(trace, 0, 0)
+
+
+def test_batches_are_less_even_than_the_run() -> None:
+    """Each document uses two experts of its own: even over the run, as uneven as can be in every batch."""
+    part = make_part(PLAIN, [40] * 4)
+    experts = np.repeat(np.arange(8).reshape(4, 2), 40, axis=0).astype(np.int16)
+    trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
+    assert METRICS["maxvio"](trace)["value"][0].as_py() == 0 and batch_maxvio(trace, 0) == 3
+
+
+def test_along_the_text_and_by_label() -> None:
+    trace = make_trace(TWO_STREAMS)
+    for number in range(3):
+        table = position_balance(trace, number).to_pylist()
+        assert [(r["first"], r["last"]) for r in table] == [(0, 0), (1, 2), (3, 6), (7, 14)]
+        rows = trace.stream_tokens(trace.layers[number].stream)
+        for row in table:
+            inside = (rows["position"].to_numpy() >= row["first"]) & (rows["position"].to_numpy() <= row["last"])
+            experts = trace.experts(number)[inside]
+            load = np.bincount(experts[experts >= 0], minlength=4)
+            assert row["n"] == load.sum() and row["max_over_mean"] == pytest.approx(balance.max_over_mean(load), nan_ok=True)
+        labels = label_balance(trace, number).to_pylist()
+        assert [r["label"] for r in labels] == ["a", "b"] and sum(r["n"] for r in labels) == len(rows)
+    assert len(label_balance(make_trace(PLAIN, [make_part(PLAIN, [9], labels=(None,))]), 0)) == 0
+    assert position_balance(make_trace(PLAIN, [make_part(PLAIN, [9, 20])]), 0)["n"].to_pylist() == [2, 4, 8, 10, 5]
+
+
+def layered(loads: np.ndarray) -> Trace:
+    """Top-1 layers with exactly these loads [layers, experts], equal sums."""
+    layers = tuple(site(i, loads.shape[1], 1) for i in range(len(loads)))
+    part = make_part(layers, [int(loads[0].sum())])
+    routing = []
+    for row, old in zip(loads, part.routing, strict=True):
+        experts = np.repeat(np.arange(len(row)), row)[:, None].astype(np.int16)
+        routing.append(SiteRouting(experts, old.weights, experts))
+    sums = tuple(np.asarray(row, float) for row in loads)
+    return make_trace(layers, [replace(part, routing=tuple(routing), probability_sums=sums)])
+
+
+def test_collapsed_layers_that_hide_each_other_are_named() -> None:
+    collapsed = np.full((8, 8), 10) + 330 * np.eye(8, dtype=int)
+    hidden = layered(collapsed)
+    found = pooled_balance(hidden)
+    assert found is not None and found.hidden and found.pooled == 1 and found.worst == pytest.approx(340 * 8 / 410)
+    assert found.p < 0.01 and found.chance > 1.5 and found.dead == 0 and found.layers == 8
+    assert METRICS["auxiliary_loss"](hidden)["value"].to_numpy().min() > 5  # each layer is far from 1 ...
+    assert transformers_auxiliary_loss(hidden) == pytest.approx(1)  # ... the pooled variant sees nothing
+
+
+def test_even_and_openly_collapsed_layers_are_not_hidden() -> None:
+    even = pooled_balance(layered(np.full((4, 8), 20)))
+    assert even is not None and not even.hidden and even.pooled == even.worst == 1 and even.p == 1
+    open_ = np.full((4, 8), 10)
+    open_[:, 2] = 340
+    found = pooled_balance(layered(open_))
+    assert found is not None and not found.hidden and found.pooled == found.worst and found.p > 0.9 and found.worst_site == 0
+    dead = np.full((4, 8), 20)
+    dead[[0, 1, 2, 3], [0, 1, 2, 3]] = 0
+    dead[[0, 1, 2, 3], [4, 5, 6, 7]] = 40
+    quiet = pooled_balance(layered(dead))
+    assert quiet is not None and quiet.dead == 4 and quiet.hidden and quiet.worst == 2
+
+
+def test_layers_numbered_at_random_look_pooled_as_chance_says() -> None:
+    small = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        found = pooled_balance(layered(np.array([rng.permutation([1, 2, 4, 8, 16, 32, 64, 128]) for _ in range(6)])), draws=199)
+        assert found is not None
+        small += found.p <= 0.05
+    assert small < 8
+
+
+def test_what_cannot_be_pooled() -> None:
+    assert pooled_balance(make_trace((site(0),), [make_part((site(0),), [5])])) is None
+    layers = (site(0, 8), site(1, 4))
+    mixed = make_trace(layers, [make_part(layers, [5])])
+    assert pooled_balance(mixed) is None and math.isnan(transformers_auxiliary_loss(mixed))
+
+
+def test_transformers_variant_is_k_when_even() -> None:
+    layers = (site(0, 8, 2), site(1, 8, 2))
+    part = make_part(layers, [400] * 10)
+    trace = make_trace(layers, [replace(part, probability_sums=(np.full(8, 500.0),) * 2)])
+    assert transformers_auxiliary_loss(trace) == pytest.approx(2)
+    unknown = make_trace(layers, [replace(part, probability_sums=(np.zeros(8),) * 2)])
+    assert math.isnan(transformers_auxiliary_loss(unknown))
+
+
+def test_percentiles_over_layers() -> None:
+    assert percentiles(np.array([0, 10, np.nan, 20])) == {"min": 0, "p10": 2, "median": 10, "p90": 18, "max": 20}
+    assert all(math.isnan(x) for x in percentiles(np.full(2, np.nan)).values())
+    trace = make_trace(TWO_STREAMS)
+    rows = {r["metric"]: r for r in percentile_table(trace).to_pylist()}
+    assert list(rows) == list(METRICS) and all(r["n"] == 3 for r in rows.values())
+    assert (
+        rows["cv"]["max"] == max(METRICS["cv"](trace)["value"].to_pylist())
+        and rows["cv"]["min"] <= rows["cv"]["median"] <= rows["cv"]["max"]
+    )

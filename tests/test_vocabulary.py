@@ -1,0 +1,192 @@
+"""Token classes one by one; counts by id against loops; what token ids explain, in noise and where they explain all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis.trace import SiteRouting, Trace, TraceError
+from analysis.vocabulary import (
+    CLASSES,
+    TokenCounts,
+    by_class,
+    class_codes,
+    context_independence,
+    input_tokens,
+    next_tokens,
+    predicted_tokens,
+    token_class,
+    token_texts,
+    top_tokens,
+    vocabulary_specialization,
+)
+from tests.counters import read_counters
+from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace
+
+KINDS = {
+    "newlines": ["\n", "\n\n    ", " \r\n", "\n\t"],
+    "spaces": [" ", "    ", "\t", "\u00a0", "\u3000"],
+    "digits": ["7", " 2024", "٣", "1,000", "½", "-5"],
+    "punctuation": [".", " ->", "):\n", "「", "\\", "$", "</", "🙂"],
+    "word starts": [" the", " Élan", " при", " x1", "\tif"],
+    "word parts": ["ing", "The", "self.", "é", "слово", "x1", "\\begin", "\\x41", "<div>"],
+    "ideographs": ["的", "软件", "かな", "한국", " 中", "Ａ"],
+    "parts of characters": ["\\xe4\\xb8", " \\xf0\\x9f", "\\x80"],
+    "special tokens": ["<|endoftext|>", "<s>", "</s>", "<pad>", "[CLS]", "<BOS>"],
+    "empty tokens": [""],
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_token_classes(kind: str) -> None:
+    assert [token_class(text) for text in KINDS[kind]] == [kind] * len(KINDS[kind])
+
+
+def of_text(layers: tuple = PLAIN, seed: int = 0) -> Trace:
+    texts = [" the", "ing", "\n", "7", ";"]
+    return make_trace(layers, [make_part(layers, [80] * 8, seed, texts=texts)])
+
+
+def test_classes_of_a_run() -> None:
+    trace = of_text()
+    names = [token_class(t) for t in trace.tokens["token"].to_pylist()]
+    assert [CLASSES[c] for c in class_codes(trace)] == names
+    found = by_class(trace, 0)
+    assert found.groups == ("newlines", "digits", "punctuation", "word starts", "word parts")
+    experts = trace.experts(0)
+    for g, group in enumerate(found.groups):
+        mine = np.array(names) == group
+        assert found.tokens[g] == mine.sum() and found.count[g].tolist() == [int((experts[mine] == e).any(1).sum()) for e in range(8)]
+
+
+def test_random_routing_prefers_no_class() -> None:
+    """30 random runs: 1.5 false claims expected, 7 or more has odds of 1 : 1,000."""
+    assert sum(bool(by_class(of_text(seed=s), 0).significant.any()) for s in range(30)) < 7
+
+
+def test_texts_of_ids() -> None:
+    trace = of_text()
+    recorded = dict(zip(trace.tokens["token_id"].to_pylist(), trace.tokens["token"].to_pylist(), strict=True))
+    ids = np.array([49, 0, 7, 1_000_000])
+    assert token_texts(trace, ids) == tuple(recorded.get(i) for i in ids.tolist())
+    assert token_texts(trace, np.array([], int)) == () and token_texts(replace(trace, load_tokens=None), ids) == (None,) * 4
+
+
+@pytest.mark.parametrize("layers", [PLAIN, MANY, TWO_STREAMS], ids=["plain", "many", "streams"])
+def test_counts_by_input_and_next_token_are_those_of_the_decisions(layers: tuple) -> None:
+    trace = make_trace(layers)
+    for layer in layers:
+        table = trace.stream_tokens(layer.stream).to_pandas()
+        experts = trace.experts(layer.index)
+        following = table.token_id.shift(-1).where(table.document.eq(table.document.shift(-1)))
+        for counts, ids in ((input_tokens(trace, layer.index), table.token_id), (next_tokens(trace, layer.index), following)):
+            cells: dict[tuple[int, int], int] = {}
+            for token, row in zip(ids, experts, strict=True):
+                for e in row[row >= 0] if token == token else ():
+                    cells[int(token), int(e)] = cells.get((int(token), int(e)), 0) + 1
+            mine = {(int(counts.ids[r]), int(e)): int(n) for r, e, n in zip(counts.row, counts.expert, counts.count, strict=True)}
+            assert mine == cells
+            seen = {int(t): int(n) for t, n in zip(counts.ids, counts.tokens, strict=True) if n}
+            assert seen == {int(t): int(n) for t, n in ids.dropna().value_counts().items()}
+
+
+def test_the_predicted_token_is_said_to_be_missing() -> None:
+    with pytest.raises(TraceError, match="predicted next token is not known"):
+        predicted_tokens(make_trace(), 0)
+
+
+def test_dropped_assignments_without_tokens_leave_occurrences_unknown() -> None:
+    trace = make_trace(TWO_STREAMS)
+    with pytest.raises(TraceError, match="statistics only"):
+        input_tokens(replace(trace, load_tokens=None, source=None), 0)
+    plain = make_trace()
+    mine, other = input_tokens(replace(plain, load_tokens=None, source=None), 0), input_tokens(plain, 0)
+    assert mine.tokens.tolist() == other.tokens.tolist()
+
+
+def by_id(part_seed: int = 0) -> Trace:
+    """Site 0 routes by token id alone, site 1 at random."""
+    part = make_part(PLAIN, [200] * 10, part_seed)
+    ids = part.tokens["token_id"].to_numpy()
+    experts = np.stack([ids % 8, (ids + 1 + ids // 8 % 3) % 8], 1).astype(np.int16)
+    return make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
+
+
+def test_context_independence_at_its_two_ends() -> None:
+    trace = by_id()
+    alone, random = (context_independence(input_tokens(trace, s)) for s in (0, 1))
+    assert alone.plug_in == pytest.approx(alone.entropy_y - 1, abs=1e-9)  # two experts for each id, equally often: 1 bit is left
+    assert alone.n == random.n == 4000 and alone.p == pytest.approx(1 / 6)
+    assert random.plug_in > 0.03 and abs(random.corrected) < 0.02 and abs(random.above_floor) < 0.02
+    assert abs(random.share_of(random.entropy_y)) < 0.01 < 0.5 < alone.share_of(alone.entropy_y)
+
+
+def test_vocabulary_specialization_by_hand() -> None:
+    #   id 0: 12 tokens, 9 to expert 1; id 1: 1 token; id 2: 20 tokens, 20 to expert 0. k = 1
+    counts = TokenCounts(0, "input token", 3, np.arange(3), np.array([12, 1, 20]), np.array([0, 0, 1, 2]), np.array([1, 2, 2, 0]),
+                         np.array([9, 3, 1, 20]))  # fmt: skip
+    found = vocabulary_specialization(counts, least=10)
+    assert found.every == pytest.approx((0.75 + 1 + 1) / 3) and found.frequent == pytest.approx((0.75 + 1) / 2)
+    assert found.weighted == pytest.approx((9 + 1 + 20) / 33)
+    assert (found.n_ids, found.n_frequent, found.n_tokens, found.least) == (3, 2, 33, 10)
+    assert found.chance_weighted < found.weighted and vocabulary_specialization(counts, least=21).n_frequent == 0
+    assert np.isnan(vocabulary_specialization(counts, least=21).frequent)
+
+
+def test_vocabulary_specialization_beside_chance() -> None:
+    trace = by_id()
+    alone, random = (vocabulary_specialization(input_tokens(trace, s)) for s in (0, 1))
+    assert alone.every == alone.weighted == 1 and alone.chance_weighted < 0.5
+    assert abs(random.weighted - random.chance_weighted) < 0.02 and random.weighted > 0.25  # uniform k / E, and the largest of 8
+
+
+def test_vocabulary_specialization_of_olmoe_on_github(real: Path) -> None:
+    """Layer 0 of the released counts: 98.4 % over all ids, 95.1 % from 10 occurrences, 90.8 % by token; much of it is chance."""
+    released = read_counters(real / "olmoe" / "olmoe" / "eid2token_github.pkl")[0]
+    cells = np.array([(token, expert, n) for expert, counts in released.items() for token, n in counts.items()])
+    ids, row = np.unique(cells[:, 0], return_inverse=True)
+    total = np.bincount(row, cells[:, 2]).astype(int)
+    assert not (total % 8).any()
+    found = vocabulary_specialization(TokenCounts(0, "input token", 64, ids, total // 8, row, cells[:, 1], cells[:, 2]))
+    assert [round(100 * x, 1) for x in (found.every, found.frequent, found.weighted)] == [98.4, 95.1, 90.8]
+    assert found.n_tokens == 208896 and found.chance_every > 0.8
+
+
+def test_top_tokens_of_an_expert_that_serves_two_ids() -> None:
+    part = make_part(PLAIN, [200] * 10)
+    ids = part.tokens["token_id"].to_numpy()
+    experts = part.routing[0].experts.copy()
+    experts[experts == 5] = -1
+    served = np.isin(ids, [3, 17])
+    experts[served] = [5, 1]
+    experts[:40:4] = np.where(served[:40:4, None], experts[:40:4], [5, 2])  # and a few others
+    trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
+    found = top_tokens(trace, input_tokens(trace, 0), 5)
+    assert {found[0].token_id, found[1].token_id} == {3, 17}
+    for use in found[:2]:
+        n = int((ids == use.token_id).sum())
+        assert (use.count, use.tokens, use.share, use.text) == (n, n, 1, f"t{use.token_id}")
+        assert use.lift == pytest.approx(2000 / (experts == 5).sum()) and use.p == 0.005
+    assert all(use.lift > 1 and use.tokens >= 10 for use in found) and [u.lift for u in found] == sorted(
+        (u.lift for u in found), reverse=True
+    )
+    assert len(top_tokens(trace, input_tokens(trace, 0), 5, most=1)) == 1
+
+
+def test_top_tokens_of_random_routing_are_no_more_than_chance() -> None:
+    """40 experts of random runs: p corrected for all ids is below 0.05 in 2 of them by chance; 8 or more has odds of 1 : 1,000."""
+    claims = 0
+    for seed in range(5):
+        counts = input_tokens(make_trace(PLAIN, [make_part(PLAIN, [200] * 10, seed)]), 0)
+        claims += sum(any(use.p <= 0.05 for use in top_tokens(make_trace(), counts, e)) for e in range(8))
+    assert claims < 8
+
+
+def test_top_tokens_of_an_unused_expert() -> None:
+    trace = by_id()
+    assert top_tokens(trace, input_tokens(trace, 0), 5, least=10**6) == ()
+    counts = input_tokens(trace, 0)
+    assert top_tokens(trace, replace(counts, classes=9), 8) == ()
