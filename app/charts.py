@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
+from analysis.cards import GroupUse
+from analysis.specialization import Preferences
+
 from . import palette
 
 CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "scale": 2}, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 OCTAVES = 3
+_TIMES = ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"]
 _ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
@@ -32,7 +36,7 @@ def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, ma
         go.Heatmap(
             z=z, x=np.arange(width), y=list(rows), customdata=np.stack([shown, experts], -1).tolist(),
             colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES, xgap=1, ygap=1, hoverongaps=False,
-            colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"],
+            colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES,
                       "title": {"text": "even share"}, "thickness": 12},
             hovertemplate="%{y}, expert %{customdata[1]:.0f}<br>%{customdata[0]:.2f} × its even share<extra></extra>",
         )
@@ -174,6 +178,86 @@ def share_bars(names: Sequence[str], shares: np.ndarray, counts: np.ndarray, mea
     figure.update_xaxes(title=what, type="category")
     figure.update_yaxes(title="dropped share", tickformat=".0%", rangemode="tozero")
     return _sized(figure, 300)
+
+
+def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray, experts: np.ndarray, theme: str) -> go.Figure:
+    """Groups x experts in the orders given: log2 enrichment, fixed at +-3; cells that are not significant carry a small cross.
+
+    Transparent markers over the cells take hover and clicks, which Plotly heatmaps do not pass on; customdata[0] is the expert.
+    """
+    cell = np.ix_(groups, experts)
+    z = np.clip(found.enrichment[cell], -OCTAVES, OCTAVES)
+    x = [str(e) for e in experts]
+    figure = go.Figure(
+        go.Heatmap(z=z.astype(np.float32), x=x, y=list(names), colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
+                   xgap=1, ygap=1, hoverinfo="skip", colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES,
+                                                              "title": {"text": "over others"}, "thickness": 12})
+    )  # fmt: skip
+    row, column = (a.ravel() for a in np.indices(z.shape))
+    weak = ~found.significant[cell].ravel()
+    figure.add_scatter(x=[x[c] for c in column[weak]], y=[names[r] for r in row[weak]], mode="markers", hoverinfo="skip", showlegend=False,
+                       marker={"symbol": "x-thin", "size": 5, "line": {"width": 1, "color": "#888"}})  # fmt: skip
+    told = np.stack([np.broadcast_to(experts, z.shape), *(getattr(found, n)[cell] for n in ("share", "elsewhere", "lift", "low", "high", "q")),
+                     np.broadcast_to(found.tokens[groups][:, None], z.shape)], -1).reshape(-1, 8)  # fmt: skip
+    figure.add_scatter(
+        x=[x[c] for c in column], y=[names[r] for r in row], mode="markers", showlegend=False, customdata=told,
+        marker={"symbol": "square", "size": 20, "opacity": 0.001, "color": "#888"}, selected={"marker": {"opacity": 0.001}},
+        unselected={"marker": {"opacity": 0.001}},
+        hovertemplate="%{y}, expert %{customdata[0]:.0f}<br>used for %{customdata[1]:.1%} of its %{customdata[7]:,} tokens, %{customdata[2]:.1%}"
+        " elsewhere<br>lift %{customdata[3]:.2f}, log2 enrichment %{customdata[4]:.1f} to %{customdata[5]:.1f}, q = %{customdata[6]:.2g}<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(title="expert", type="category", categoryorder="array", categoryarray=x, constrain="domain")
+    figure.update_yaxes(autorange="reversed", type="category", categoryorder="array", categoryarray=list(names))
+    return _sized(figure, max(260, 28 * len(names) + 100))
+
+
+def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure:
+    """log2 enrichment of one expert by group with 95 % intervals; bars that are not significant are faded."""
+    value, low, high = (np.array([getattr(u, n) for u in uses], float) for n in ("enrichment", "low", "high"))
+    figure = go.Figure(
+        go.Bar(y=list(names), x=value, orientation="h", customdata=np.array([[u.share, u.elsewhere, u.count, u.n, u.q] for u in uses]),
+               error_x={"type": "data", "symmetric": False, "array": np.nan_to_num(high - value), "arrayminus": np.nan_to_num(value - low),
+                        "color": "#888", "thickness": 1},
+               marker={"color": palette.AMOUNT["light"][3], "opacity": [1.0 if u.significant else 0.25 for u in uses]},
+               hovertemplate="%{y}: used for %{customdata[0]:.1%} (%{customdata[2]:,} of %{customdata[3]:,} tokens), %{customdata[1]:.1%} elsewhere,"
+                             " q = %{customdata[4]:.2g}<extra></extra>")
+    )  # fmt: skip
+    figure.update_xaxes(title="log2 enrichment", zeroline=True, zerolinecolor="#888")
+    figure.update_yaxes(autorange="reversed", type="category")
+    return _sized(figure, max(200, 26 * len(names) + 80))
+
+
+def information_bars(rows: Sequence[str], bits: np.ndarray, floor: np.ndarray) -> go.Figure:
+    """Mutual information per layer [L] in bits, beside what shuffled labels give."""
+    figure = go.Figure()
+    figure.add_bar(
+        x=list(rows), y=bits, name="measured", marker_color=palette.AMOUNT["light"][3], hovertemplate="%{x}: %{y:.3f} bits<extra></extra>"
+    )
+    figure.add_bar(
+        x=list(rows),
+        y=floor,
+        name="labels shuffled over documents",
+        marker_color="#9a9a9a",
+        hovertemplate="%{x}: %{y:.3f} bits by chance<extra></extra>",
+    )
+    figure.update_layout(barmode="group", legend=_ABOVE)
+    figure.update_yaxes(title="bits", rangemode="tozero")
+    figure.update_xaxes(type="category")
+    return _sized(figure, 300)
+
+
+def lift_map(lift: np.ndarray, rows: str, columns: str, theme: str) -> go.Figure:
+    """Experts x experts: log2 of observed over expected, fixed at 1/8 to 8 times; empty where nothing is expected."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.clip(np.log2(lift), -OCTAVES, OCTAVES).astype(np.float32)
+    figure = go.Figure(
+        go.Heatmap(z=z, customdata=lift.astype(np.float32), colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
+                   hoverongaps=False, colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES, "thickness": 12},
+                   hovertemplate="%{y} and %{x}: %{customdata:.2f} × expected<extra></extra>")
+    )  # fmt: skip
+    figure.update_xaxes(title=columns, constrain="domain")
+    figure.update_yaxes(title=rows, autorange="reversed", scaleanchor="x", constrain="domain")
+    return _sized(figure, 480)
 
 
 def _sized(figure: go.Figure, height: int) -> go.Figure:

@@ -16,6 +16,8 @@ page = st.navigation(
         st.Page("views/tokens.py", title="Tokens", url_path="tokens"),
         st.Page("views/load.py", title="Load", url_path="load"),
         st.Page("views/capacity.py", title="Capacity", url_path="capacity"),
+        st.Page("views/specialization.py", title="Specialization", url_path="specialization"),
+        st.Page("views/expert.py", title="Expert", url_path="expert"),
         st.Page("views/model.py", title="Model", url_path="model"),
         st.Page("views/runs.py", title="Runs", url_path="runs"),
     ],

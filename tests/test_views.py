@@ -50,7 +50,7 @@ def shown(page: str, run: str) -> AppTest:
     return test
 
 
-@pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "model", "runs"])
+@pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [[1], [30, 700]], ids=["one token", "documents"])
 def test_every_page_over_every_kind_of_run(runs: Path, page: str, kind: str, lengths: list[int]) -> None:

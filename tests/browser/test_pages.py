@@ -74,7 +74,9 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
 def probe(url: str) -> bool:
     """Streamlit's own search for its base path: on a deep link it first asks below the page's path, and gets 404."""
     return urlparse(url).path in {
-        f"/{p}/_stcore/{w}" for p in ("tokens", "load", "capacity", "model", "runs") for w in ("health", "host-config")
+        f"/{p}/_stcore/{w}"
+        for p in ("tokens", "load", "capacity", "specialization", "expert", "model", "runs")
+        for w in ("health", "host-config")
     }
 
 
