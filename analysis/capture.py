@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from .models import model_card
 from .routers import Routed, RouterError, Site, find_sites, selection_scores
 from .stats import merge_statistics, part_statistics
-from .store import RunWriter
 from .tokens import Pieces, encode
 from .trace import (
     DOCUMENTS,
@@ -42,6 +41,7 @@ from .trace import (
     join_scores,
     token_digest,
 )  # fmt: skip
+from .writing import RunWriter
 
 PART_TOKENS = 65_536
 _ACTIVE: ContextVar[Recorder | None] = ContextVar("routerscope_recorder", default=None)

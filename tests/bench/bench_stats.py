@@ -118,7 +118,9 @@ def compare(name: str, shape: tuple[int, int, int]) -> None:
         stats = part_statistics(part, layers)
         pairs = sum(int(stats.coactivation(i).sum()) // 2 for i in range(len(layers)))
         read = cpu(lambda: [read_routing(path, x, 0, n) for x in layers], 3)
-        print(f"  floor: bincount of decoded ids       {decisions / binning / 1e6:7.1f}; all statistics take {counted / binning:.1f} times as long")
+        print(
+            f"  floor: bincount of decoded ids       {decisions / binning / 1e6:7.1f}; all statistics take {counted / binning:.1f} times as long"
+        )
         print(f"  floor with decoding the ids          {decisions / (binning + reading) / 1e6:7.1f}")
         print(f"  read ids and weights, all statistics {decisions / (read + counted) / 1e6:7.1f}")
         for engine, work in (("DuckDB", duckdb_counts), ("Polars", polars_counts)):
