@@ -51,6 +51,7 @@ class Site:
 
     ``boundary`` is the module whose call is the execution; ``experts`` holds the weights, nearly always the same module.
     ``parameters`` names the boundary's arguments, ``id_name`` and ``weight_name`` those of the contract ("" without).
+    ``shared`` holds the experts every token passes beside the routed ones, wherever they stand.
     """
 
     info: LayerInfo
@@ -62,6 +63,7 @@ class Site:
     parameters: tuple[str, ...]
     id_name: str = ""
     weight_name: str = ""
+    shared: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ def _site(model: nn.Module, names: Mapping[str, nn.Module], index: int, found: _
     scoring = kind.scoring if isinstance(kind.scoring, str) else kind.scoring(router, config)
     known = scoring in SCORES
     settings = _settings(router, block, kind)
+    shared = _shared(block, names.get(found.path.rpartition(".")[0]))
     info = LayerInfo(
         index=index,
         layer=int((re.findall(r"\.(\d+)(?=\.|$)", "." + found.path) or ["0"])[0]),
@@ -190,7 +193,7 @@ def _site(model: nn.Module, names: Mapping[str, nn.Module], index: int, found: _
         selection="group-limited top-k" if "num_group" in settings else kind.selection,
         weights_on=kind.weights_on,
         scaled_after=_scaled_after(block, kind),
-        n_shared=_shared(block, names.get(found.path.rpartition(".")[0]), config),
+        n_shared=_how_many(shared, config),
         shared_gate=any("shared_expert_gate" in n for n, _ in block.named_children()),
         normalised=_normalised(router, block, config, kind),
         native_capacity=getattr(router, "expert_capacity", None),
@@ -198,7 +201,7 @@ def _site(model: nn.Module, names: Mapping[str, nn.Module], index: int, found: _
         note=kind.note if known else f"scores of {type(router).__name__} are not known: entropy and margin undefined",
     )
     contract = _contract(found.boundary) or ("", "")
-    return Site(info, router, found.experts, found.boundary, block, kind, _parameters(found.boundary), *contract)
+    return Site(info, router, found.experts, found.boundary, block, kind, _parameters(found.boundary), *contract, shared=shared)
 
 
 def _settings(router: nn.Module, block: nn.Module, kind: RouterKind) -> dict[str, Any]:
@@ -276,13 +279,15 @@ def _normalised(router: nn.Module, block: nn.Module, config: Any, kind: RouterKi
     return None
 
 
-def _shared(block: nn.Module, parent: nn.Module | None, config: Any) -> int:
+def _shared(block: nn.Module, parent: nn.Module | None) -> tuple[nn.Module, ...]:
     """Experts every token passes, beside the routed ones: in the block or in the layer around it."""
-    children = [n for place in (block, parent) if place is not None for n, _ in place.named_children()]
-    if not any(n.startswith(("shared_expert", "shared_mlp")) and not n.endswith("gate") for n in children):
-        return 0
+    children = [c for place in (block, parent) if place is not None for c in place.named_children()]
+    return tuple(m for n, m in children if n.startswith(("shared_expert", "shared_mlp")) and not n.endswith("gate"))
+
+
+def _how_many(shared: tuple[nn.Module, ...], config: Any) -> int:
     counts = (getattr(config, n, None) for n in SHARED_COUNTS)
-    return next((c for c in counts if isinstance(c, int) and c > 0), 1)
+    return next((c for c in counts if isinstance(c, int) and c > 0), 1) if shared else 0
 
 
 def _why_none(model: nn.Module) -> str:
