@@ -78,9 +78,10 @@ class _Found:
     kind: RouterKind
 
 
-def find_sites(model: nn.Module) -> tuple[Site, ...]:
+def find_sites(model: nn.Module, routers: Mapping[str, RouterKind] = ROUTERS) -> tuple[Site, ...]:
     """All routing sites of ``model``'s language model in execution order; experts of vision towers see no text.
 
+    ``routers`` replaces the table of families.py, to try an entry before it goes there.
     Raises RouterError for a model without routing, a refused family, or a block that is not understood.
     """
     names = {n: m for n, m in model.named_modules() if not any(step.startswith(("vision", "visual")) for step in n.split("."))}
@@ -90,7 +91,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
         if _compiled(module):
             raise RouterError(f"{name or 'the model'} is compiled: load the model again and capture before torch.compile")
     declared = _declared_routers(model)
-    found = sorted((f for name in names if (f := _found(names, declared, name)) is not None), key=_execution(names))
+    found = sorted((f for name in names if (f := _found(names, declared, name, routers)) is not None), key=_execution(names))
     sites = tuple(_site(model, names, i, f) for i, f in enumerate(found))
     claimed = {id(m) for s in sites for m in (s.router, s.block)}
     for name, module in names.items():
@@ -109,10 +110,10 @@ def _compiled(module: nn.Module) -> bool:
             or hasattr(forward, "_torchdynamo_orig_callable"))  # fmt: skip
 
 
-def _found(names: Mapping[str, nn.Module], declared: frozenset[str], name: str) -> _Found | None:
-    """The block that ``name`` gives away: an experts module of the contract, or a class of ROUTERS with a boundary."""
+def _found(names: Mapping[str, nn.Module], declared: frozenset[str], name: str, table: Mapping[str, RouterKind]) -> _Found | None:
+    """The block that ``name`` gives away: an experts module of the contract, or a class of the table with a boundary."""
     module, parent = names[name], name.rpartition(".")[0]
-    kind = ROUTERS.get(type(module).__name__, UNKNOWN)
+    kind = table.get(type(module).__name__, UNKNOWN)
     if kind.boundary:
         path = name if kind.router else parent
         children = dict(names[path].named_children())
@@ -129,7 +130,7 @@ def _found(names: Mapping[str, nn.Module], declared: frozenset[str], name: str) 
         seen = ", ".join(f"{n}: {type(m).__name__}" for n, m in block.named_children())
         raise RouterError(f"{parent} has experts but {len(routers)} routers beside them (children: {seen})")
     router = routers[0][1]
-    return _Found(parent, block, router, module, module, ROUTERS.get(type(router).__name__, UNKNOWN))
+    return _Found(parent, block, router, module, module, table.get(type(router).__name__, UNKNOWN))
 
 
 def _execution(names: Mapping[str, nn.Module]) -> Callable[[_Found], tuple[int, bool]]:
