@@ -43,12 +43,12 @@ def test_the_recorded_run_is_sound_and_of_this_model() -> None:
 
 
 def test_experts_specialise_and_none_is_dead() -> None:
-    """Measured on the shipped prompts: 0.8 bits and more in the last layer, every expert in use in every layer."""
+    """On the shipped prompts, held out from training: 1.2 bits and more in the last layer, every expert in use in every layer."""
     trace = open_run(HOME / "demo-run")
-    assert information(trace, len(trace.layers) - 1) > 0.75
+    assert information(trace, len(trace.layers) - 1) > 1.2
     assert all((trace.stats.load(x.index) > 0).all() for x in trace.layers)
     losses = trace.stats.losses()
-    assert np.mean([loss for _, loss in losses.values()]) < 2.6
+    assert np.mean([loss for _, loss in losses.values()]) < 2.4
 
 
 def test_fast_forward_equals_the_stock_model() -> None:
