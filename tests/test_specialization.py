@@ -125,6 +125,20 @@ def test_a_kind_that_only_marks_documents_is_no_preference_within_them() -> None
     assert not found.significant.any() and np.isnan(found.p).all() and found.lift[0, 0] == 2
 
 
+def test_documents_that_differ_are_not_tokens_that_differ() -> None:
+    """Kind x uses expert 1 more often overall, for its documents do; inside every document kind y does. No claim about x."""
+    part = make_part(PLAIN, [100] * 20)
+    heavy = np.arange(2000) // 100 % 2 == 0
+    place = np.arange(2000) % 100
+    kind = np.where(heavy, place >= 80, place >= 20).astype(int)
+    within = np.where(heavy, np.where(kind == 0, place < 48, place < 96), (kind == 1) & (place % 10 == 0))
+    experts = np.where(within[:, None], [1, 2], [3, 4]).astype(np.int16)
+    routing = SiteRouting(experts, part.routing[0].weights, experts)
+    found = by_group(make_trace(PLAIN, [replace(part, routing=(routing, routing))]), 0, "kind", "xy", kind)
+    assert found.share[0, 1] > 1.9 * found.share[1, 1] and found.q[0, 1] < 0.05
+    assert not found.significant[:, 1].any()
+
+
 def test_positions_are_doubling_stretches() -> None:
     trace = random_trace(0, [20, 5])
     found = by_position(trace, 0)
