@@ -33,6 +33,11 @@ def test_correction_by_hand() -> None:
     assert corrected == pytest.approx(expected - (5 - 2 - 3 + 1) / (2 * n * np.log(2)))
 
 
+def test_a_cell_that_did_not_occur_is_no_cell() -> None:
+    x, y = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    assert sparse_information(x, y, np.array([5, 0, 2, 4])) == sparse_information(x[[0, 2, 3]], y[[0, 2, 3]], np.array([5, 2, 4]))
+
+
 @given(TABLES)
 def test_bounds_and_symmetry(table: np.ndarray) -> None:
     bits, corrected, hx, hy = table_information(table)
