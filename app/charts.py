@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
+from analysis.cards import GroupUse
+from analysis.specialization import Preferences
+
 from . import palette
 
 CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "scale": 2}, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 OCTAVES = 3
+_TIMES = ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"]
 _ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
@@ -32,7 +36,7 @@ def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, ma
         go.Heatmap(
             z=z, x=np.arange(width), y=list(rows), customdata=np.stack([shown, experts], -1).tolist(),
             colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES, xgap=1, ygap=1, hoverongaps=False,
-            colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"],
+            colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES,
                       "title": {"text": "even share"}, "thickness": 12},
             hovertemplate="%{y}, expert %{customdata[1]:.0f}<br>%{customdata[0]:.2f} × its even share<extra></extra>",
         )
@@ -117,6 +121,34 @@ def slot_bars(kept: np.ndarray, dropped: np.ndarray, idle: np.ndarray, slots: np
     return _sized(figure, 360)
 
 
+def slot_grid(tokens: Sequence[str], experts: np.ndarray, ranks: np.ndarray, capacity: int, n_experts: int) -> go.Figure:
+    """A few tokens in the slots of their experts: experts [n], ranks [n] (place in the expert's queue), one batch.
+
+    A filled square is a processed token, an outlined one an idle slot, a crossed one right of the line a dropped token.
+    """
+    kept, loads = ranks < capacity, np.bincount(experts, minlength=n_experts)
+    idle = [(slot, e) for e in range(n_experts) for slot in range(min(loads[e], capacity), capacity)]
+    groups = (
+        ("processed", ranks[kept], experts[kept], [t for t, k in zip(tokens, kept, strict=True) if k], "square", palette.AMOUNT["light"][3]),
+        ("dropped", ranks[~kept], experts[~kept], [t for t, k in zip(tokens, kept, strict=True) if not k], "x-thin-open", palette.DEAD),
+        ("idle slot", np.array([s for s, _ in idle]), np.array([e for _, e in idle]), [""] * len(idle), "square-open", "#8c8c8c"),
+    )  # fmt: skip
+    figure = go.Figure()
+    for name, x, y, words, symbol, colour in groups:
+        figure.add_scatter(x=x + 1, y=[f"expert {e}" for e in y], text=words, name=name, mode="markers+text", hoverinfo="skip",
+                           textposition="middle center" if name == "processed" else "bottom center",
+                           textfont={"color": "white"} if name == "processed" else None,
+                           marker={"symbol": symbol, "size": 44 if name != "dropped" else 26, "color": colour, "line": {"width": 3, "color": colour}})  # fmt: skip
+    figure.add_vline(
+        x=capacity + 0.5, line={"color": "#888", "dash": "dash"}, annotation_text="expert capacity", annotation_font_color="#888"
+    )
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(title="slot", dtick=1, range=[0.4, max(capacity, int(loads.max())) + 0.9], showgrid=False)
+    figure.update_yaxes(categoryorder="array", categoryarray=[f"expert {e}" for e in reversed(range(n_experts))], showgrid=False,
+                        range=[-0.6, n_experts - 0.4])  # fmt: skip
+    return _sized(figure, 300)
+
+
 def overflow_curves(factors: np.ndarray, dropped: np.ndarray, idle: np.ndarray, chance: np.ndarray, at: float) -> go.Figure:
     """Shares over capacity factors [F]: dropped and idle [sites, F] as median line and band over sites, dropped by chance [F]."""
     figure = go.Figure()
@@ -146,6 +178,86 @@ def share_bars(names: Sequence[str], shares: np.ndarray, counts: np.ndarray, mea
     figure.update_xaxes(title=what, type="category")
     figure.update_yaxes(title="dropped share", tickformat=".0%", rangemode="tozero")
     return _sized(figure, 300)
+
+
+def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray, experts: np.ndarray, theme: str) -> go.Figure:
+    """Groups x experts in the orders given: log2 enrichment, fixed at +-3; cells that are not significant carry a small cross.
+
+    Transparent markers over the cells take hover and clicks, which Plotly heatmaps do not pass on; customdata[0] is the expert.
+    """
+    cell = np.ix_(groups, experts)
+    z = np.clip(found.enrichment[cell], -OCTAVES, OCTAVES)
+    x = [str(e) for e in experts]
+    figure = go.Figure(
+        go.Heatmap(z=z.astype(np.float32), x=x, y=list(names), colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
+                   xgap=1, ygap=1, hoverinfo="skip", colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES,
+                                                              "title": {"text": "over others"}, "thickness": 12})
+    )  # fmt: skip
+    row, column = (a.ravel() for a in np.indices(z.shape))
+    weak = ~found.significant[cell].ravel()
+    figure.add_scatter(x=[x[c] for c in column[weak]], y=[names[r] for r in row[weak]], mode="markers", hoverinfo="skip", showlegend=False,
+                       marker={"symbol": "x-thin", "size": 5, "line": {"width": 1, "color": "#888"}})  # fmt: skip
+    told = np.stack([np.broadcast_to(experts, z.shape), *(getattr(found, n)[cell] for n in ("share", "elsewhere", "lift", "low", "high", "q")),
+                     np.broadcast_to(found.tokens[groups][:, None], z.shape)], -1).reshape(-1, 8)  # fmt: skip
+    figure.add_scatter(
+        x=[x[c] for c in column], y=[names[r] for r in row], mode="markers", showlegend=False, customdata=told,
+        marker={"symbol": "square", "size": 20, "opacity": 0.001, "color": "#888"}, selected={"marker": {"opacity": 0.001}},
+        unselected={"marker": {"opacity": 0.001}},
+        hovertemplate="%{y}, expert %{customdata[0]:.0f}<br>used for %{customdata[1]:.1%} of its %{customdata[7]:,} tokens, %{customdata[2]:.1%}"
+        " elsewhere<br>lift %{customdata[3]:.2f}, log2 enrichment %{customdata[4]:.1f} to %{customdata[5]:.1f}, q = %{customdata[6]:.2g}<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(title="expert", type="category", categoryorder="array", categoryarray=x, constrain="domain")
+    figure.update_yaxes(autorange="reversed", type="category", categoryorder="array", categoryarray=list(names))
+    return _sized(figure, max(260, 28 * len(names) + 100))
+
+
+def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure:
+    """log2 enrichment of one expert by group with 95 % intervals; bars that are not significant are faded."""
+    value, low, high = (np.array([getattr(u, n) for u in uses], float) for n in ("enrichment", "low", "high"))
+    figure = go.Figure(
+        go.Bar(y=list(names), x=value, orientation="h", customdata=np.array([[u.share, u.elsewhere, u.count, u.n, u.q] for u in uses]),
+               error_x={"type": "data", "symmetric": False, "array": np.nan_to_num(high - value), "arrayminus": np.nan_to_num(value - low),
+                        "color": "#888", "thickness": 1},
+               marker={"color": palette.AMOUNT["light"][3], "opacity": [1.0 if u.significant else 0.25 for u in uses]},
+               hovertemplate="%{y}: used for %{customdata[0]:.1%} (%{customdata[2]:,} of %{customdata[3]:,} tokens), %{customdata[1]:.1%} elsewhere,"
+                             " q = %{customdata[4]:.2g}<extra></extra>")
+    )  # fmt: skip
+    figure.update_xaxes(title="log2 enrichment", zeroline=True, zerolinecolor="#888")
+    figure.update_yaxes(autorange="reversed", type="category")
+    return _sized(figure, max(200, 26 * len(names) + 80))
+
+
+def information_bars(rows: Sequence[str], bits: np.ndarray, floor: np.ndarray) -> go.Figure:
+    """Mutual information per layer [L] in bits, beside what shuffled labels give."""
+    figure = go.Figure()
+    figure.add_bar(
+        x=list(rows), y=bits, name="measured", marker_color=palette.AMOUNT["light"][3], hovertemplate="%{x}: %{y:.3f} bits<extra></extra>"
+    )
+    figure.add_bar(
+        x=list(rows),
+        y=floor,
+        name="labels shuffled over documents",
+        marker_color="#9a9a9a",
+        hovertemplate="%{x}: %{y:.3f} bits by chance<extra></extra>",
+    )
+    figure.update_layout(barmode="group", legend=_ABOVE)
+    figure.update_yaxes(title="bits", rangemode="tozero")
+    figure.update_xaxes(type="category")
+    return _sized(figure, 300)
+
+
+def lift_map(lift: np.ndarray, rows: str, columns: str, theme: str) -> go.Figure:
+    """Experts x experts: log2 of observed over expected, fixed at 1/8 to 8 times; empty where nothing is expected."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.clip(np.log2(lift), -OCTAVES, OCTAVES).astype(np.float32)
+    figure = go.Figure(
+        go.Heatmap(z=z, customdata=lift.astype(np.float32), colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
+                   hoverongaps=False, colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES, "thickness": 12},
+                   hovertemplate="%{y} and %{x}: %{customdata:.2f} × expected<extra></extra>")
+    )  # fmt: skip
+    figure.update_xaxes(title=columns, constrain="domain")
+    figure.update_yaxes(title=rows, autorange="reversed", scaleanchor="x", constrain="domain")
+    return _sized(figure, 480)
 
 
 def _sized(figure: go.Figure, height: int) -> go.Figure:

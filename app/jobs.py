@@ -130,8 +130,15 @@ def worker() -> Worker:
 
 @st.cache_resource(show_spinner=False)
 def warm_up() -> None:
-    """Once the first page is out, import torch in the background, so that the first capture starts at once."""
-    threading.Timer(5.0, lambda: import_module("analysis.capture")).start()
+    """Once the first page is out, in the background: import torch and compile the kernels, so that first uses start at once."""
+
+    def warm() -> None:
+        import_module("analysis.overflow").warm_up()
+        import_module("analysis.capture")
+
+    timer = threading.Timer(5.0, warm)
+    timer.daemon = True
+    timer.start()
 
 
 def session_id() -> str:

@@ -45,3 +45,26 @@ def test_sorted_load_is_busiest_first() -> None:
 def test_hues_are_distinct_and_even_load_is_the_middle() -> None:
     assert len(set(palette.EXPERTS)) == 8
     assert palette.scale(palette.LOAD["light"])[3] == (0.5, "#f5f5f5")
+
+
+def test_slot_grid_places_every_token_and_every_idle_slot() -> None:
+    words, experts, ranks = ("a", "b", "c", "d"), np.array([0, 0, 0, 2]), np.array([0, 1, 2, 0])
+    processed, dropped, idle = charts.slot_grid(words, experts, ranks, 2, 3).data
+    assert (list(processed.text), list(processed.x)) == (["a", "b", "d"], [1, 2, 1])
+    assert (list(dropped.text), list(dropped.x), list(dropped.y)) == (["c"], [3], ["expert 0"])
+    assert sorted(zip(idle.y, idle.x, strict=True)) == [("expert 1", 1), ("expert 1", 2), ("expert 2", 2)]
+
+
+def test_overflow_curves_show_the_range_over_layers() -> None:
+    factors, dropped = np.array([1.0, 2.0]), np.array([[0.4, 0.1], [0.2, 0.0], [0.3, 0.05]])
+    figure = charts.overflow_curves(factors, dropped, 1 - dropped, np.array([0.1, 0.0]), 1.0)
+    shown = {t.name: np.asarray(t.y).tolist() for t in figure.data if t.name}
+    assert shown["dropped"] == [0.3, 0.05] and shown["dropped by chance (uniform routing)"] == [0.1, 0.0]
+    assert [np.asarray(t.y).tolist() for t in figure.data[:2]] == [[0.4, 0.1], [0.2, 0.0]]
+    assert len(charts.overflow_curves(factors, dropped[:1], dropped[:1], dropped[0], 1.0).data) == 3
+
+
+def test_slot_bars_put_the_busiest_expert_first() -> None:
+    processed, idle, dropped, line = charts.slot_bars(np.array([1, 4]), np.array([0, 3]), np.array([3, 0]), np.array([4, 4])).data
+    assert list(processed.x) == ["1", "0"] and list(processed.y) == [4, 1] and list(dropped.y) == [3, 0] and list(idle.y) == [0, 3]
+    assert list(line.y) == [4, 4]

@@ -50,7 +50,7 @@ def shown(page: str, run: str) -> AppTest:
     return test
 
 
-@pytest.mark.parametrize("page", ["overview", "tokens", "load", "runs"])
+@pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [[1], [30, 700]], ids=["one token", "documents"])
 def test_every_page_over_every_kind_of_run(runs: Path, page: str, kind: str, lengths: list[int]) -> None:
@@ -86,3 +86,25 @@ def test_an_unknown_run_in_the_link_is_said(runs: Path) -> None:
     test.query_params["run"] = "<b>gone</b>"
     test.run()
     assert any("not on this server" in e.value for e in test.error)
+
+
+def test_capacity_answers_as_the_engine_does(runs: Path) -> None:
+    from analysis.capacity import apply_capacity
+    from analysis.store import open_run
+
+    test = shown("capacity", "demo-run")
+    for name, value in {"at": "layer 3", "preset": "megatron", "scope": "document", "cf": "1", "policy": "position"}.items():
+        test.query_params[name] = value
+    test.run()
+    share = apply_capacity(open_run(ROOT / "data" / "demo-run"), 1.0, "position", "document", layers=[3]).summary()["dropped_share"]
+    assert any(f"drops {100 * share:.1f}" in m.value.replace("\\", "") for m in test.markdown)
+    assert test.select_slider(key="cf").value == "1"
+
+
+def test_what_if_answers_from_the_example_and_starts_again_with_another(runs: Path) -> None:
+    test = shown("model", "demo-run")
+    assert [m.value for m in test.metric][-3:] == ["1,760.0 B", "440.0 B", "25.0%"]
+    test.selectbox(key="experts").set_value("16").run()
+    assert test.metric[-1].value == "12.5%" and any("no longer those of the example" in c.value for c in test.caption)
+    test.selectbox(key="example").set_value("64x16b").run()
+    assert [m.value for m in test.metric][-3:] == ["1,024.0 B", "128.0 B", "12.5%"]

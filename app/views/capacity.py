@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -9,8 +11,8 @@ import pyarrow.compute as pc
 import streamlit as st
 
 from analysis.capacity import AppliedCapacity, RankedTrace, capacity_curves, compare_policies, in_words, pool_curves, rank_trace
-from analysis.overflow import FACTORS, POLICIES
-from analysis.slots import PRESETS, CapacityError
+from analysis.overflow import FACTORS, POLICIES, MissingScores, rank_site
+from analysis.slots import PRESETS, CapacityError, make_batches
 from analysis.trace import Trace
 from app import charts, text
 from app.components.token_strip import token_strip
@@ -95,6 +97,21 @@ def struck_text(trace: Trace, applied: AppliedCapacity, site: int) -> None:
     )
 
 
+def explain() -> None:
+    """Figure 3 of the Switch Transformer (arXiv 2101.03961), answered by the same engine as the rest of the page."""
+    names, experts = ("The", "cat", "sat", "on", "the", "mat"), np.array([[0], [1], [0], [2], [0], [1]], np.int16)
+    chosen = float(choice("six", "Capacity factor", {f: f for f in ("0.5", "1", "1.5", "2")}, "1", draw=st.segmented_control))
+    queues = rank_site(experts, np.ones((6, 1), np.float32), 3, make_batches([6], "run"))
+    total = queues.at(chosen).total()
+    st.plotly_chart(charts.slot_grid(names, experts[:, 0], queues.ranks[:, 0], total["largest_capacity"], 3), config=charts.CONFIG,
+                    key="six-chart", alt="Six tokens in the slots of three experts.")  # fmt: skip
+    st.markdown(
+        f"Six tokens, three experts, one expert per token: an even share is 6 / 3 = 2 tokens. Times the factor {chosen:.1f}, rounded up, "
+        f"each expert gets **{total['largest_capacity']:,} slots**. **{total['dropped']:,} of 6 tokens** find their expert full and skip it; "
+        f"**{total['idle']:,} of {total['slots']:,} slots** stay empty and are computed all the same. A larger factor drops less and wastes more."
+    )
+
+
 st.title("What overflows at this capacity factor, and who pays?")
 trace = current_trace()
 if trace.load_tokens is None:
@@ -105,6 +122,10 @@ st.markdown(
     "times a **capacity factor** (CF). What overflows is not processed by this layer; slots left empty are computed for nothing. "
     "This is a what-if on the recorded choices: the model itself ran without a limit unless it says so below."
 )
+lesson = st.expander("How it works: six tokens and three experts", on_change="rerun", key="lesson")
+if lesson.open:
+    with lesson:
+        explain()
 titles = {x.title: x.title for x in trace.layers}
 with st.container(horizontal=True):
     shown_layer = choice("at", "Layer", {"all": "all layers", **titles}, "all", width=150)
@@ -122,15 +143,23 @@ factor = float(choice("cf", "Capacity factor", {f"{f:g}": f"{f:g}" for f in FACT
 
 policy = PRESETS[preset].policy if policy == "preset" else policy
 mixed, run = 0 if order == "mixed" else None, f"{trace.name} {trace.options.get('created')}"
-every = curves(trace, run, policy, scope, size, mixed, preset)
-here = every.filter(pc.equal(every["factor"], factor)).to_pylist()
-worst = max(here, key=lambda row: row["dropped_share"])
-site = worst["site"] if shown_layer == "all" else next(x.index for x in trace.layers if x.title == shown_layer)
+
+
+def answer(policy: str) -> tuple[pa.Table, list[dict[str, Any]], int, AppliedCapacity]:
+    """(curves of all layers, their rows at this factor, the site shown, capacity applied there) under a policy."""
+    every = curves(trace, run, policy, scope, size, mixed, preset)
+    here = every.filter(pc.equal(every["factor"], factor)).to_pylist()
+    worst = max(here, key=lambda row: row["dropped_share"])
+    site = worst["site"] if shown_layer == "all" else next(x.index for x in trace.layers if x.title == shown_layer)
+    return every, here, site, ranked(trace, run, site, policy, scope, size, mixed).at(factor, preset)
+
+
 try:
-    applied = ranked(trace, run, site, policy, scope, size, mixed).at(factor, preset)
-except CapacityError as error:
-    text.show_error(str(error)[:1].upper() + str(error)[1:] + ".")
-    st.stop()
+    every, here, site, applied = answer(policy)
+except MissingScores as error:
+    text.show_error(f"{str(error)[:1].upper()}{str(error)[1:]}. First come, first served (position) is shown instead.")
+    policy = "position"
+    every, here, site, applied = answer(policy)
 mine = every if shown_layer == "all" else every.filter(pc.equal(every["site"], site))
 pooled = pool_curves(mine)
 now = pooled.filter(pc.equal(pooled["factor"], factor)).to_pylist()[0]

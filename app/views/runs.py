@@ -46,19 +46,29 @@ def start(model: str, pasted: str, uploads: list, wanted: str) -> None:
 
 st.title("Record your own text")
 models = allowed_models()
-pasted = st.text_area("Text to route", height=140, key="pasted", placeholder="Paste any text: prose, code, another language …")
-files = st.file_uploader(
+st.text_area("Text to route", height=140, key="pasted", placeholder="Paste any text: prose, code, another language …")
+st.file_uploader(
     "or files: .txt (one prompt), .csv or .jsonl (one prompt per row: text, and label if you like)",
     type=["txt", "csv", "jsonl"], accept_multiple_files=True, max_upload_size=10, key="files",
 )  # fmt: skip
 options = st.columns(2)
-model = options[0].selectbox("Model", list(models), key="model")
-wanted = options[1].text_input("Name of the run (optional)", key="run_name", placeholder="a-z, 0-9, . _ -")
-if st.button("Record", type="primary", key="record"):
+options[0].selectbox("Model", list(models), key="model")
+options[1].text_input("Name of the run (optional)", key="run_name", placeholder="a-z, 0-9, . _ -")
+
+
+def record() -> None:
+    """A click on Record. A callback runs whatever else reruns the page at that moment; a clicked button's value may be lost."""
+    state = st.session_state
     try:
-        start(model, pasted, files, wanted)
+        start(state["model"], state["pasted"], state["files"], state["run_name"])
+        state.pop("_refused", None)
     except (UploadError, RunError, QueueFull) as error:
-        text.show_error(str(error)[:1].upper() + str(error)[1:] + ".")
+        state["_refused"] = str(error)[:1].upper() + str(error)[1:] + "."
+
+
+st.button("Record", type="primary", key="record", on_click=record)
+if "_refused" in st.session_state:
+    text.show_error(st.session_state["_refused"])
 
 
 @st.fragment(run_every=0.5)

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from .served import chromium, served
 
-PAGES = {"overview": "", "tokens": "tokens", "load": "load", "capacity": "capacity", "runs": "runs"}
+PAGES = {
+    "overview": "",
+    "tokens": "tokens",
+    "load": "load",
+    "capacity": "capacity",
+    "specialization": "specialization",
+    "expert": "expert",
+    "model": "model",
+    "runs": "runs",
+}
 
 
 def take(folder: Path, wanted: list[str]) -> None:

@@ -73,11 +73,23 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
 
 def probe(url: str) -> bool:
     """Streamlit's own search for its base path: on a deep link it first asks below the page's path, and gets 404."""
-    return urlparse(url).path in {f"/{p}/_stcore/{w}" for p in ("tokens", "load", "capacity", "runs") for w in ("health", "host-config")}
+    return urlparse(url).path in {
+        f"/{p}/_stcore/{w}"
+        for p in ("tokens", "load", "capacity", "specialization", "expert", "model", "runs")
+        for w in ("health", "host-config")
+    }
 
 
 def foreign(url: str, address: str) -> bool:
     return urlparse(url).scheme in ("http", "https", "ws") and urlparse(url).netloc != urlparse(address).netloc
+
+
+def download(page: Page) -> str:
+    """Press Download once the page has come to rest, and return the file's text."""
+    page.locator("[data-test-script-state=notRunning]").wait_for()
+    with page.expect_download() as got:
+        page.get_by_role("button", name="Download", exact=True).click()
+    return Path(got.value.path()).read_text()
 
 
 def test_first_view(page: Page, address: str) -> None:
@@ -157,9 +169,20 @@ def test_charts_follow_a_switch_of_theme(page: Page, address: str) -> None:
 def test_layer_in_the_link_opens_that_layer(page: Page, address: str) -> None:
     page.goto(f"{address}/load?run=demo-run&layer=layer+2")
     expect(page.get_by_role("heading", name="Layer 2: 16 experts")).to_be_visible()
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Download", exact=True).click()
-    assert Path(download.value.path()).read_text().count("\n") == 6 * 16 + 1
+    assert download(page).count("\n") == 6 * 16 + 1
+
+
+def test_capacity_from_the_lesson_to_the_text_and_the_file(page: Page, address: str) -> None:
+    page.goto(f"{address}/capacity?run=demo-run&scope=document&cf=1")
+    expect(page.get_by_role("heading", name="CF 1 drops")).to_be_visible()
+    page.get_by_text("How it works: six tokens").click()
+    expect(page.get_by_text("1 of 6 tokens")).to_be_visible()
+    page.get_by_role("slider").first.press("ArrowRight")
+    expect(page.get_by_role("heading", name="CF 1.05 drops")).to_be_visible()
+    page.wait_for_url("**cf=1.05**")
+    page.get_by_text("in the text", exact=True).click()
+    expect(page.locator(".token.lost, .token.partly").first).to_be_visible()
+    assert download(page).count("\n") == 6 * 76 + 1
 
 
 def test_hostile_tokens_are_shown_exactly(page: Page, address: str) -> None:

@@ -52,20 +52,22 @@ class _Mounted:
 
 def token_strip(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[np.ndarray], weights: Sequence[np.ndarray],
                 layers: Sequence[str], place: str, *, layer: int, token: int | None = None, spotlight: int | None = None,
-                lost: Sequence[int] | None = None, on_layer: Callable[[int], None] | None = None) -> Stripped:  # fmt: skip
+                lost: Sequence[int] | None = None, slot: str = "strip",
+                compact: bool = False, on_layer: Callable[[int], None] | None = None) -> Stripped:  # fmt: skip
     """Draw the strip; returns what was clicked and stepped to.
 
     texts [n] visible text per token; breaks [n] True where the token holds a line end (shown as ⏎); experts and weights one
     [n, k] array per layer; ``place`` names the page and the text. The strip keeps its own ``layer`` and ``token``, and starts
     again where new ones are given that it did not tell itself. ``spotlight`` is the expert shown alone at first. ``lost`` [n] strikes tokens out:
-    1 lost some of its experts, 2 all of them. ``on_layer`` is called
+    1 lost some of its experts, 2 all of them. ``slot`` tells several strips of a page apart; ``compact`` leaves out the controls.
+    ``on_layer`` is called
     after a step to another layer.
     """
     given = [layer, token]
-    known: _Mounted | None = st.session_state.get("_strip")
+    known: _Mounted | None = st.session_state.get(f"_{slot}")
     follows = known is not None and known.place == place and known.key in st.session_state
     if known is None or not follows or any(g not in pair for g, *pair in zip(given, known.given, known.told, strict=True)):
-        known = st.session_state["_strip"] = _Mounted(place, f"{place}-{uuid.uuid4().hex}", (layer, token), list(given), list(given))
+        known = st.session_state[f"_{slot}"] = _Mounted(place, f"{place}-{uuid.uuid4().hex}", (layer, token), list(given), list(given))
     known.given[:] = given
 
     def tell(at: int, name: str, limit: int) -> None:
@@ -87,6 +89,7 @@ def token_strip(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[
         "layer": known.first[0],
         "token": -1 if known.first[1] is None else known.first[1],
         "spotlight": spotlight,
+        "compact": compact,
         "lost": None if lost is None else [int(x) for x in lost],
         "tells": on_layer is not None,
         "colours": list(palette.EXPERTS),

@@ -20,6 +20,7 @@ export default function ({ data, parentElement, setStateValue }) {
   if (root.routerscopeId === data.id) return;
   root.routerscopeId = data.id;
   root.replaceChildren();
+  root.classList.toggle("compact", data.compact);
   const layers = data.layers.map((l) => ({
     title: l.title, k: l.k,
     experts: new Int16Array(bytes(l.experts)),

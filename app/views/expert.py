@@ -1,0 +1,127 @@
+"""Expert: everything about one expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import streamlit as st
+
+from analysis.cards import GroupUse, Neighbour, Passage, SiteEvidence, expert_card, passages, site_evidence
+from analysis.trace import Trace
+from app import charts, text
+from app.components.token_strip import token_strip
+from app.downloads import computed_downloads
+from app.selection import choice, current_trace, layer_picker
+
+
+@st.cache_resource(max_entries=32, show_spinner="Testing what this layer's experts are used for …")
+def evidence(_trace: Trace, run: str, site: int) -> SiteEvidence:
+    """All tests of one site; ``run`` names the trace with its date."""
+    return site_evidence(_trace, site)
+
+
+@st.cache_resource(max_entries=64, show_spinner="Looking for passages …")
+def examples(_trace: Trace, run: str, site: int, expert: int) -> tuple[Passage, ...]:
+    """The stretches of text with most gate weight on the expert."""
+    return passages(_trace, site, expert)
+
+
+def uses(rows: Sequence[GroupUse], what: str) -> None:
+    """Groups by lift, with interval and whether they are more than chance."""
+    st.plotly_chart(charts.enrichment_bars([text.axis_label(u.group, 22) for u in rows], rows), config=charts.CONFIG, key=f"uses-{what}",
+                    alt=f"Bars of log2 enrichment by {what}, with intervals.")  # fmt: skip
+
+
+def neighbours(rows: Sequence[Neighbour], title: str) -> None:
+    st.dataframe(
+        pd.DataFrame([{title: n.expert, "share": n.share, "lift": n.lift, "count": n.count} for n in rows]), hide_index=True,
+        column_config={"share": st.column_config.NumberColumn(format="percent"), "lift": st.column_config.NumberColumn(format="%.2f")},
+    )  # fmt: skip
+
+
+def show_passages() -> None:
+    """Passages with the expert's tokens marked by gate weight."""
+    layer = trace.layers[site]
+    for i, p in enumerate(examples(trace, run, site, expert)):
+        rows = trace.stream_tokens(layer.stream).slice(p.start, p.stop - p.start)
+        weights = np.array(p.weights, np.float32)[:, None]
+        token_strip(text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist()),
+                    ["\n" in (t or "") for t in rows["token"].to_pylist()], [np.where(weights > 0, expert, -1)], [weights], [layer.title],
+                    f"passage-{run}-{site}-{expert}-{i}", layer=0, spotlight=expert, slot=f"passage-{i}", compact=True)  # fmt: skip
+        text.show_note(
+            f"{p.name}"
+            + (f", {p.label}" if p.label else "")
+            + f": {p.used} of {len(p.texts)} tokens use it, gate weights sum to {p.mass:.1f}"
+        )
+    st.caption("The five documents where it weighs most, 24 tokens of each: its strongest moments, not its usual ones.")
+
+
+trace = current_trace()
+run = f"{trace.name} {trace.options.get('created')}"
+st.title("What is this expert for?")
+with st.container(horizontal=True):
+    site = layer_picker(trace)
+    layer = trace.layers[site]
+    names = {str(e): f"expert {e}" + (" (no weights)" if e >= layer.n_experts else "") for e in range(layer.n_classes)}
+    expert = int(choice("expert", "Expert", names, "0", width=160))
+known = evidence(trace, run, site)
+card = expert_card(trace, site, expert, known)
+text.show_heading(f"{card.title[:1].upper()}{card.title[1:]}: {card.description}")
+numbers = st.container(horizontal=True)
+numbers.metric(
+    "Share of tokens", f"{card.share:.1%}", border=True, help=f"Of the layer's {card.n:,} tokens; an even share is {card.even_share:.1%}."
+)
+numbers.metric("Load", f"{card.relative_load:.2f} ×", border=True, help="Over the mean load of its layer; 1 is an even share.")
+numbers.metric(
+    "First choice",
+    f"{card.first_choices:,}",
+    border=True,
+    help=f"Tokens whose largest gate weight it has, of {card.assignments:,} that use it.",
+)
+numbers.metric("Mean gate weight", f"{card.mean_gate:.2f}", border=True, help="Where it is used; as executed.")
+
+if card.labels:
+    st.subheader("Which texts use it?")
+    uses(card.labels, "label")
+    text.show_note(f"log2 of the share of the label's tokens that use it over that of all others; bars: 95 % interval over documents. Faded: no more"
+                   f" than chance after correction. Test: {known.labels.method}.")  # fmt: skip
+if card.classes:
+    st.subheader("Which kinds of token?")
+    uses(card.classes, "class")
+if card.tokens:
+    st.subheader("Which tokens, most of all?")
+    st.dataframe(
+        pd.DataFrame([{"token": text.visible_token(t.text or "?"), "uses it": t.count, "of its occurrences": t.tokens, "share": t.share,
+                       "lift": t.lift, "p": t.p} for t in card.tokens]),
+        hide_index=True, column_config={"share": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1),
+                                        "lift": st.column_config.NumberColumn(format="%.1f"), "p": st.column_config.NumberColumn(format="%.3f")},
+    )  # fmt: skip
+    st.caption(
+        "By lift: the token's share over the expert's share of all tokens. p: that any token stands out as much when assignments are dealt at random."
+    )
+if trace.load_tokens is not None and card.assignments:
+    st.subheader("Where in the text?")
+    show_passages()
+st.subheader("Whom does it work with?")
+with st.container(horizontal=True):
+    for rows, title in (
+        (card.sources, "from expert (layer before)"),
+        (card.partners, "together with expert"),
+        (card.targets, "on to expert (layer after)"),
+    ):
+        if rows:
+            with st.container(width=340):
+                neighbours(rows, title)
+st.caption("Lift: over what the experts' loads alone would give; 1 is no preference.")
+for sentence in card.missing:
+    text.show_note(f"Not known: {sentence}.")
+st.subheader("Take the numbers")
+tables = {}
+for name, uses_ in (("labels", card.labels), ("token classes", card.classes), ("tokens", card.tokens), ("partners", card.partners)):
+    if uses_:
+        tables[name] = f"one row of {name} of this expert", pa.Table.from_pylist([dict(vars(u)) for u in uses_])
+if tables:
+    computed_downloads(trace, tables, {"layer": layer.title, "expert": expert})
