@@ -180,11 +180,18 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
 
 
 def by_position(trace: Trace, site: int) -> Preferences:
-    """Preferences of stretches of positions, 0, 1-2, 3-6, 7-14, ...: doubling, as the statistics count them."""
+    """Preferences of stretches of positions, 0, 1-2, 3-6, 7-14, ...: doubling, as the statistics count them.
+
+    A run of statistics alone gives shares and effects without test; its ``tokens`` leave out natively dropped assignments.
+    """
+    load = trace.stats.position_load(site)
+    names = tuple("0" if b == 0 else f"{2**b - 1}-{2 ** (b + 1) - 2}" for b in range(len(load)))
+    if trace.source is None or trace.tokens is None:
+        plain = effects(site, "position", names, -(-load.sum(1) // trace.layers[site].top_k), load)
+        return replace(plain, method="no test: the run holds statistics only, no decisions of single documents")
     rows = trace.stream_tokens(trace.layers[site].stream)
     bucket = np.floor(np.log2(rows["position"].to_numpy() + 1)).astype(np.int64)
-    names = [f"{2**b - 1}" if b == 0 else f"{2**b - 1}-{2 ** (b + 1) - 2}" for b in range(int(bucket.max(initial=-1)) + 1)]
-    return by_group(trace, site, "position", names, bucket)
+    return by_group(trace, site, "position", names, np.where(bucket < len(names), bucket, -1))
 
 
 def effects(site: int, kind: str, groups: tuple[str, ...], tokens: np.ndarray, count: np.ndarray) -> Preferences:

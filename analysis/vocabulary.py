@@ -137,8 +137,9 @@ def predicted_tokens(trace: Trace, site: int) -> TokenCounts:
 def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) -> Information:
     """I(expert; token id) over assignments, bits; ``share_of(entropy_y)`` is the part of H(expert) the id alone explains.
 
-    Floor: assignments dealt again to the tokens, ids' and experts' totals kept. Rare ids make it large: the floor has
-    to be taken off before two runs, or two layers, are compared. OpenMoE calls a high share context independence.
+    Floor: assignments dealt again to the tokens, ids' and experts' totals kept. Rare ids make it large: it has to be taken
+    off before two runs, or two layers, are compared. A router that follows the token has fewer cells, so less bias, than
+    the shuffled table: ``above_floor`` errs low and ``corrected`` high, the truth lies between. OpenMoE's term.
     """
     bits, corrected, h_id, h_expert = sparse_information(counts.row, counts.expert, counts.count)
     null = []

@@ -160,6 +160,9 @@ def test_positions_are_doubling_stretches() -> None:
     assert found.groups == ("0", "1-2", "3-6", "7-14", "15-30")
     assert found.tokens.tolist() == [2, 4, 6, 8, 5]
     assert np.array_equal(found.count, trace.stats.position_load(0))
+    alone = by_position(replace(trace, source=None, load_tokens=None), 0)
+    assert alone.groups == found.groups and np.array_equal(alone.lift, found.lift) and alone.tokens.tolist() == found.tokens.tolist()
+    assert alone.method.startswith("no test") and np.isnan(alone.p).all() and not alone.significant.any()
 
 
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

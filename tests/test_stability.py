@@ -60,6 +60,8 @@ def test_a_short_last_batch_joins_the_one_before() -> None:
     assert batch_balance(trace, 0, 10)["n"].to_pylist() == [10, 10, 13]
     assert batch_balance(trace, 0, 1_000)["n"].to_pylist() == [33]
     assert batch_balance(trace, 0, 20)["documents"].to_pylist() == [4]
+    single = make_trace(PLAIN, [make_part(PLAIN, [1, 1, 5])])
+    assert batch_balance(single, 0)["n"].to_pylist() == [1, 1, 5] and batch_maxvio(single, 0) == batch_maxvio(single, 0, 1) > 3 * 2 / 3
     with pytest.raises(ValueError, match="at least 1"):
         batch_balance(trace, 0, 0)
 
