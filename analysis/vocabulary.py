@@ -289,11 +289,11 @@ def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAS
     share = used[often] / counts.tokens[often]
     lift = share / (total / n)
     rate = total / dealt.sum()
-    error = np.sqrt(np.maximum(dealt[often] * rate * (1 - rate), 1e-12))
+    expected, spread = dealt[often] * rate, np.sqrt(dealt[often])  # binomial error but for a factor all ids share
     colours = np.append(dealt[often], dealt.sum() - dealt[often].sum())  # rare ids together: none of them is looked at
     null = np.random.default_rng(seed).multivariate_hypergeometric(colours, total, draws, method="marginals")[:, :-1]
-    maximum = ((null - dealt[often] * rate) / error).max(1)
-    p = family_p((used[often] - dealt[often] * rate) / error, maximum, False)
+    maximum = ((null - expected) / spread).max(1)
+    p = family_p((used[often] - expected) / spread, maximum, False)
     ids, count, tokens = counts.ids[often], used[often], counts.tokens[often]
     order = [i for i in np.lexsort((ids, -count, -lift)) if lift[i] > 1][:most]
     texts = token_texts(trace, ids[order], trace.layers[counts.site].stream)

@@ -184,6 +184,13 @@ def test_many_documents_are_joined_within_their_label() -> None:
     assert joined.documents.max() == 8 and np.bincount(joined.codes).tolist() == [10, 5]
 
 
+def test_joined_documents_are_shared_out_evenly() -> None:
+    trace = random_trace(0, [4] * 50, labels=("a", "b", "b", "a", "b"))
+    joined = labelled_documents(trace, 0, most=7)
+    sizes = [joined.documents[joined.codes == g].tolist() for g in (0, 1)]
+    assert [sorted(x) for x in sizes] == [[10, 10], [7, 7, 8, 8]]
+
+
 def test_what_cannot_be_tested_is_said() -> None:
     one = by_label(random_trace(0, labels=("a",)), 0)
     assert np.isnan(one.p).all() and not one.significant.any() and one.method.startswith("no test")

@@ -65,6 +65,15 @@ def test_classes_of_a_run() -> None:
         assert found.tokens[g] == mine.sum() and found.count[g].tolist() == [int((experts[mine] == e).any(1).sum()) for e in range(8)]
 
 
+def test_tokens_of_unknown_text_have_no_class() -> None:
+    part = make_part(PLAIN, [3])
+    column = part.tokens.schema.get_field_index("token")
+    texts = pa.array([" a", None, "\n"]).cast(part.tokens.schema.field(column).type)
+    trace = make_trace(PLAIN, [replace(part, tokens=part.tokens.set_column(column, part.tokens.schema.field(column), texts))])
+    assert class_codes(trace).tolist() == [CLASSES.index("word starts"), -1, CLASSES.index("newlines")]
+    assert by_class(trace, 0).tokens.tolist() == [1, 1]
+
+
 def test_random_routing_prefers_no_class() -> None:
     """30 random runs: 1.5 false claims expected, 7 or more has odds of 1 : 1,000."""
     assert sum(bool(by_class(of_text(seed=s), 0).significant.any()) for s in range(30)) < 7
@@ -179,6 +188,7 @@ def test_vocabulary_specialization_by_hand() -> None:
     assert found.every == pytest.approx((0.75 + 1 + 1) / 3) and found.frequent == pytest.approx((0.75 + 1) / 2)
     assert found.weighted == pytest.approx((9 + 1 + 20) / 33)
     assert (found.n_ids, found.n_frequent, found.n_tokens, found.least) == (3, 2, 33, 10)
+    assert vocabulary_specialization(counts, least=12).n_frequent == 2 and vocabulary_specialization(counts, least=13).n_frequent == 1
     assert found.chance_weighted < found.weighted and vocabulary_specialization(counts, least=21).n_frequent == 0
     assert np.isnan(vocabulary_specialization(counts, least=21).frequent)
 
