@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from .information import Information, entropy, shuffled_tables, sparse_information
+from .information import DENSE, Information, entropy, shuffled_tables, sparse_information
 from .significance import family_p, rearranged_labels
 from .specialization import Preferences, blocks, by_group
 from .trace import Trace, TraceError
@@ -206,8 +206,9 @@ def _conditional(x: np.ndarray, y: np.ndarray, given: np.ndarray, count: np.ndar
         key = np.zeros(len(count), np.int64)
         for part in parts:
             key = key * (int(part.max()) + 1) + part
-        sums = np.bincount(np.unique(key, return_inverse=True)[1], count)
-        return entropy(sums), len(sums)
+        dense = int(key.max()) < DENSE  # counting beats sorting
+        sums = np.bincount(key, count) if dense else np.bincount(np.unique(key, return_inverse=True)[1], count)
+        return entropy(sums), int((sums > 0).sum())
 
     (xg, n_xg), (yg, n_yg), (g, n_g), (xyg, n_xyg) = joint(given, x), joint(given, y), joint(given), joint(given, x, y)
     bits = max(xg + yg - g - xyg, 0.0)

@@ -184,6 +184,14 @@ def test_many_documents_are_joined_within_their_label() -> None:
     assert joined.documents.max() == 8 and np.bincount(joined.codes).tolist() == [10, 5]
 
 
+def test_documents_of_one_token_count_and_empty_ones_do_not() -> None:
+    trace = random_trace(0, [1, 4, 1, 4])
+    assert labelled_documents(trace, 0).tokens.tolist() == [1, 4, 1, 4]
+    empty = {**trace.documents.to_pylist()[0], "document": 4, "label": "z", "n_tokens": 0, "first_row": 10}
+    more = pa.concat_tables([trace.documents, pa.Table.from_pylist([empty], schema=DOCUMENTS)])
+    assert labelled_documents(replace(trace, documents=more), 0).labels == LABELS
+
+
 def test_joined_documents_are_shared_out_evenly() -> None:
     trace = random_trace(0, [4] * 50, labels=("a", "b", "b", "a", "b"))
     joined = labelled_documents(trace, 0, most=7)
@@ -211,6 +219,10 @@ def test_label_information_of_random_and_planted_routing() -> None:
     assert planted.p == 0.005 and planted.above_floor > 0.05 and planted.n == 24 * 60 * 2
     assert planted.entropy_x == pytest.approx(2) and planted.share_of(planted.entropy_x) == pytest.approx(planted.above_floor / 2)
     assert np.isnan(label_information(random_trace(0, labels=("a",)), 0).p)
+    two = label_information(random_trace(3, labels=("a", "b")), 0)
+    assert 0.005 <= two.p <= 1 and two.floor > 0 and two.entropy_x == 1
+    exact = label_information(random_trace(3, [30] * 4, labels=("a", "b")), 0)
+    assert exact.p in (2 / 6, 4 / 6, 1) and "6 times" in exact.null  # each deal has the same information as its mirror
 
 
 def test_divergence_of_labels() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from analysis import vocabulary
 from analysis.specialization import label_information
 from analysis.trace import SiteRouting, Trace, TraceError
 from analysis.vocabulary import (
@@ -163,7 +164,7 @@ def test_labels_beyond_their_tokens() -> None:
     assert np.isnan(label_information_given_token(make_trace(PLAIN, [make_part(PLAIN, [9, 9], labels=("a",))]), 0).plug_in)
 
 
-def test_conditional_information_by_hand() -> None:
+def test_conditional_information_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = make_trace(TWO_STREAMS)
     experts, table = trace.experts(0), trace.stream_tokens("encoder").to_pandas()
     rows = [(t, x, int(e)) for t, x, row in zip(table.token_id, table.label, experts, strict=True) for e in row[row >= 0]]
@@ -175,6 +176,8 @@ def test_conditional_information_by_hand() -> None:
     found = label_information_given_token(trace, 0)
     by_hand = entropy_of(0, 2) + entropy_of(0, 1) - entropy_of(0) - entropy_of(0, 1, 2)
     assert found.plug_in == pytest.approx(by_hand, abs=1e-9) and found.n == len(rows)
+    monkeypatch.setattr(vocabulary, "DENSE", 0)
+    assert label_information_given_token(trace, 0) == found
     assert found.entropy_x == pytest.approx(entropy_of(0, 1) - entropy_of(0)) and found.entropy_y == pytest.approx(
         entropy_of(0, 2) - entropy_of(0)
     )
