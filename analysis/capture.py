@@ -22,7 +22,6 @@ from .models import model_card
 from .recorder import CaptureCancelled, CaptureError, Recorder, recording
 from .routers import Routed, RouterError, Site, find_sites, router_scores
 from .stats import merge_statistics, part_statistics
-from .store import RunWriter
 from .tokens import Pieces, encode
 from .trace import (
     DOCUMENTS,
@@ -39,6 +38,7 @@ from .trace import (
     join_scores,
     token_digest,
 )  # fmt: skip
+from .writing import RunWriter
 
 PART_TOKENS = 65_536
 

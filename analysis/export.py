@@ -27,8 +27,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from .files import write_atomically
 from .metrics import METRICS, balance_table, load_table
-from .store import write_atomically
 from .trace import NO_EXPERT, SCHEMA_VERSION, Trace
 
 FORMATS = ("csv", "parquet", "json")

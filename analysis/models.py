@@ -8,13 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     Mxfp4Config,
@@ -43,7 +47,7 @@ def load_model(
         with errors_only():
             config = AutoConfig.from_pretrained(folder, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            kind = model_class(config)
             options |= {"use_safetensors": True, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
             if method == "mxfp4":
                 # Its packed form bypasses router and experts with a kernel, fetched as code from the hub where one fits.
@@ -60,6 +64,25 @@ def load_model(
                 f"{str(folder)!r} {problem} {len(keys)} weights of its {type(model).__name__}, {first!r} among them: copy it again"
             )
     return model.eval(), tokenizer
+
+
+def model_class(config: Any) -> Any:
+    """What builds the model of a transformers ``config``: the class its ``architectures`` names, else an auto class.
+
+    Only classes of transformers' own module of that family count as named. Raises ModelError where there is none.
+    """
+    named = (getattr(config, "architectures", None) or [""])[0]
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    if module.startswith("transformers.models.") and isinstance(named, str):
+        kind = getattr(import_module(module), named, None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and getattr(kind, "config_class", None) is type(config):
+            return kind
+    two = getattr(config, "is_encoder_decoder", False)
+    order = (AutoModelForSeq2SeqLM,) if two else (AutoModelForCausalLM, AutoModelForImageTextToText)
+    for auto in (*order, AutoModel):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise ModelError(f"transformers has no model to build from a {type(config).__name__}")
 
 
 @contextmanager
@@ -87,11 +110,11 @@ def model_card(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
                path: str | Path | None = None) -> ModelCard:  # fmt: skip
     """What a trace keeps of its model. Active parameters = total less the routed experts a token does not use.
 
-    Counts include the input embedding. Raises RouterError as find_sites does.
+    Counts include the input embedding, but no rows for classes that compute nothing. Raises RouterError as find_sites does.
     """
     sites = find_sites(model)
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters()) - sum(unused_parameters(s, p) for s in sites for p in s.experts.parameters())
     idle = sum(_expert_parameters(s) * (1 - s.info.top_k / s.info.n_experts) for s in sites)
     folder = Path(path) if path is not None and Path(path).is_dir() else None
     hub_id, commit = hub_name(folder) if folder else ("", "")
@@ -117,8 +140,14 @@ def model_card(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     )
 
 
+def unused_parameters(site: Site, p: Tensor) -> int:
+    """Of parameter ``p``, the rows for router classes that compute nothing (LongCat's zero experts): never used, never published."""
+    info = site.info
+    return p.numel() // info.n_classes * info.n_special if p.shape[0] == info.n_classes else 0
+
+
 def _expert_parameters(site: Site) -> int:
-    return sum(p.numel() for p in site.experts.parameters())
+    return sum(p.numel() - unused_parameters(site, p) for p in site.experts.parameters())
 
 
 def _digest(folder: Path, *patterns: str) -> str:

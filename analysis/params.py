@@ -7,23 +7,23 @@ and not a formula of ours. Multi-token-prediction layers are counted where trans
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checkpoints import ModelError, read_config
-from .models import errors_only
+from .models import errors_only, model_class, unused_parameters
 from .routers import Site, find_sites
 
 # Building is work per module even without memory; no known model comes near (longest 128 layers, widest 16,384 experts).
 MOST_LAYERS = 1_000
 MOST_MODULES = 1_000_000
-BIAS_LIMIT = 65_536
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def model_size(config: Any) -> ModelSize:
     model = _on_meta(config)
     sites = find_sites(model)
     rows = tuple(_site_size(s) for s in sites)
-    unused = sum(_unused(p, s) for s in sites for p in s.experts.parameters())
+    unused = sum(unused_parameters(s, p) for s in sites for p in s.experts.parameters())
     total = sum(p.numel() for p in model.parameters()) - unused
     active = total - sum(r.expert * (r.n_experts - min(r.top_k, r.n_experts)) for r in rows)
     text = config.get_text_config()
@@ -147,33 +147,19 @@ def _on_meta(config: Any) -> nn.Module:
     layers, experts = _layers(text), max(_positive(text, n) for n in ("num_experts", "num_local_experts", "n_routed_experts"))
     if layers > MOST_LAYERS or layers * experts > MOST_MODULES:
         raise ModelError(f"the config asks for {layers:,} layers of {experts:,} experts: more than any model has, so it is not built")
-    order = (
-        (AutoModelForSeq2SeqLM,) if getattr(config, "is_encoder_decoder", False) else (AutoModelForCausalLM, AutoModelForImageTextToText)
-    )
-    kinds = [k for k in (*order, AutoModel) if type(config) in k._model_mapping]
-    if not kinds:
-        raise ModelError(f"transformers has no model to build from a {type(config).__name__}")
+    kind = model_class(config)
+    build = kind._from_config if issubclass(kind, PreTrainedModel) else partial(kind.from_config, trust_remote_code=False)
     try:
         with errors_only(), torch.device("meta"):
-            model: nn.Module = kinds[0].from_config(config, trust_remote_code=False)
+            model: nn.Module = build(config)
     except Exception as error:  # model classes check little: ZeroDivisionError, IndexError, assert, RuntimeError of torch, ...
         raise ModelError(f"transformers cannot build a model of this {type(config).__name__}: {_sentence(error)}") from error
-    _materialise_biases(model)
     return model.eval()
-
-
-def _materialise_biases(model: nn.Module) -> None:
-    """Zeros for the routers' small selection biases, which the search for sites reads; sizes stay what they are."""
-    for module in model.modules():
-        for name, tensor in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
-            if "bias" in name and tensor.ndim == 1 and tensor.numel() <= BIAS_LIMIT:
-                zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-                setattr(module, name, nn.Parameter(zeros, requires_grad=False) if isinstance(tensor, nn.Parameter) else zeros)
 
 
 def _site_size(site: Site) -> SiteSize:
     info = site.info
-    kept = [(p.numel() - _unused(p, site), p.element_size()) for p in site.experts.parameters()]
+    kept = [(p.numel() - unused_parameters(site, p), p.element_size()) for p in site.experts.parameters()]
     experts, experts_bytes = sum(n for n, _ in kept), sum(n * size for n, size in kept)
     rows = {p.shape[0] for p in site.experts.parameters(recurse=False) if p.ndim > 2} - {info.n_experts, info.n_classes}
     if rows:
@@ -184,18 +170,11 @@ def _site_size(site: Site) -> SiteSize:
         raise ModelError(
             f"{info.name} holds {experts:,} parameters for {info.n_experts} experts: they differ in size, which is not understood"
         )
-    children = [m for n, m in site.block.named_children() if n.startswith("shared_expert") and not n.endswith("gate")]
     return SiteSize(
         name=info.name, layer=info.layer, stack=info.stack, n_experts=info.n_experts, n_special=info.n_special, top_k=info.top_k,
         n_shared=info.n_shared, expert=experts // info.n_experts, experts=experts, expert_bytes=experts_bytes // info.n_experts,
-        experts_bytes=experts_bytes, shared=sum(p.numel() for m in children for p in m.parameters()),
+        experts_bytes=experts_bytes, shared=sum(p.numel() for m in site.shared for p in m.parameters()),
     )  # fmt: skip
-
-
-def _unused(p: Tensor, site: Site) -> int:
-    """Parameters of rows for router classes that compute nothing (LongCat's zero experts): never used, never published."""
-    info = site.info
-    return p.numel() // info.n_classes * info.n_special if p.shape[0] == info.n_classes else 0
 
 
 def _own_embedding(model: Any) -> int:

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capture import CaptureError, recording
+from .recompute import Seen, execution, surroundings, watching
 from .routers import Routed, RouterError, Site, find_sites
 from .tokens import encode
 
 PASS, DIFFERS, NOT_CHECKED = "pass", "differs", "not checked"
 TEXT = "def area(r): return 3.14159 * r ** 2\nIl pleut sur la ville. 选择文件, select a file: 1 + 1 = 2."
+RECOMPUTED = ("its own experts, given the captured ids and weights", "a plain loop over the experts' weights")
 CANARY_TOKENS = 8
 # A token's output may differ by this share of its length (2-norm): rounding of one expert's three products in that format.
 ALLOWED = ((torch.float64, 1e-9), (torch.float32, 1e-4), (torch.float16, 5e-3), (torch.bfloat16, 3e-2))
@@ -68,13 +70,13 @@ def verify_model(model: Any, tokenizer: Any) -> tuple[Proof, ...]:
     sites = find_sites(model)
     inputs = _inputs(model, encode(tokenizer, [TEXT])[0][: _context(model)])
     with torch.inference_mode():
-        bare = [_logits(model, inputs) for _ in range(2)]
-    proofs, hooked, routed, calls = _observed(model, sites, inputs)
+        bare = [_output(model, inputs) for _ in range(2)]
+    proofs, hooked, routed, calls, seen = _observed(model, sites, inputs)
     proofs.append(_hooks_change_nothing(bare, hooked))
     if routed is None:
         return (*proofs, Proof("recomputed from ids and weights", NOT_CHECKED, "nothing was captured"))
     for at in sorted({0, len(sites) - 1}):
-        proofs += _recomputed(sites[at], calls.get(at), routed[at])
+        proofs += _piecewise(model, sites[at], seen, routed[at]) or _recomputed(sites[at], calls.get(at), routed[at])
     return tuple(proofs)
 
 
@@ -85,7 +87,7 @@ def canary(model: Any) -> None:
     """
     vocabulary = model.config.get_text_config().vocab_size
     inputs = _inputs(model, [i % vocabulary for i in range(1, CANARY_TOKENS + 1)])
-    proofs, _, _, _ = _observed(model, find_sites(model), inputs)
+    proofs, *_ = _observed(model, find_sites(model), inputs)
     for proof in proofs:
         if proof.verdict == DIFFERS:
             raise CaptureError(f"this model cannot be captured exactly: {proof.detail}")
@@ -93,23 +95,25 @@ def canary(model: Any) -> None:
 
 def _observed(
     model: Any, sites: Sequence[Site], inputs: Mapping[str, Tensor]
-) -> tuple[list[Proof], Tensor | None, list[Routed] | None, dict[int, _Call]]:
-    """(proofs of firing and determinism, logits with hooks, what each site routed, calls of the first and last experts)."""
+) -> tuple[list[Proof], Tensor | None, list[Routed] | None, dict[int, _Call], Seen]:
+    """(proofs of firing and determinism, output with hooks, what each site routed, calls of the first and last site)."""
     name, again = "every site fires once per forward", "the same input is routed the same"
     runs: list[tuple[Tensor, list[Routed]]] = []
     calls: dict[int, _Call] = {}
+    seen: Seen = {}
+    piecewise = [m for at in {0, len(sites) - 1} if execution(sites[at]) for m in surroundings(model, sites[at])]
     try:
         for _ in range(2):
-            with recording(model, sites) as recorder, _watching(sites, calls), torch.inference_mode():
-                logits = _logits(model, inputs)
-                runs.append((logits, [forwards[0] for forwards in recorder.take(1)]))
+            with recording(model, sites) as recorder, _watching(sites, calls), watching(piecewise, seen), torch.inference_mode():
+                output = _output(model, inputs)
+                runs.append((output, [forwards[0] for forwards in recorder.take(1)]))
     except CaptureError as error:
         if model.training or getattr(model, "is_activation_checkpointing", False):
             raise
-        return [Proof(name, DIFFERS, str(error)), Proof(again, NOT_CHECKED, "nothing was captured")], None, None, {}
+        return [Proof(name, DIFFERS, str(error)), Proof(again, NOT_CHECKED, "nothing was captured")], None, None, {}, {}
     fired = Proof(name, PASS, f"{len(sites)} sites, {runs[0][1][0].ids.shape[0]} tokens, 2 forward passes")
-    (_, first), (logits, second) = runs
-    return [fired, _deterministic(again, sites, first, second)], logits, second, calls
+    (_, first), (output, second) = runs
+    return [fired, _deterministic(again, sites, first, second)], output, second, calls, seen
 
 
 def _deterministic(name: str, sites: Sequence[Site], first: Sequence[Routed], second: Sequence[Routed]) -> Proof:
@@ -131,8 +135,8 @@ def _hooks_change_nothing(bare: Sequence[Tensor], hooked: Tensor | None) -> Proo
     if not torch.equal(bare[0], bare[1]):
         return Proof(name, NOT_CHECKED, "without hooks, the model gives other outputs each time")
     if not torch.equal(bare[0], hooked):
-        return Proof(name, DIFFERS, f"logits differ by up to {(bare[0].float() - hooked.float()).abs().max():.1e}")
-    return Proof(name, PASS, f"{hooked.numel():,} logits equal, bit for bit")
+        return Proof(name, DIFFERS, f"outputs differ by up to {(bare[0].float() - hooked.float()).abs().max():.1e}")
+    return Proof(name, PASS, f"{hooked.numel():,} numbers equal, bit for bit")
 
 
 @contextmanager
@@ -155,9 +159,21 @@ def _watching(sites: Sequence[Site], calls: dict[int, _Call]) -> Iterator[None]:
             handle.remove()
 
 
+def _piecewise(model: nn.Module, site: Site, seen: Seen, routed: Routed) -> list[Proof]:
+    """The same for a site that calls its experts otherwise than the contract says; empty where there is no entry for it."""
+    how = execution(site)
+    if how is None:
+        return []
+    own, loop = RECOMPUTED
+    first = Proof(own, NOT_CHECKED, f"{type(site.block).__name__} does not hand ids and weights to one module", site.info.name)
+    with torch.inference_mode():
+        out = how.observed(model, site, seen)
+    return [first, _compared(loop, site, out, routed, lambda i, w: how.recompute(site, seen, i, w))]
+
+
 def _recomputed(site: Site, call: _Call | None, routed: Routed) -> list[Proof]:
     """The experts' output again, in two ways: by the model's own experts module, and by a plain loop over its weights."""
-    own, loop = "its own experts, given the captured ids and weights", "a plain loop over the experts' weights"
+    own, loop = RECOMPUTED
     kind = type(site.experts).__name__
     if call is None:
         reason = f"{kind} was not called as a module that returns one tensor"
@@ -166,25 +182,25 @@ def _recomputed(site: Site, call: _Call | None, routed: Routed) -> list[Proof]:
     takes_ids = isinstance(ids, Tensor) and ids.shape == routed.ids.shape and torch.equal(ids.to(routed.ids.dtype), routed.ids)
     first = Proof(own, NOT_CHECKED, f"{kind} does not take the captured ids as they are", site.info.name)
     if takes_ids:
-        first = _compared(own, site, call, routed, lambda i, w: call.again(site.experts, i, w))
+        first = _compared(own, site, call.out, routed, lambda i, w: call.again(site.experts, i, w))
     expert = _plain_expert(site)
     if isinstance(expert, str):
         return [first, Proof(loop, NOT_CHECKED, expert, site.info.name)]
-    second = _compared(loop, site, call, routed, lambda i, w: _looped(expert, hidden.flatten(0, -2), i, w))
+    second = _compared(loop, site, call.out, routed, lambda i, w: _looped(expert, hidden.flatten(0, -2), i, w))
     return [first, second]
 
 
-def _compared(name: str, site: Site, call: _Call, routed: Routed, again: Callable[[Tensor, Tensor], Tensor]) -> Proof:
+def _compared(name: str, site: Site, out: Tensor, routed: Routed, again: Callable[[Tensor, Tensor], Tensor]) -> Proof:
     """Recompute with the captured ids, then with one of them changed, which must not go unnoticed."""
-    allowed = dict(ALLOWED).get(call.out.dtype)
+    allowed = dict(ALLOWED).get(out.dtype)
     if allowed is None:
-        return Proof(name, NOT_CHECKED, f"no tolerance is known for {call.out.dtype}", site.info.name)
+        return Proof(name, NOT_CHECKED, f"no tolerance is known for {out.dtype}", site.info.name)
     wrong = _one_changed(routed, site.info.n_experts)
     if wrong is None:
         return Proof(name, NOT_CHECKED, "no token was sent to an expert with weights, or there is only one", site.info.name)
     with torch.inference_mode():
-        error = _distance(call.out, again(routed.ids, routed.weights))
-        control = _distance(call.out, again(wrong, routed.weights))
+        error = _distance(out, again(routed.ids, routed.weights))
+        control = _distance(out, again(wrong, routed.weights))
     figures = f"largest error {error:.1e} of a token's output, allowed {allowed:.0e}; with one id changed {control:.1e}"
     if not error <= allowed:  # so that NaN differs
         return Proof(name, DIFFERS, figures, site.info.name)
@@ -260,14 +276,16 @@ def _stacked_expert(experts: Any, e: int, hidden: Tensor) -> Tensor:
     return experts.post_expert_norm(out) if experts.has_post_expert_norm else out
 
 
-def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def _output(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits, or the last hidden states of a model without a head."""
     try:
-        logits: Tensor = model(**inputs, use_cache=False).logits
+        out = model(**inputs, use_cache=False)
     except (CaptureError, RouterError, MemoryError):
         raise
     except Exception as error:  # a model may raise anything; a traceback would help nobody but its author
         raise CaptureError(f"the model cannot run at all ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
-    return logits
+    main: Tensor = out[0] if getattr(out, "logits", None) is None else out.logits
+    return main
 
 
 def _inputs(model: Any, ids: Sequence[int]) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class Site:
 
     ``boundary`` is the module whose call is the execution; ``experts`` holds the weights, nearly always the same module.
     ``parameters`` names the boundary's arguments, ``id_name`` and ``weight_name`` those of the contract ("" without).
+    ``shared`` holds the experts every token passes beside the routed ones, wherever they stand.
     """
 
     info: LayerInfo
@@ -62,6 +63,7 @@ class Site:
     parameters: tuple[str, ...]
     id_name: str = ""
     weight_name: str = ""
+    shared: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,10 @@ class _Found:
     kind: RouterKind
 
 
-def find_sites(model: nn.Module) -> tuple[Site, ...]:
+def find_sites(model: nn.Module, routers: Mapping[str, RouterKind] = ROUTERS) -> tuple[Site, ...]:
     """All routing sites of ``model``'s language model in execution order; experts of vision towers see no text.
 
+    ``routers`` replaces the table of families.py, to try an entry before it goes there.
     Raises RouterError for a model without routing, a refused family, or a block that is not understood.
     """
     names = {n: m for n, m in model.named_modules() if not any(step.startswith(("vision", "visual")) for step in n.split("."))}
@@ -88,7 +91,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
         if _compiled(module):
             raise RouterError(f"{name or 'the model'} is compiled: load the model again and capture before torch.compile")
     declared = _declared_routers(model)
-    found = sorted((f for name in names if (f := _found(names, declared, name)) is not None), key=_execution(names))
+    found = sorted((f for name in names if (f := _found(names, declared, name, routers)) is not None), key=_execution(names))
     sites = tuple(_site(model, names, i, f) for i, f in enumerate(found))
     claimed = {id(m) for s in sites for m in (s.router, s.block)}
     for name, module in names.items():
@@ -107,10 +110,10 @@ def _compiled(module: nn.Module) -> bool:
             or hasattr(forward, "_torchdynamo_orig_callable"))  # fmt: skip
 
 
-def _found(names: Mapping[str, nn.Module], declared: frozenset[str], name: str) -> _Found | None:
-    """The block that ``name`` gives away: an experts module of the contract, or a class of ROUTERS with a boundary."""
+def _found(names: Mapping[str, nn.Module], declared: frozenset[str], name: str, table: Mapping[str, RouterKind]) -> _Found | None:
+    """The block that ``name`` gives away: an experts module of the contract, or a class of the table with a boundary."""
     module, parent = names[name], name.rpartition(".")[0]
-    kind = ROUTERS.get(type(module).__name__, UNKNOWN)
+    kind = table.get(type(module).__name__, UNKNOWN)
     if kind.boundary:
         path = name if kind.router else parent
         children = dict(names[path].named_children())
@@ -127,7 +130,7 @@ def _found(names: Mapping[str, nn.Module], declared: frozenset[str], name: str) 
         seen = ", ".join(f"{n}: {type(m).__name__}" for n, m in block.named_children())
         raise RouterError(f"{parent} has experts but {len(routers)} routers beside them (children: {seen})")
     router = routers[0][1]
-    return _Found(parent, block, router, module, module, ROUTERS.get(type(router).__name__, UNKNOWN))
+    return _Found(parent, block, router, module, module, table.get(type(router).__name__, UNKNOWN))
 
 
 def _execution(names: Mapping[str, nn.Module]) -> Callable[[_Found], tuple[int, bool]]:
@@ -177,6 +180,7 @@ def _site(model: nn.Module, names: Mapping[str, nn.Module], index: int, found: _
     scoring = kind.scoring if isinstance(kind.scoring, str) else kind.scoring(router, config)
     known = scoring in SCORES
     settings = _settings(router, block, kind)
+    shared = _shared(block, names.get(found.path.rpartition(".")[0]))
     info = LayerInfo(
         index=index,
         layer=int((re.findall(r"\.(\d+)(?=\.|$)", "." + found.path) or ["0"])[0]),
@@ -190,7 +194,7 @@ def _site(model: nn.Module, names: Mapping[str, nn.Module], index: int, found: _
         selection="group-limited top-k" if "num_group" in settings else kind.selection,
         weights_on=kind.weights_on,
         scaled_after=_scaled_after(block, kind),
-        n_shared=_shared(block, names.get(found.path.rpartition(".")[0]), config),
+        n_shared=_how_many(shared, config),
         shared_gate=any("shared_expert_gate" in n for n, _ in block.named_children()),
         normalised=_normalised(router, block, config, kind),
         native_capacity=getattr(router, "expert_capacity", None),
@@ -198,7 +202,7 @@ def _site(model: nn.Module, names: Mapping[str, nn.Module], index: int, found: _
         note=kind.note if known else f"scores of {type(router).__name__} are not known: entropy and margin undefined",
     )
     contract = _contract(found.boundary) or ("", "")
-    return Site(info, router, found.experts, found.boundary, block, kind, _parameters(found.boundary), *contract)
+    return Site(info, router, found.experts, found.boundary, block, kind, _parameters(found.boundary), *contract, shared=shared)
 
 
 def _settings(router: nn.Module, block: nn.Module, kind: RouterKind) -> dict[str, Any]:
@@ -276,13 +280,15 @@ def _normalised(router: nn.Module, block: nn.Module, config: Any, kind: RouterKi
     return None
 
 
-def _shared(block: nn.Module, parent: nn.Module | None, config: Any) -> int:
+def _shared(block: nn.Module, parent: nn.Module | None) -> tuple[nn.Module, ...]:
     """Experts every token passes, beside the routed ones: in the block or in the layer around it."""
-    children = [n for place in (block, parent) if place is not None for n, _ in place.named_children()]
-    if not any(n.startswith(("shared_expert", "shared_mlp")) and not n.endswith("gate") for n in children):
-        return 0
+    children = [c for place in (block, parent) if place is not None for c in place.named_children()]
+    return tuple(m for n, m in children if n.startswith(("shared_expert", "shared_mlp")) and not n.endswith("gate"))
+
+
+def _how_many(shared: tuple[nn.Module, ...], config: Any) -> int:
     counts = (getattr(config, n, None) for n in SHARED_COUNTS)
-    return next((c for c in counts if isinstance(c, int) and c > 0), 1)
+    return next((c for c in counts if isinstance(c, int) and c > 0), 1) if shared else 0
 
 
 def _why_none(model: nn.Module) -> str:

@@ -25,14 +25,18 @@ int64 and merge to the same bytes in any order; sums are float64 and agree to ab
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .trace import LayerInfo, Part, SiteRouting, SiteScores
+from .trace import LayerInfo, Part, SiteRouting
+
+if TYPE_CHECKING:
+    from .tally import Block, Sparse
 
 BINS = 64
 CORE = pa.schema(
@@ -186,164 +190,72 @@ def following_sites(layers: Sequence[LayerInfo]) -> tuple[int | None, ...]:
 
 
 def part_statistics(part: Part, layers: Sequence[LayerInfo]) -> Statistics:
-    """Statistics of one part. O(tokens x sites x k^2) in time."""
-    following = following_sites(layers)
-    core, tokens, documents = [], [], []
-    for i, layer in enumerate(layers):
-        rows = part.stream_tokens(layer.stream)
-        after = following[i]
-        core += _site_rows(i, layer, part.routing[i], part.scores[i], rows, part.probability_sums[i])
-        if after is not None:
-            core += _flow_rows(i, part.routing[i], part.routing[after], layer.n_classes, layers[after].n_classes)
-        tokens.append(_keyed(rows["token_id"].to_numpy(), part.routing[i].experts, layer.n_classes, i, "token_id"))
-        documents.append(_keyed(rows["document"].to_numpy(), part.routing[i].experts, layer.n_classes, i, "document"))
-    core += list(_loss_rows(part.tokens))
+    """Statistics of one part, counted in one pass over its decisions. Raises ValueError for an expert id out of range."""
+    from .tally import part_counts, sorted_blocks  # pays for numba, which opening a stored run must not
+
+    blocks, tokens, documents = part_counts(part, layers, BINS)
+    by_token = [_sparse_table(x, BY_TOKEN) for x in tokens]
+    by_document = pa.concat_tables([_sparse_table(x, BY_DOCUMENT) for x in documents])
+    order = np.argsort(by_document["document"].to_numpy(), kind="stable")
+    core = _core_table(sorted_blocks(blocks))
     classes = tuple(x.n_classes for x in layers)
-    by_token = pa.concat_tables(tokens).select(BY_TOKEN.names).cast(BY_TOKEN)
-    by_document = pa.concat_tables(documents).select(BY_DOCUMENT.names).cast(BY_DOCUMENT)
-    return merge_statistics([Statistics(pa.concat_tables(core), by_token, by_document, classes, following)])
+    return Statistics(core, pa.concat_tables(by_token), by_document.take(order), classes, following_sites(layers))
 
 
 def merge_statistics(parts: Iterable[Statistics]) -> Statistics:
-    """Sum of statistics of the same model. Raises ValueError for none, or for models that differ."""
-    whole = list(parts)
-    if not whole or any(p.classes != whole[0].classes or p.following != whole[0].following for p in whole):
+    """Sum of statistics of the same model, taken one by one: memory holds the sum, not the parts.
+
+    Raises ValueError for none, or for models that differ.
+    """
+    from .merging import RunningSum, concatenated
+
+    core, by_token, by_document, sites = RunningSum(CORE, 3), RunningSum(BY_TOKEN, 1), [], set()
+    for part in parts:
+        sites.add((part.classes, part.following))
+        if len(sites) > 1:
+            break
+        core.add(part.core)
+        by_token.add(part.by_token)
+        by_document.append(part.by_document)
+    if len(sites) != 1:
         raise ValueError("statistics of no parts, or of models with other sites, cannot be merged")
-    core = _summed([p.core for p in whole], CORE, ("count", "sum"))
-    by_token = _summed([p.by_token for p in whole], BY_TOKEN, ("count",))
-    by_document = _summed([p.by_document for p in whole], BY_DOCUMENT, ("count",))
-    return Statistics(core, by_token, by_document, whole[0].classes, whole[0].following)
+    classes, following = sites.pop()
+    return Statistics(core.table(), by_token.table(), concatenated(by_document, BY_DOCUMENT, "document"), classes, following)
 
 
-def _summed(tables: Sequence[pa.Table], schema: pa.Schema, values: tuple[str, ...]) -> pa.Table:
-    keys = [n for n in schema.names if n not in values]
-    table = pa.concat_tables(tables).group_by(keys, use_threads=False).aggregate([(v, "sum") for v in values])
-    table = table.rename_columns([n.removesuffix("_sum") for n in table.column_names]).select(schema.names)
-    return table.sort_by([(k, "ascending") for k in keys]).cast(schema).combine_chunks()
+def _sparse_table(sparse: Sparse, schema: pa.Schema) -> pa.Table:
+    site = np.full(len(sparse.key), sparse.site, np.int16)
+    columns = {"token_id": sparse.key, "document": sparse.key, "site": site, "expert": sparse.expert, "count": sparse.count}
+    return pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
 
 
-def _rows(statistic: str, site: int, count: np.ndarray, total: np.ndarray | None = None, a: np.ndarray | None = None,
-          b: np.ndarray | None = None, label: str | None = None) -> pa.Table:  # fmt: skip
-    n = len(count)
-    nothing = pa.nulls(n, pa.int32())
+def _core_table(blocks: Sequence[Block]) -> pa.Table:
+    """The blocks one below the other, as one piece of memory each column."""
+    lengths = [len(x.count) for x in blocks]
+
+    def repeated(values: Sequence[object], type_: pa.DataType) -> pa.Array:
+        coded = pa.array(values, type_).dictionary_encode()
+        codes = np.repeat(coded.indices.fill_null(-1).to_numpy(), lengths)
+        return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32(), mask=codes < 0), coded.dictionary).cast(type_)
+
+    def keys(arrays: Sequence[np.ndarray | None]) -> pa.Array:
+        values = np.concatenate([np.full(n, -1) if x is None else x for x, n in zip(arrays, lengths, strict=True)]).astype(np.int32)
+        return pa.array(values, mask=values < 0)
+
+    totals = [np.zeros(n) if x.total is None else x.total for x, n in zip(blocks, lengths, strict=True)]
     columns = [
-        pa.array([statistic] * n, pa.string()),
-        pa.array(np.full(n, site, np.int16)),
-        pa.array([label] * n, pa.string()),
-        nothing if a is None else pa.array(a.astype(np.int32)),
-        nothing if b is None else pa.array(b.astype(np.int32)),
-        pa.array(count.astype(np.int64)),
-        pa.array(np.zeros(n) if total is None else total.astype(np.float64)),
+        repeated([x.statistic for x in blocks], pa.string()),
+        pa.array(np.repeat(np.array([x.site for x in blocks], np.int16), lengths)),
+        repeated([x.label for x in blocks], pa.string()),
+        keys([x.a for x in blocks]),
+        keys([x.b for x in blocks]),
+        pa.array(np.concatenate([x.count for x in blocks]).astype(np.int64)),
+        pa.array(np.concatenate(totals).astype(np.float64)),
     ]
     return pa.table(columns, schema=CORE)
-
-
-def _counted(statistic: str, site: int, values: np.ndarray, size: int, label: str | None = None) -> pa.Table:
-    counts = np.bincount(values, minlength=size)
-    at = np.flatnonzero(counts)
-    return _rows(statistic, site, counts[at], a=at, label=label)
-
-
-def _pairs(statistic: str, site: int, a: np.ndarray, b: np.ndarray, width: int) -> pa.Table:
-    counts = np.bincount(a.astype(np.int64) * width + b)
-    at = np.flatnonzero(counts)
-    return _rows(statistic, site, counts[at], a=at // width, b=at % width)
 
 
 def first_choices(routing: SiteRouting) -> np.ndarray:
     """int [n]: the expert with each token's largest gate weight, -1 where none was executed."""
     best = np.where(routing.experts >= 0, routing.weights, -np.inf).argmax(1)
     return routing.experts[np.arange(len(best)), best].astype(np.int64)
-
-
-def _site_rows(site: int, layer: LayerInfo, routing: SiteRouting, scores: SiteScores, tokens: pa.Table,
-               probability: np.ndarray) -> list[pa.Table]:  # fmt: skip
-    n, k = routing.experts.shape
-    width = layer.n_classes
-    kept = routing.experts >= 0
-    ids = routing.experts[kept].astype(np.int64)
-    first = first_choices(routing)
-    load = np.bincount(ids, minlength=width)
-    mass = np.bincount(ids, weights=routing.weights[kept], minlength=width)
-    bucket = np.floor(np.log2(tokens["position"].to_numpy() + 1)).astype(np.int64)
-    rows = [
-        _rows("tokens", site, np.array([n])),
-        _rows("load", site, load, mass, np.arange(width)),
-        _counted("first", site, first[first >= 0], width),
-        _counted("chosen", site, routing.chosen[routing.chosen >= 0].astype(np.int64), width),
-        _pairs("position", site, np.repeat(bucket, k)[kept.ravel()], ids, width),
-        _rows("dropped", site, np.array([int(((routing.chosen >= 0) & ~kept).sum())])),
-        _rows("probability", site, np.zeros(width), probability, np.arange(width)),
-        *_coactivation_rows(site, routing.experts, width),
-        *_label_rows(site, routing.experts, tokens["label"], width),
-        _repetition_rows(site, routing.experts, first, tokens["document"].to_numpy()),
-    ]
-    top = np.log(width) if width > 1 else 1.0
-    for name, values, high in (("entropy", scores.entropy, top), ("margin", scores.margin, 1.0)):
-        rows.append(_histogram_rows(name, site, values, high))
-    z = scores.logsumexp.astype(np.float64) ** 2
-    rows.append(_rows("z", site, np.array([np.isfinite(z).sum()]), np.array([np.nansum(z)])))
-    return rows
-
-
-def _histogram_rows(name: str, site: int, values: np.ndarray, high: float) -> pa.Table:
-    known = values[np.isfinite(values)].astype(np.float64)
-    bins = np.clip((known / high * BINS).astype(np.int64), 0, BINS - 1)
-    counts = np.bincount(bins, minlength=BINS)
-    sums = np.bincount(bins, weights=known, minlength=BINS)
-    return _rows(name, site, counts, sums, np.arange(BINS))
-
-
-def _coactivation_rows(site: int, experts: np.ndarray, width: int) -> Iterator[pa.Table]:
-    for i in range(experts.shape[1]):
-        for j in range(i + 1, experts.shape[1]):
-            low, high = np.minimum(experts[:, i], experts[:, j]), np.maximum(experts[:, i], experts[:, j])
-            both = low >= 0
-            yield _pairs("coactivation", site, low[both], high[both].astype(np.int64), width)
-
-
-def _label_rows(site: int, experts: np.ndarray, labels: pa.ChunkedArray, width: int) -> Iterator[pa.Table]:
-    coded = labels.combine_chunks().cast(pa.string()).dictionary_encode()
-    codes = coded.indices.fill_null(-1).to_numpy()
-    for code, label in enumerate(coded.dictionary.to_pylist()):
-        mine = experts[codes == code]
-        yield _rows("label_tokens", site, np.array([len(mine)]), label=label)
-        yield _counted("label", site, mine[mine >= 0].astype(np.int64), width, label)
-
-
-def _repetition_rows(site: int, experts: np.ndarray, first: np.ndarray, documents: np.ndarray) -> pa.Table:
-    together = documents[1:] == documents[:-1]
-    same_first = together & (first[1:] == first[:-1]) & (first[1:] >= 0)
-    shared = np.zeros(len(together), bool)
-    for i in range(experts.shape[1]):
-        for j in range(experts.shape[1]):
-            shared |= (experts[1:, i] == experts[:-1, j]) & (experts[1:, i] >= 0)
-    counts = np.array([together.sum(), same_first.sum(), (together & shared).sum()])
-    return _rows("repetition", site, counts, a=np.arange(3))
-
-
-def _flow_rows(site: int, here: SiteRouting, after: SiteRouting, width: int, next_width: int) -> Iterator[pa.Table]:
-    a, b = first_choices(here), first_choices(after)
-    both = (a >= 0) & (b >= 0)
-    yield _pairs("first_flow", site, a[both], b[both], next_width)
-    for i in range(here.experts.shape[1]):
-        for j in range(after.experts.shape[1]):
-            a, b = here.experts[:, i], after.experts[:, j].astype(np.int64)
-            both = (a >= 0) & (b >= 0)
-            yield _pairs("flow", site, a[both], b[both], next_width)
-
-
-def _keyed(keys: np.ndarray, experts: np.ndarray, width: int, site: int, name: str) -> pa.Table:
-    """Counts per (key, expert) that occur."""
-    kept = experts >= 0
-    cells, counts = np.unique(np.repeat(keys.astype(np.int64), experts.shape[1])[kept.ravel()] * width + experts[kept], return_counts=True)
-    sites = np.full(len(cells), site, np.int16)
-    return pa.table({name: cells // width, "site": sites, "expert": cells % width, "count": counts})
-
-
-def _loss_rows(tokens: pa.Table) -> Iterator[pa.Table]:
-    labels = tokens["label"].cast(pa.string())
-    for label in pc.unique(labels).to_pylist():
-        mine = pc.is_null(labels) if label is None else pc.equal(labels, label)
-        loss = tokens["loss"].filter(mine).drop_null().to_numpy().astype(np.float64)
-        yield _rows("loss", -1, np.array([len(loss)]), np.array([loss.sum()]), label=label)

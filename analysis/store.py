@@ -1,4 +1,4 @@
-"""Runs on disk: atomic, verified, resumable. Parquet that any reader opens.
+"""Runs on disk, read: listed, opened, verified, deleted. Parquet that any reader opens; ``writing`` writes them.
 
 A run is a folder. ``run.json`` is written last, and its presence is the commit; it lists every file with its size and
 sha256. While a capture is under way the folder has ``progress/`` instead, from which it is resumed.
@@ -12,20 +12,14 @@ sha256. While a capture is under way the folder has ``progress/`` instead, from 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,7 +27,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .layout import read_routing, read_scores, write_routing, write_scores, write_table
+from .files import stamp
+from .layout import read_routing, read_scores
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, following_sites, merge_statistics, part_statistics
 from .trace import (
     DOCUMENTS,
@@ -66,136 +61,6 @@ def valid_run_name(name: str) -> str:
     if not _NAME.fullmatch(name) or name.split(".")[0] in _DEVICES or name.endswith("."):
         raise RunError("a run name has 1 to 64 characters of a-z, 0-9, '.', '_' and '-', and starts with a letter or digit")
     return name
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write through a temporary file in the same folder: fsync, rename, fsync the folder. Mode 0600."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o600)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class RunWriter:
-    """Writes a run part by part; a context manager. Leaving it without ``commit`` keeps what was written, for resuming.
-
-    ``parts``, ``documents`` and ``rows`` (per stream) say what is already there.
-    """
-
-    def __init__(self, folder: Path, card: ModelCard, options: Mapping[str, Any], lock: int) -> None:
-        self.folder, self.card, self.options, self._lock = folder, card, dict(options), lock
-        self._records = _part_records(folder)
-        self.parts = len(self._records)
-        self.documents = sum(r["documents"] for r in self._records)
-        self.rows: dict[str, int] = {}
-        for record in self._records:
-            for stream, n in record["rows"].items():
-                self.rows[stream] = self.rows.get(stream, 0) + n
-
-    @classmethod
-    def open(cls, folder: Path, card: ModelCard, options: Mapping[str, Any]) -> RunWriter:
-        """Start a run in ``folder``, or resume the interrupted one that is there.
-
-        Raises RunError where a finished run is there, another process writes, or model or options differ.
-        """
-        valid_run_name(folder.name)
-        if (folder / MANIFEST).exists():
-            raise RunError(f"{folder.name} is a finished run: choose another name, or delete it first")
-        progress = folder / "progress"
-        progress.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.chmod(folder, 0o700)
-        lock = os.open(progress / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sweep(folder)
-            _check_same_capture(progress / "capture.json", card, options)
-        except BlockingIOError:
-            os.close(lock)
-            raise RunError(f"{folder.name} is being written by another capture: wait for it or choose another name") from None
-        except BaseException:
-            os.close(lock)
-            raise
-        return cls(folder, card, options, lock)
-
-    def committed(self) -> list[tuple[str, str | None, str]]:
-        """(digest, label, name) of every document already stored, in order."""
-        tables = [pq.read_table(self.folder / "progress" / f"documents-{i:05d}.parquet").to_pylist() for i in range(self.parts)]
-        rows = {r["document"]: (r["digest"], r["label"], r["name"]) for table in tables for r in table}
-        return [rows[d] for d in sorted(rows)]
-
-    def __enter__(self) -> RunWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        os.close(self._lock)
-
-    def write(self, part: Part) -> None:
-        """Store one part; once this returns, a crash cannot lose it."""
-        if part.index != self.parts:
-            raise RunError(f"part {part.index} out of order: {self.folder.name} has {self.parts}")
-        layers, number = self.card.layers, f"{part.index:05d}"
-        stats = part_statistics(part, layers)
-        files = [f"{kind}/part-{number}.parquet" for kind in ("tokens", "routing", "scores")]
-        write_atomically(self.folder / files[0], lambda p: write_table(part.tokens, p))
-        write_atomically(self.folder / files[1], lambda p: write_routing(part, layers, p))
-        write_atomically(self.folder / files[2], lambda p: write_scores(part, layers, p))
-        progress = self.folder / "progress"
-        tables = (part.documents, stats.core, stats.by_token, stats.by_document)
-        for name, table in zip(("documents", "core", "tokens", "by_documents"), tables, strict=True):
-            write_atomically(progress / f"{name}-{number}.parquet", partial(write_table, table))
-        rows = {s: len(part.stream_tokens(s)) for s in part.first_rows}
-        record = {
-            "index": part.index,
-            "documents": len(set(part.documents["document"].to_pylist())),
-            "first_rows": dict(part.first_rows),
-            "rows": rows,
-            "files": {f: _stamp(self.folder / f) for f in files},
-        }
-        _write_json(progress / f"part-{number}.json", record)
-        self._records.append(record)
-        self.parts += 1
-        self.documents += record["documents"]
-        for stream, n in rows.items():
-            self.rows[stream] = self.rows.get(stream, 0) + n
-
-    def commit(self) -> Trace:
-        """Merge the statistics, write the manifest, and open the finished run. RunError for a run of no parts."""
-        if not self._records:
-            raise RunError("nothing was captured: no documents were given")
-        progress = self.folder / "progress"
-
-        def joined(name: str) -> pa.Table:
-            return pa.concat_tables([pq.read_table(p) for p in sorted(progress.glob(f"{name}-*.parquet"))])
-
-        classes, following = tuple(x.n_classes for x in self.card.layers), following_sites(self.card.layers)
-        whole = Statistics(joined("core"), joined("tokens"), joined("by_documents"), classes, following)
-        stats = merge_statistics([whole])
-        tables = (joined("documents"), stats.core, stats.by_token, stats.by_document)
-        names = ("documents.parquet", *(n for n, _ in STATISTICS))
-        for name, table in zip(names, tables, strict=True):
-            write_atomically(self.folder / name, partial(write_table, table))
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": self.card.to_json(),
-            "options": self.options,
-            "parts": self._records,
-            "files": {n: _stamp(self.folder / n) for n in names},
-        }
-        _write_json(self.folder / MANIFEST, manifest)
-        shutil.rmtree(progress)
-        return open_run(self.folder)
 
 
 class StoredRouting:
@@ -260,9 +125,9 @@ def open_run(folder: str | Path) -> Trace:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    for name, stamp in _all_files(manifest).items():
+    for name, listed in _all_files(manifest).items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != stamp["bytes"]:
+        if not path.is_file() or path.stat().st_size != listed["bytes"]:
             raise RunError(f"{folder.name}/{name} is missing or has the wrong size: restore it, or capture the run again")
     try:
         card = ModelCard.from_json(manifest["model"])
@@ -291,7 +156,7 @@ def verify_run(folder: str | Path) -> tuple[str, ...]:
         manifest = read_manifest(folder)
         listed = _all_files(manifest)
         problems = [f"{n}: its sha256 differs from the manifest" for n, s in listed.items()
-                    if not (folder / n).is_file() or _stamp(folder / n)["sha256"] != s["sha256"]]  # fmt: skip
+                    if not (folder / n).is_file() or stamp(folder / n)["sha256"] != s["sha256"]]  # fmt: skip
         there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
         problems += [f"{n}: not part of the run" for n in sorted(there - set(listed))]
         if problems:
@@ -299,7 +164,7 @@ def verify_run(folder: str | Path) -> tuple[str, ...]:
         trace = open_run(folder)
         for layer in trace.layers:
             check_site(layer, trace.routing(layer.index), trace.n_tokens(layer.stream), folder.name)
-        again = _recomputed(trace, manifest["parts"])
+        again = merge_statistics(_counted_again(trace, manifest["parts"]))
         for name, stored, counted in (("stats", trace.stats.core, again.core), ("token_stats", trace.stats.by_token, again.by_token),
                                       ("document_stats", trace.stats.by_document, again.by_document)):  # fmt: skip
             if not _same_counts(stored, counted):
@@ -309,9 +174,8 @@ def verify_run(folder: str | Path) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _recomputed(trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Statistics:
-    """Statistics counted again from the stored decisions; probability sums are kept from capture."""
-    whole = []
+def _counted_again(trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:
+    """Statistics of each part, counted again from the stored decisions; probability sums, which only the capture knew, are 0."""
     for record in parts:
         tokens = [trace.stream_tokens(s).slice(record["first_rows"][s], n) for s, n in record["rows"].items()]
         ranges = [(record["first_rows"][x.stream], record["rows"][x.stream]) for x in trace.layers]
@@ -319,8 +183,7 @@ def _recomputed(trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Statistics:
         scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))
         zeros = tuple(np.zeros(x.n_classes) for x in trace.layers)
         part = Part(record["index"], pa.concat_tables(tokens), trace.documents, routing, scores, zeros, record["first_rows"])
-        whole.append(part_statistics(part, trace.layers))
-    return merge_statistics(whole)
+        yield part_statistics(part, trace.layers)
 
 
 def _same_counts(a: pa.Table, b: pa.Table) -> bool:
@@ -382,36 +245,6 @@ def delete_run(root: str | Path, name: str) -> None:
     shutil.rmtree(folder)
 
 
-def sweep(folder: Path) -> None:
-    """Remove temporary files that a killed writer left below ``folder``."""
-    for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-def _check_same_capture(path: Path, card: ModelCard, options: Mapping[str, Any]) -> None:
-    """Record what is being captured, or compare with the record of the interrupted capture."""
-    mine = json.loads(json.dumps({"model": card.to_json(), "options": dict(options)}))
-    if not path.exists():
-        _write_json(path, mine)
-        return
-    started = json.loads(path.read_text(encoding="utf-8"))
-    for what in ("model", "options"):
-        if started[what] != mine[what]:
-            raise RunError(f"the interrupted capture in this folder used other {what}: use the same, or delete the run")
-
-
-def _part_records(folder: Path) -> list[dict[str, Any]]:
-    """Records of committed parts, in order; a part counts only when its record and all its files are whole."""
-    records: list[dict[str, Any]] = []
-    for path in sorted((folder / "progress").glob("part-*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        whole = all((folder / f).is_file() and (folder / f).stat().st_size == s["bytes"] for f, s in record["files"].items())
-        if record["index"] != len(records) or not whole:
-            break
-        records.append(record)
-    return records
-
-
 def _all_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     files = dict(manifest["files"])
     for part in manifest["parts"]:
@@ -444,25 +277,11 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
             raise ValueError("a part lists other files")
     if set(manifest["files"]) != {"documents.parquet", *(n for n, _ in STATISTICS)}:
         raise ValueError("the run lists other files")
-    for stamp in _all_files(manifest).values():
-        if not isinstance(stamp["bytes"], int) or not isinstance(stamp["sha256"], str):
+    for listed in _all_files(manifest).values():
+        if not isinstance(listed["bytes"], int) or not isinstance(listed["sha256"], str):
             raise ValueError("a file without size or digest")
     if not isinstance(manifest["options"], dict):
         raise ValueError("options that are none")
     for text in (manifest["created"], manifest["model"]["name"], manifest["model"]["family"]):
         if not isinstance(text, str):
             raise ValueError("a name that is no text")
-
-
-def _stamp(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=1, ensure_ascii=False)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)

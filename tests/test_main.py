@@ -241,7 +241,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(
 
     from analysis import capture as whole
     from analysis.models import load_model
-    from analysis.store import RunWriter
+    from analysis.writing import RunWriter
 
     from .synthetic import differences
 

@@ -13,6 +13,7 @@ from analysis.proofs import verify_model
 from analysis.trace import ModelCard
 
 from . import tiny
+from .families import FAMILIES
 from .hub import COMMIT, NAME, local_hub
 
 
@@ -152,9 +153,7 @@ def packed(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_mxfp4_is_unpacked_and_captured_exactly(tmp_path: Path) -> None:
-    config_class, values = tiny.FAMILIES["gpt_oss"]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_class(**values | {"intermediate_size": 32})).to(torch.bfloat16)
+    model = FAMILIES["gpt_oss"].build(intermediate_size=32).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     expected = {}

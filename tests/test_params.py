@@ -11,12 +11,13 @@ from transformers import AutoConfig
 
 from analysis import params
 from analysis.checkpoints import ModelError
-from analysis.models import model_card
+from analysis.models import model_card, unused_parameters
 from analysis.params import model_size, read_size
 from analysis.routers import RouterError, find_sites
 from analysis.whatif import EXAMPLES, weigh
 
 from . import tiny
+from .families import FAMILIES, Family
 
 MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 1}
 V2 = MLA | {"model_type": "deepseek_v2", "vocab_size": 102400, "num_experts_per_tok": 6, "n_shared_experts": 2}
@@ -136,31 +137,31 @@ def test_an_expert_with_biases_by_hand() -> None:
     assert model_size(config("gpt-oss-20b")).sites[0].expert == expert
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_config_alone_says_what_the_live_model_holds(family: str) -> None:
-    model = tiny.build(family)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_config_alone_says_what_the_live_model_holds(family: Family) -> None:
+    model = family.build()
+    model.config.architectures = [type(model).__name__]  # as save_pretrained writes it
     card, size = model_card(model), model_size(model.config)
+    spare = sum(unused_parameters(s, p) for s in find_sites(model) for p in s.experts.parameters())
+    assert (spare > 0) == (family.name == "longcat_flash")
     assert (size.total, size.active) == (card.parameters, card.active_parameters)
-    assert (size.dtype, size.bytes) == ("float32", 4 * size.total)
+    assert size.total == sum(p.numel() for p in model.parameters()) - spare
+    assert (size.architecture, size.dtype, size.bytes) == (family.model, "float32", 4 * (size.total + spare))
     for site, row in zip(find_sites(model), size.sites, strict=True):
-        held = sum(p.numel() for p in site.experts.parameters())
-        assert (row.name, row.n_experts, row.top_k, row.experts) == (site.info.name, site.info.n_experts, site.info.top_k, held)
-    one_matrix = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    embedding = 0 if one_matrix else model.get_input_embeddings().weight.numel()
+        info, held = site.info, sum(p.numel() - unused_parameters(site, p) for p in site.experts.parameters())
+        assert (row.name, row.n_experts, row.n_special, row.top_k) == (info.name, info.n_experts, info.n_special, info.top_k)
+        assert (row.experts, row.expert * row.n_experts, row.n_shared) == (held, held, info.n_shared)
+        assert (row.shared > 0) == (info.n_shared > 0)
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = 0 if outer is not None and inner.weight is outer.weight else inner.weight.numel()
     assert size.active - size.active_without_embedding == embedding
 
 
-def test_rows_that_compute_nothing_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_compute_nothing_are_not_counted() -> None:
     """LongCat holds rows for its 256 zero-compute experts; published are 560B in total and 31.3B active at most."""
-    longcat = AutoConfig.for_model("longcat_flash", dtype="bfloat16")
-
-    def with_specials(model: Any) -> Any:
-        return tuple(replace(s, info=replace(s.info, n_experts=512, n_special=256)) for s in find_sites(model))
-
-    monkeypatch.setattr(params, "find_sites", with_specials)
-    size = model_size(longcat)
+    size = model_size(AutoConfig.for_model("longcat_flash", dtype="bfloat16"))
     assert [round(n / 1e9, 3) for n in (size.total, size.active, size.active_without_embedding)] == [560.665, 32.183, 31.377]
-    assert size.sites[0].expert == 3 * 6144 * 2048
+    assert (size.sites[0].n_experts, size.sites[0].n_special, size.sites[0].expert) == (512, 256, 3 * 6144 * 2048)
     assert size.active - size.active_least == 28 * 12 * size.sites[0].expert
     assert any("compute nothing" in n for n in size.notes)
 

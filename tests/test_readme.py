@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from analysis.routers import RouterError
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
@@ -14,6 +16,16 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_worked_example_of_a_family_proves_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its entry the family is refused by name; with an adapter that reads other ids its proof fails."""
+    monkeypatch.chdir(ROOT)
+    block = next(b for b in BLOCKS if "CoinRouter" in b)
+    with pytest.raises(RouterError, match="CoinRouter.* needs an adapter"):
+        exec(compile(block.replace('{**ROUTERS, "CoinRouter": entry}', "ROUTERS"), "README.md", "exec"), {})
+    with pytest.raises(AssertionError):
+        exec(compile(block.replace("Routed(ids, weights", "Routed(3 - ids, weights"), "README.md", "exec"), {})
 
 
 def test_linked_files_exist() -> None:

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.store import RunError, RunWriter, delete_run, list_runs, open_run, valid_run_name, verify_run, write_atomically
+from analysis.files import write_atomically
+from analysis.store import RunError, delete_run, list_runs, open_run, valid_run_name, verify_run
 from analysis.trace import LayerInfo, Part, SiteRouting, Trace
+from analysis.writing import RunWriter
 
 from .synthetic import MANY, PLAIN, TWO_STREAMS, card, differences, make_part, make_parts, make_trace, site
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from analysis.store import RunWriter
 from analysis.trace import LayerInfo
+from analysis.writing import RunWriter
 
 from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, site
 

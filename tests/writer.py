@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from analysis.store import RunWriter
+from analysis.writing import RunWriter
 
 from .synthetic import PLAIN, card, make_parts
 

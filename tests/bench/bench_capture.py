@@ -1,46 +1,78 @@
-"""Capture against a bare forward, alternating, medians; and memory of a long capture: python -m tests.bench.bench_capture"""
+"""What capture costs: time against a bare forward and against router logits, bytes kept, memory: python -m tests.bench.bench_capture"""
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from analysis.capture import capture_parts, recording
-from analysis.models import load_model
+from analysis.capture import capture, capture_parts, recording
 from analysis.routers import find_sites
 from tests import tiny
+from tests.families import FAMILIES
 
-MODEL = Path(__file__).parent.parent.parent / "data" / "demo-model"
 ROUNDS = 15
+LAYERS, EXPERTS, TOP_K = 16, 64, 8
+TOKENS = (4, 256)
 
 
-def seconds(work: object) -> float:
+def seconds(work: Callable[[], None]) -> float:
     start = time.process_time()
-    work()  # type: ignore[operator]
+    work()
     return time.process_time() - start
 
 
-def overhead() -> None:
-    """Ratio of process CPU time: hooks that copy ids, weights and logits, over nothing at all; 4 x 256 tokens."""
-    model, _ = load_model(MODEL, dtype="float32")
-    sites = find_sites(model)
-    ids = torch.randint(0, 8_000, (4, 256))
+def model_of_issue() -> Any:
+    """16 layers, 64 experts, top 8; small hidden size, so that the model itself hides little of what hooks cost."""
+    small = {"hidden_size": 64, "intermediate_size": 64}
+    return FAMILIES["olmoe"].build(num_hidden_layers=LAYERS, num_experts=EXPERTS, num_experts_per_tok=TOP_K, **small)
 
-    def bare() -> None:
-        model(ids, use_cache=False)
+
+def overhead() -> None:
+    """Ratios of process CPU time, alternating, medians over pairs: a bare forward, router logits asked for, captured."""
+    model = model_of_issue()
+    sites = find_sites(model)
+    ids = torch.randint(4, tiny.VOCABULARY, TOKENS)
+
+    def forward(**asked: bool) -> None:
+        model(ids, use_cache=False, **asked)
 
     def captured() -> None:
         with recording(model, sites) as recorder:
-            model(ids, use_cache=False)
+            forward()
             recorder.take()
 
+    ways = (forward, partial(forward, output_router_logits=True), captured)
     with torch.inference_mode():
-        pairs = [(seconds(bare), seconds(captured)) for _ in range(ROUNDS + 2)][2:]
-    bare_time, ratio = statistics.median(b for b, _ in pairs), statistics.median(c / b for b, c in pairs)
-    print(f"forward of 4 x 256 tokens: bare {1000 * bare_time:.1f} ms CPU, captured / bare {ratio:.3f} (median of {ROUNDS} pairs)")
+        rounds = [[seconds(way) for way in ways] for _ in range(ROUNDS + 2)][2:]
+    bare = statistics.median(r[0] for r in rounds)
+    against = [statistics.median(r[2] / r[i] for r in rounds) for i in (0, 1)]
+    asked = statistics.median(r[1] / r[0] for r in rounds)
+    print(
+        f"{LAYERS} layers, {EXPERTS} experts, top {TOP_K}, prefill of {TOKENS[0]} x {TOKENS[1]} tokens, one thread: bare {1000 * bare:.1f} ms CPU"
+    )
+    print(
+        f"captured / bare {against[0]:.3f}, captured / router logits {against[1]:.3f}, router logits / bare {asked:.3f} (medians of {ROUNDS})"
+    )
+
+
+def stored(dtype: torch.dtype, length: int = 200) -> None:
+    """Bytes on disk of a run, against the logits of all experts in fp32."""
+    model, tokenizer = model_of_issue().to(dtype), tiny.tokenizer()
+    texts = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        trace = capture(model, tokenizer, [texts[i : i + length] for i in range(0, len(texts), length)], out=Path(folder) / "run")
+        sizes = {part: sum(f.stat().st_size for f in (Path(folder) / "run" / part).iterdir()) for part in ("routing", "scores")}
+    rows = trace.n_tokens("decoder") * LAYERS
+    full = rows * EXPERTS * 4
+    shares = ", ".join(f"{name} {size / rows:.1f} bytes ({size / full:.3f})" for name, size in sizes.items())
+    print(f"{str(dtype).removeprefix('torch.')}: per token and site on disk {shares}; all logits in fp32 {EXPERTS * 4} bytes")
 
 
 def resident() -> float:
@@ -63,4 +95,6 @@ def memory(tokens: int = 1_000_000) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     overhead()
+    stored(torch.float32)
+    stored(torch.bfloat16)
     memory()

@@ -10,7 +10,8 @@ from urllib.parse import urlparse
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from analysis.store import RunWriter, open_run
+from analysis.store import open_run
+from analysis.writing import RunWriter
 from app import palette
 from tests.synthetic import PLAIN, card, make_part
 

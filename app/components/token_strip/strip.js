@@ -110,7 +110,7 @@ export default function ({ data, parentElement, setStateValue }) {
       chip.style.setProperty("--hue", data.other);
     }
     if (chosen >= 0) describe(chosen);
-    else hover.textContent = "Point at a token to see its experts and gate weights; click it to follow it through all layers.";
+    else hover.textContent = data.compact ? "" : "Point at a token to see its experts and gate weights; click it to follow it through all layers.";
   }
 
   function step(by) {

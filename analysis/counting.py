@@ -1,0 +1,245 @@
+"""The counting kernels, compiled by numba: arrays in, arrays out.
+
+Importing this module pays for numba, so ``stats`` does it only when something is to be counted. Machine code is kept in ``__pycache__``
+or, where that is read-only, in numba's folder of the user: one machine compiles once.
+
+Decisions come as *slots*: uint16 [n, k], the expert id plus one. 0 stands for no expert, so that the inner loops need no branch; row and
+column 0 of every table collect what is thrown away. Unsigned indices spare numba's test for negative ones. Every sum is taken in the
+order of the rows, on one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+MAX_CLASSES = 2**16 - 2
+_LANES, _WORDS = 8, 8  # bit tables are padded to whole vectors of experts, and to blocks of words of 64 rows
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+_U = np.uintp
+
+
+def compiled(function: _Kernel) -> _Kernel:
+    """``function`` compiled on its first call, and kept on disk where there is a folder to keep it in."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # neither the sources nor the home can be written: each process compiles for itself
+        return numba.njit(nogil=True)(function)
+
+
+@intrinsic
+def _set_bits(context: Any, word: Any) -> Any:
+    """The number of bits set in a uint64, one instruction."""
+    return types.uint64(types.uint64), lambda context, builder, signature, args: builder.ctpop(args[0])
+
+
+@intrinsic
+def _lowest_bit(context: Any, word: Any) -> Any:
+    """The place of the lowest bit set in a uint64 that is not 0, one instruction."""
+    return types.uint64(types.uint64), lambda context, builder, signature, args: builder.cttz(args[0], cgutils.true_bit)
+
+
+def slots_of(experts: np.ndarray, n_classes: int) -> np.ndarray:
+    """uint16 [n, k]: ids plus one. Raises ValueError for an id outside -1..n_classes-1, which a kernel would count out of bounds."""
+    if n_classes > MAX_CLASSES or experts.size * max(experts.shape[1], 1) >= 2**31:  # the kernels count in int32
+        raise ValueError(f"{experts.size} decisions over {n_classes} experts are too many for one part: use smaller parts")
+    slots = np.empty(experts.shape, np.uint16)
+    if not _fill_slots(np.ascontiguousarray(experts).ravel(), n_classes, slots.ravel()):
+        raise ValueError(f"expert ids {experts.min()} to {experts.max()} at a site of {n_classes} experts")
+    return slots
+
+
+@compiled
+def _fill_slots(experts: np.ndarray, n_classes: int, slots: np.ndarray) -> bool:
+    """Whether every id lies in -1..n_classes-1; slots [n] are filled with the ids plus one."""
+    wrong = 0
+    for i in range(experts.shape[0]):
+        wrong += (experts[i] < -1) | (experts[i] >= n_classes)
+        slots[i] = experts[i] + 1
+    return wrong == 0
+
+
+@compiled
+def count_runs(slots: np.ndarray, run: np.ndarray, by_run: np.ndarray) -> None:
+    """Add each row t to by_run[run[t]], int32 [runs, slots]. Three short loops over the rows are faster here than one long one."""
+    for t in range(slots.shape[0]):
+        r = _U(run[t])
+        for i in range(slots.shape[1]):
+            by_run[r, _U(slots[t, i])] += 1
+
+
+@compiled
+def add_weights(slots: np.ndarray, weights: np.ndarray, mass: np.ndarray) -> None:
+    """Add the gate weights float32 [n, k] to mass float64 [slots]."""
+    for t in range(slots.shape[0]):
+        for i in range(slots.shape[1]):
+            mass[_U(slots[t, i])] += weights[t, i]
+
+
+@compiled
+def first_slots(slots: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """uint16 [n]: the slot of the largest weight, the earliest of equals; 0 where a row has no expert."""
+    first = np.empty(slots.shape[0], np.uint16)
+    for t in range(slots.shape[0]):
+        best, at = np.float32(-np.inf), 0
+        for i in range(slots.shape[1]):
+            if weights[t, i] > best and slots[t, i] != 0:
+                best, at = weights[t, i], i
+        first[t] = slots[t, at]
+    return first
+
+
+@compiled
+def count_repeats(slots: np.ndarray, first: np.ndarray, same_document: np.ndarray, n_slots: int) -> tuple[int, int, int]:
+    """(neighbours in a document, those with the same first choice, those with any expert in common)."""
+    last = np.zeros(n_slots, np.int64)  # the last row with the expert, plus one
+    pairs, equal, shared, before = 0, 0, 0, np.uint16(0)
+    for t in range(slots.shape[0]):
+        any_shared = 0
+        for i in range(slots.shape[1]):
+            s = _U(slots[t, i])
+            any_shared |= last[s] == t
+            last[s] = t + 1
+        last[0] = -1
+        together = int(same_document[t])
+        pairs += together
+        equal += together & int(first[t] == before) & int(first[t] != 0)
+        shared += together & int(any_shared)
+        before = first[t]
+    return pairs, equal, shared
+
+
+@compiled
+def add_rows(counts: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
+    """out[index[r]] += counts[r] for every row r with an index that is not negative."""
+    for r in range(counts.shape[0]):
+        if index[r] >= 0:
+            for s in range(counts.shape[1]):
+                out[index[r], s] += counts[r, s]
+
+
+@compiled
+def _scatter_pairs(here: np.ndarray, after: np.ndarray, table: np.ndarray) -> None:
+    """Add every pair of slots of each row, here [n, k] x after [n, k2], to table int32 [slots here, slots after]."""
+    for t in range(here.shape[0]):
+        for i in range(here.shape[1]):
+            s = _U(here[t, i])
+            for j in range(after.shape[1]):
+                table[s, _U(after[t, j])] += 1
+
+
+@compiled
+def _bits_of(slots: np.ndarray, n_slots: int) -> np.ndarray:
+    """uint64 [words of 64 rows, slots], both padded: bit t % 64 of [t // 64, s] is set where row t has slot s."""
+    words = -(-slots.shape[0] // (64 * _WORDS)) * _WORDS
+    bits = np.zeros((words, -(-n_slots // _LANES) * _LANES), np.uint64)
+    for t in range(slots.shape[0]):
+        q, one = _U(t) >> _U(6), _U(1) << (_U(t) & _U(63))
+        for i in range(slots.shape[1]):
+            bits[q, _U(slots[t, i])] |= one
+    return bits
+
+
+@compiled
+def _intersect_pairs(x: np.ndarray, y: np.ndarray, upper: bool, table: np.ndarray) -> None:
+    """Add to table int64 [slots of x, slots of y] in how many rows both are set, 64 rows an instruction.
+
+    ``upper`` leaves out what is below the diagonal, but for its lane. A signed b would keep the loop from becoming vector instructions.
+    """
+    for q in range(0, x.shape[0], _WORDS):
+        for a in range(x.shape[1]):
+            x0, x1, x2, x3 = x[q, a], x[q + 1, a], x[q + 2, a], x[q + 3, a]
+            x4, x5, x6, x7 = x[q + 4, a], x[q + 5, a], x[q + 6, a], x[q + 7, a]
+            start = _U(a) // _U(_LANES) * _U(_LANES) if upper else _U(0)
+            for b in range(start, _U(y.shape[1])):
+                low = _set_bits(x0 & y[q, b]) + _set_bits(x1 & y[q + 1, b]) + _set_bits(x2 & y[q + 2, b]) + _set_bits(x3 & y[q + 3, b])
+                high = _set_bits(x4 & y[q + 4, b]) + _set_bits(x5 & y[q + 5, b]) + _set_bits(x6 & y[q + 6, b]) + _set_bits(x7 & y[q + 7, b])
+                table[a, b] += low + high
+
+
+def count_pairs(here: np.ndarray, after: np.ndarray, bits: tuple[np.ndarray, np.ndarray] | None, table: np.ndarray) -> None:
+    """Add every pair of slots of each row to table int64 [slots here, slots after], through the bit tables where there are some.
+
+    Of a site with itself only the cells above the diagonal are meant.
+    """
+    if bits is None:
+        small = np.zeros(table.shape, np.int32)  # twice as much of it stays in the cache
+        _scatter_pairs(here, after, small)
+        table += small
+    else:
+        padded = np.zeros((bits[0].shape[1], bits[1].shape[1]), np.int64)
+        _intersect_pairs(*bits, here is after, padded)
+        table += padded[: table.shape[0], : table.shape[1]]
+
+
+def bits_of(slots: np.ndarray, n_slots: int) -> np.ndarray | None:
+    """The bit table of a site where pairs are counted faster by it, else None: it costs slots^2 / 64 per row, scattering k^2."""
+    return _bits_of(slots, n_slots) if n_slots**2 <= 128 * slots.shape[1] ** 2 else None
+
+
+@compiled
+def count_bins(values: np.ndarray, high: float, counts: np.ndarray, sums: np.ndarray) -> None:
+    """Add finite values to equal bins over [0, high], those outside to the outermost: counts int64 [bins], sums float64 [bins]."""
+    bins = counts.shape[0]
+    for t in range(values.shape[0]):
+        value = np.float64(values[t])
+        if np.isfinite(value):
+            at = _U(min(max(value / high * bins, 0.0), bins - 1.0))
+            counts[at] += 1
+            sums[at] += value
+
+
+@compiled
+def sum_of_squares(values: np.ndarray) -> tuple[int, float]:
+    """(how many squares are finite, the sum of those that are numbers), in float64."""
+    count, total = 0, 0.0
+    for t in range(values.shape[0]):
+        square = np.float64(values[t]) ** 2
+        count += np.isfinite(square)
+        if not np.isnan(square):
+            total += square
+    return count, total
+
+
+@compiled
+def count_keys(order: np.ndarray, starts: np.ndarray, keys: np.ndarray, slots: np.ndarray, n_slots: int,
+               out: tuple[np.ndarray, np.ndarray, np.ndarray]) -> int:  # fmt: skip
+    """Sparse counts per (key, expert), in that order; returns how many entries were written.
+
+    The rows of keys[g] are order[starts[g]:starts[g + 1]]. ``out`` is (key, expert, count), each with room for rows x k + slots entries.
+    """
+    m, (out_key, out_expert, out_count) = 0, out
+    counts, words = np.zeros(n_slots, np.int32), np.zeros(n_slots // 64 + 1, np.uint64)
+    for g in range(keys.shape[0]):
+        key = keys[g]
+        few = (starts[g + 1] - starts[g]) * slots.shape[1] * 2 < n_slots
+        for at in range(starts[g], starts[g + 1]):
+            row = order[at]
+            for i in range(slots.shape[1]):
+                s = _U(slots[row, i])
+                counts[s] += 1
+                if few:
+                    words[s >> _U(6)] |= _U(1) << (s & _U(63))
+        counts[0] = 0
+        if few:  # walk the experts that are set
+            words[0] &= ~_U(1)
+            for q in range(words.shape[0]):
+                word = words[q]
+                words[q] = 0
+                while word:
+                    s = _lowest_bit(word) + _U(64 * q)
+                    out_key[m], out_expert[m], out_count[m] = key, s - _U(1), counts[s]
+                    counts[s] = 0
+                    word &= word - _U(1)
+                    m += 1
+        else:  # look at all of them; each is written, and kept where it was counted: a branch would be guessed wrong half the time
+            for e in range(1, n_slots):
+                out_key[m], out_expert[m], out_count[m] = key, e - 1, counts[e]
+                m += counts[e] != 0
+                counts[e] = 0
+    return m

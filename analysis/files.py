@@ -1,0 +1,52 @@
+"""Files that appear whole or not at all, and what identifies one. Knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write through a temporary file in the same folder: fsync, rename, fsync the folder. Mode 0600."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o600)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Values as readable JSON, atomically."""
+    text = json.dumps(values, indent=1, ensure_ascii=False)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def stamp(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file, as the manifest lists them."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that a killed writer left below ``folder``."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,215 @@
+"""Counts one part: decisions in, blocks of rows of the statistics out. Knows their names, not their tables.
+
+Every site is visited once, its arrays still in the processor's cache while all of its statistics are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from . import counting
+from .trace import LayerInfo, Part, SiteRouting, SiteScores
+
+Room = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of one statistic, site and label, sorted by a, then b: int arrays [n], or None where the statistic has no such key."""
+
+    statistic: str
+    site: int
+    count: np.ndarray
+    total: np.ndarray | None = None
+    a: np.ndarray | None = None
+    b: np.ndarray | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Counts per key and expert of one site, sorted; the key is a token id or a document."""
+
+    site: int
+    key: np.ndarray
+    expert: np.ndarray
+    count: np.ndarray
+
+
+@dataclass(frozen=True)
+class StreamRows:
+    """What the sites of one stream share.
+
+    A run is a longest stretch of rows with one document, label and bucket of positions: ``run`` int32 [n] numbers them, and
+    ``document``, ``label`` (-1 for none) and ``bucket`` are those of each run. ``label_tokens`` are the rows of each label. ``order`` int32 [n] sorts the rows by token id;
+    those of ``token_ids[g]`` lie at order[starts[g]:starts[g + 1]].
+    """
+
+    run: np.ndarray
+    same_document: np.ndarray
+    document: np.ndarray
+    label: np.ndarray
+    bucket: np.ndarray
+    labels: tuple[str, ...]
+    label_tokens: np.ndarray
+    order: np.ndarray
+    starts: np.ndarray
+    token_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """A site's decisions, ready for the kernels: slots [n, k], first choices as slots [n], and bits where they help."""
+
+    site: int
+    slots: np.ndarray
+    first: np.ndarray
+    bits: np.ndarray | None
+
+
+def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[list[Block], list[Sparse], list[Sparse]]:
+    """(blocks, counts per token id, counts per document) of a part; the sparse counts are in the order of sites."""
+    rows = {s: stream_rows(part.stream_tokens(s)) for s in {x.stream for x in layers}}
+    blocks, tokens, documents = list(_loss_blocks(part.tokens)), [], []
+    before: dict[str, SiteRows] = {}
+    most = sum(r.experts.size for r in part.routing) + max((x.n_classes + 1 for x in layers), default=0)
+    room = (np.empty(most, np.int32), np.empty(most, np.int32), np.empty(most, np.int64))  # only what is written to takes memory
+    for i, layer in enumerate(layers):
+        mine = rows[layer.stream]
+        site, found, by_run = _site_blocks(i, layer.n_classes, part.routing[i], mine)
+        blocks += found
+        blocks.append(Block("probability", i, np.zeros(layer.n_classes, np.int64), part.probability_sums[i], np.arange(layer.n_classes)))
+        blocks += _score_blocks(i, layer.n_classes, part.scores[i], bins)
+        if layer.stream in before:
+            earlier = before[layer.stream]
+            blocks += _flow_blocks(earlier, site, layers[earlier.site].n_classes, layer.n_classes)
+        before[layer.stream] = site
+        found_tokens, room = _by_token(site, layer.n_classes, mine, room)
+        tokens.append(found_tokens)
+        documents.append(_by_document(i, by_run, mine.document))
+    return blocks, tokens, documents
+
+
+def stream_rows(tokens: pa.Table) -> StreamRows:
+    """Runs, and the order by token id, of a stream's token rows."""
+    document, ids = tokens["document"].to_numpy(), tokens["token_id"].to_numpy()
+    bucket = np.floor(np.log2(tokens["position"].to_numpy() + 1)).astype(np.int32)
+    coded = tokens["label"].combine_chunks().cast(pa.string()).dictionary_encode()
+    label = coded.indices.fill_null(-1).to_numpy().astype(np.int32)
+    n = len(ids)
+    same = np.zeros(n, bool)
+    same[1:] = document[1:] == document[:-1]
+    starting = ~same
+    starting[1:] |= (label[1:] != label[:-1]) | (bucket[1:] != bucket[:-1])
+    at = np.flatnonzero(starting)
+    order = np.argsort(ids).astype(np.int32)
+    ordered = ids[order]
+    first = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1)) if n else np.zeros(0, np.int64)
+    run = (np.cumsum(starting) - 1).astype(np.int32)
+    labels = tuple(coded.dictionary.to_pylist())
+    tokens = np.bincount(label[label >= 0], minlength=len(labels))
+    return StreamRows(run, same, document[at], label[at], bucket[at], labels, tokens, order, np.append(first, n), ordered[first])
+
+
+def _site_blocks(site: int, width: int, routing: SiteRouting, rows: StreamRows) -> tuple[SiteRows, list[Block], np.ndarray]:
+    """The site made ready, the statistics of its decisions, and int32 [runs, width]: its load by run."""
+    slots = counting.slots_of(routing.experts, width)
+    n_slots = width + 1
+    by_run, mass = np.zeros((len(rows.document), n_slots), np.int32), np.zeros(n_slots)
+    weights = np.ascontiguousarray(routing.weights, np.float32)
+    counting.count_runs(slots, rows.run, by_run)
+    counting.add_weights(slots, weights, mass)
+    first = counting.first_slots(slots, weights)
+    mine = SiteRows(site, slots, first, counting.bits_of(slots, n_slots))
+    together = np.zeros((n_slots, n_slots), np.int64)
+    counting.count_pairs(slots, slots, None if mine.bits is None else (mine.bits, mine.bits), together)
+    position = np.zeros((int(rows.bucket.max(initial=-1)) + 1, n_slots), np.int64)
+    counting.add_rows(by_run, rows.bucket, position)
+    load = position.sum(0)
+    chosen, dropped = _chosen(routing, width, load)
+    blocks = [
+        Block("tokens", site, np.array([len(slots)])),
+        Block("load", site, load[1:], mass[1:], np.arange(width)),
+        _nonzero("first", site, np.bincount(first, minlength=n_slots)[1:]),
+        _nonzero("chosen", site, chosen),
+        _nonzero("position", site, position[:, 1:]),
+        Block("dropped", site, np.array([dropped])),
+        _nonzero("coactivation", site, np.triu(together[1:, 1:], 1)),
+        Block("repetition", site, np.array(counting.count_repeats(slots, first, rows.same_document, n_slots)), a=np.arange(3)),
+        *_label_blocks(site, by_run, rows),
+    ]
+    return mine, blocks, by_run[:, 1:]
+
+
+def _chosen(routing: SiteRouting, width: int, load: np.ndarray) -> tuple[np.ndarray, int]:
+    """(int64 [width], assignments before native capacity; how many of them were dropped)."""
+    if routing.chosen is routing.experts:
+        return load[1:], 0
+    wanted = counting.slots_of(routing.chosen, width)
+    return np.bincount(wanted.ravel(), minlength=width + 1)[1:], int(((wanted != 0) & (routing.experts < 0)).sum())
+
+
+def _label_blocks(site: int, by_run: np.ndarray, rows: StreamRows) -> Iterator[Block]:
+    counts = np.zeros((len(rows.labels), by_run.shape[1]), np.int64)
+    counting.add_rows(by_run, rows.label, counts)
+    for i, label in enumerate(rows.labels):
+        yield Block("label_tokens", site, rows.label_tokens[i : i + 1], label=label)
+        yield _nonzero("label", site, counts[i, 1:], label)
+
+
+def _score_blocks(site: int, width: int, scores: SiteScores, bins: int) -> Iterator[Block]:
+    top = float(np.log(width)) if width > 1 else 1.0
+    for name, values, high in (("entropy", scores.entropy, top), ("margin", scores.margin, 1.0)):
+        counts, sums = np.zeros(bins, np.int64), np.zeros(bins)
+        counting.count_bins(np.ascontiguousarray(values), high, counts, sums)
+        yield Block(name, site, counts, sums, np.arange(bins))
+    count, total = counting.sum_of_squares(np.ascontiguousarray(scores.logsumexp))
+    yield Block("z", site, np.array([count]), np.array([total]))
+
+
+def _flow_blocks(here: SiteRows, after: SiteRows, width: int, next_width: int) -> Iterator[Block]:
+    shape = (width + 1, next_width + 1)
+    flow, first = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    counting.count_pairs(here.slots, after.slots, None if here.bits is None or after.bits is None else (here.bits, after.bits), flow)
+    counting.count_pairs(here.first[:, None], after.first[:, None], None, first)
+    yield _nonzero("flow", here.site, flow[1:, 1:])
+    yield _nonzero("first_flow", here.site, first[1:, 1:])
+
+
+def _by_token(site: SiteRows, width: int, rows: StreamRows, room: Room) -> tuple[Sparse, Room]:
+    """The counts, written to the start of ``room``, and what is left of it."""
+    n = counting.count_keys(rows.order, rows.starts, rows.token_ids, site.slots, width + 1, room)
+    key, expert, count = room
+    return Sparse(site.site, key[:n], expert[:n], count[:n]), (key[n:], expert[n:], count[n:])
+
+
+def _by_document(site: int, by_run: np.ndarray, document: np.ndarray) -> Sparse:
+    documents, index = np.unique(document, return_inverse=True)
+    counts = np.zeros((len(documents), by_run.shape[1]), np.int64)
+    counting.add_rows(by_run, index, counts)
+    at = np.nonzero(counts)
+    return Sparse(site, documents[at[0]], at[1], counts[at])
+
+
+def _loss_blocks(tokens: pa.Table) -> Iterator[Block]:
+    labels = tokens["label"].cast(pa.string())
+    for label in pc.unique(labels).to_pylist():
+        mine = pc.is_null(labels) if label is None else pc.equal(labels, label)
+        loss = tokens["loss"].filter(mine).drop_null().to_numpy().astype(np.float64)
+        yield Block("loss", -1, np.array([len(loss)]), np.array([loss.sum()]), label=label)
+
+
+def _nonzero(statistic: str, site: int, counts: np.ndarray, label: str | None = None) -> Block:
+    """A block of the counts that are not zero, of a vector over a or a matrix over a and b."""
+    at = np.nonzero(counts)
+    return Block(statistic, site, counts[at], a=at[0], b=at[1] if len(at) > 1 else None, label=label)
+
+
+def sorted_blocks(blocks: Sequence[Block]) -> list[Block]:
+    """By statistic, site and label, no label last: the order of the tables."""
+    return sorted(blocks, key=lambda x: (x.statistic, x.site, x.label is None, x.label or ""))

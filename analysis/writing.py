@@ -1,0 +1,162 @@
+"""Writes runs: part by part, resumable; ``store`` describes the folder and reads it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .files import stamp, sweep, write_atomically, write_json
+from .layout import write_routing, write_scores, write_table
+from .stats import Statistics, following_sites, merge_statistics, part_statistics
+from .store import MANIFEST, STATISTICS, RunError, open_run, valid_run_name
+from .trace import SCHEMA_VERSION, ModelCard, Part, Trace
+
+
+class RunWriter:
+    """Writes a run part by part; a context manager. Leaving it without ``commit`` keeps what was written, for resuming.
+
+    ``parts``, ``documents`` and ``rows`` (per stream) say what is already there.
+    """
+
+    def __init__(self, folder: Path, card: ModelCard, options: Mapping[str, Any], lock: int) -> None:
+        self.folder, self.card, self.options, self._lock = folder, card, dict(options), lock
+        self._records = _part_records(folder)
+        self.parts = len(self._records)
+        self.documents = sum(r["documents"] for r in self._records)
+        self.rows: dict[str, int] = {}
+        for record in self._records:
+            for stream, n in record["rows"].items():
+                self.rows[stream] = self.rows.get(stream, 0) + n
+
+    @classmethod
+    def open(cls, folder: Path, card: ModelCard, options: Mapping[str, Any]) -> RunWriter:
+        """Start a run in ``folder``, or resume the interrupted one that is there.
+
+        Raises RunError where a finished run is there, another process writes, or model or options differ.
+        """
+        valid_run_name(folder.name)
+        if (folder / MANIFEST).exists():
+            raise RunError(f"{folder.name} is a finished run: choose another name, or delete it first")
+        progress = folder / "progress"
+        progress.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.chmod(folder, 0o700)
+        lock = os.open(progress / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sweep(folder)
+            _check_same_capture(progress / "capture.json", card, options)
+        except BlockingIOError:
+            os.close(lock)
+            raise RunError(f"{folder.name} is being written by another capture: wait for it or choose another name") from None
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(folder, card, options, lock)
+
+    def committed(self) -> list[tuple[str, str | None, str]]:
+        """(digest, label, name) of every document already stored, in order."""
+        tables = [pq.read_table(self.folder / "progress" / f"documents-{i:05d}.parquet").to_pylist() for i in range(self.parts)]
+        rows = {r["document"]: (r["digest"], r["label"], r["name"]) for table in tables for r in table}
+        return [rows[d] for d in sorted(rows)]
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._lock)
+
+    def write(self, part: Part) -> None:
+        """Store one part; once this returns, a crash cannot lose it."""
+        if part.index != self.parts:
+            raise RunError(f"part {part.index} out of order: {self.folder.name} has {self.parts}")
+        layers, number = self.card.layers, f"{part.index:05d}"
+        stats = part_statistics(part, layers)
+        files = [f"{kind}/part-{number}.parquet" for kind in ("tokens", "routing", "scores")]
+        write_atomically(self.folder / files[0], lambda p: write_table(part.tokens, p))
+        write_atomically(self.folder / files[1], lambda p: write_routing(part, layers, p))
+        write_atomically(self.folder / files[2], lambda p: write_scores(part, layers, p))
+        progress = self.folder / "progress"
+        tables = (part.documents, stats.core, stats.by_token, stats.by_document)
+        for name, table in zip(("documents", "core", "tokens", "by_documents"), tables, strict=True):
+            write_atomically(progress / f"{name}-{number}.parquet", partial(write_table, table))
+        rows = {s: len(part.stream_tokens(s)) for s in part.first_rows}
+        record = {
+            "index": part.index,
+            "documents": len(set(part.documents["document"].to_pylist())),
+            "first_rows": dict(part.first_rows),
+            "rows": rows,
+            "files": {f: stamp(self.folder / f) for f in files},
+        }
+        write_json(progress / f"part-{number}.json", record)
+        self._records.append(record)
+        self.parts += 1
+        self.documents += record["documents"]
+        for stream, n in rows.items():
+            self.rows[stream] = self.rows.get(stream, 0) + n
+
+    def commit(self) -> Trace:
+        """Merge the statistics, write the manifest, and open the finished run. RunError for a run of no parts."""
+        if not self._records:
+            raise RunError("nothing was captured: no documents were given")
+        progress = self.folder / "progress"
+
+        documents = pa.concat_tables([pq.read_table(p) for p in sorted(progress.glob("documents-*.parquet"))])
+        stats = merge_statistics(self._part_statistics())
+        tables = (documents, stats.core, stats.by_token, stats.by_document)
+        names = ("documents.parquet", *(n for n, _ in STATISTICS))
+        for name, table in zip(names, tables, strict=True):
+            write_atomically(self.folder / name, partial(write_table, table))
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": self.card.to_json(),
+            "options": self.options,
+            "parts": self._records,
+            "files": {n: stamp(self.folder / n) for n in names},
+        }
+        write_json(self.folder / MANIFEST, manifest)
+        shutil.rmtree(progress)
+        return open_run(self.folder)
+
+    def _part_statistics(self) -> Iterator[Statistics]:
+        """The statistics of each part, read when it is its turn."""
+        classes, following = tuple(x.n_classes for x in self.card.layers), following_sites(self.card.layers)
+        for i in range(self.parts):
+            names = (f"{kind}-{i:05d}.parquet" for kind in ("core", "tokens", "by_documents"))
+            core, by_token, by_document = (pq.read_table(self.folder / "progress" / name) for name in names)
+            yield Statistics(core, by_token, by_document, classes, following)
+
+
+def _check_same_capture(path: Path, card: ModelCard, options: Mapping[str, Any]) -> None:
+    """Record what is being captured, or compare with the record of the interrupted capture."""
+    mine = json.loads(json.dumps({"model": card.to_json(), "options": dict(options)}))
+    if not path.exists():
+        write_json(path, mine)
+        return
+    started = json.loads(path.read_text(encoding="utf-8"))
+    for what in ("model", "options"):
+        if started[what] != mine[what]:
+            raise RunError(f"the interrupted capture in this folder used other {what}: use the same, or delete the run")
+
+
+def _part_records(folder: Path) -> list[dict[str, Any]]:
+    """Records of committed parts, in order; a part counts only when its record and all its files are whole."""
+    records: list[dict[str, Any]] = []
+    for path in sorted((folder / "progress").glob("part-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        whole = all((folder / f).is_file() and (folder / f).stat().st_size == s["bytes"] for f, s in record["files"].items())
+        if record["index"] != len(records) or not whole:
+            break
+        records.append(record)
+    return records
