@@ -160,7 +160,8 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
     """Preferences of any kind of token: ``codes`` int [tokens of the site's stream] into ``groups``, -1 for none.
 
     Null: within each document the kind has nothing to do with the expert, so documents lean to either side alike
-    (signs of whole documents flipped). One streaming pass over the site's decisions. Raises TraceError without them.
+    (signs of whole documents flipped). ``significant`` also asks that shares over all documents lean the same way as
+    those within them. One streaming pass over the site's decisions. Raises TraceError without them.
     """
     counts, sizes, documents = _group_counts(trace, site, len(groups), codes)
     plain = effects(site, kind, tuple(groups), sizes.sum(0), counts.sum(0))
@@ -173,15 +174,24 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
     drawn = bootstrap_sums(columns, np.zeros(len(columns), np.int64), INTERVAL_DRAWS, seed)
     drawn = drawn.reshape(INTERVAL_DRAWS, len(groups), -1)
     low, high = _interval(drawn[..., :-1], drawn[..., -1:], (sizes > 0).sum(0))
-    return _tested(plain, documents, low, high, test, "signs of whole documents flipped")
+    found = _tested(plain, documents, low, high, test, "signs of whole documents flipped")
+    agree = np.sign(excess.sum(0)) == np.sign(plain.enrichment)  # else documents differ, not their tokens: Simpson's paradox
+    return replace(found, significant=found.significant & agree)
 
 
 def by_position(trace: Trace, site: int) -> Preferences:
-    """Preferences of stretches of positions, 0, 1-2, 3-6, 7-14, ...: doubling, as the statistics count them."""
+    """Preferences of stretches of positions, 0, 1-2, 3-6, 7-14, ...: doubling, as the statistics count them.
+
+    A run of statistics alone gives shares and effects without test; its ``tokens`` leave out natively dropped assignments.
+    """
+    load = trace.stats.position_load(site)
+    names = tuple("0" if b == 0 else f"{2**b - 1}-{2 ** (b + 1) - 2}" for b in range(len(load)))
+    if trace.source is None or trace.tokens is None:
+        plain = effects(site, "position", names, -(-load.sum(1) // trace.layers[site].top_k), load)
+        return replace(plain, method="no test: the run holds statistics only, no decisions of single documents")
     rows = trace.stream_tokens(trace.layers[site].stream)
     bucket = np.floor(np.log2(rows["position"].to_numpy() + 1)).astype(np.int64)
-    names = [f"{2**b - 1}" if b == 0 else f"{2**b - 1}-{2 ** (b + 1) - 2}" for b in range(int(bucket.max(initial=-1)) + 1)]
-    return by_group(trace, site, "position", names, bucket)
+    return by_group(trace, site, "position", names, np.where(bucket < len(names), bucket, -1))
 
 
 def effects(site: int, kind: str, groups: tuple[str, ...], tokens: np.ndarray, count: np.ndarray) -> Preferences:
@@ -203,11 +213,13 @@ def _tested(plain: Preferences, documents: np.ndarray, low: np.ndarray, high: np
 
 
 def _interval(count: np.ndarray, tokens: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of enrichment, from drawn counts [draws, G, E] and tokens [draws, G, 1]; NaN for groups in fewer than 2 units."""
-    others, rest = count.sum(1, keepdims=True) - count, tokens.sum(1, keepdims=True) - tokens
-    low, high = interval(enrichment(count, tokens, others, rest))
-    thin = (units < 2)[:, None]
-    return np.where(thin, np.nan, low), np.where(thin, np.nan, high)
+    """Of enrichment, [G, E] each, from drawn counts [draws, G, E] and tokens [draws, G, 1]; NaN for groups in fewer than 2 units."""
+    low, high = np.full(count.shape[1:], np.nan), np.full(count.shape[1:], np.nan)
+    total, size = count.sum(1), tokens.sum(1)
+    for group in np.flatnonzero(units >= 2):
+        here, n = count[:, group], tokens[:, group]
+        low[group], high[group] = interval(enrichment(here, n, total - here, size - n))
+    return low, high
 
 
 def _group_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import pytest
 
 from analysis import cards
 from analysis.cards import NONE, describe, expert_card, passages, site_evidence
+from analysis.specialization import effects
 from analysis.store import open_run
 from analysis.trace import SiteRouting, Trace, TraceError
 from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace
@@ -36,6 +37,26 @@ def test_the_line_says_what_was_planted() -> None:
         sum(t == "\n" and x == "b" for t, x in zip(narrow.tokens["token"].to_pylist(), narrow.tokens["label"].to_pylist(), strict=True))
     )
     assert expert_card(narrow, 1, 6).description == f"b newlines: {2400 / newlines:.0f}x over base rate, {newlines} tokens"
+
+
+@pytest.mark.parametrize("label, text, named", [("c", "7", "c digits"), ("b", ";", "b punctuation"), ("a", "ing", "a word parts")])
+def test_the_line_names_the_right_label_and_class(label: str, text: str, named: str) -> None:
+    part = make_part(PLAIN, [100] * 24, 1, labels=("a", "b", "c"), texts=TEXTS)
+    mine = np.array(
+        [x == label and t == text for x, t in zip(part.tokens["label"].to_pylist(), part.tokens["token"].to_pylist(), strict=True)]
+    )
+    experts = np.where(mine[:, None], [6, 7], np.random.default_rng(0).random((2400, 6)).argsort(1)[:, :2]).astype(np.int16)
+    routing = SiteRouting(experts, part.routing[0].weights, experts)
+    card = expert_card(make_trace(PLAIN, [replace(part, routing=(routing, routing))]), 0, 6)
+    assert card.description == f"{named}: {2400 / mine.sum():.0f}x over base rate, {mine.sum()} tokens"
+
+
+def test_the_groups_with_most_excess_tokens_are_named_first() -> None:
+    """Of 300, 1,000 and 1,000 tokens 300, 700 and 0 use the expert: 170 and 265 more than at the base rate of 10 / 23."""
+    found = effects(0, "label", ("a", "b", "c"), np.array([300, 1000, 1000]), np.array([[300], [700], [0]]))
+    sure = replace(found, significant=np.ones((3, 1), bool))
+    assert cards._leading(sure, 0) == [1, 0] and cards._leading(found, 0) == [] == cards._leading(None, 0)
+    assert cards._leading(replace(sure, significant=np.array([[True], [False], [True]])), 0) == [0]
 
 
 def test_random_experts_are_described_as_nothing() -> None:

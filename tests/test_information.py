@@ -15,7 +15,7 @@ TABLES = arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 5)), eleme
 
 
 def test_vectors() -> None:
-    assert entropy(np.array([1, 1, 2])) == 1.5
+    assert entropy(np.array([1, 1, 2])) == 1.5 and not np.signbit(entropy(np.array([7])))
     bits, corrected, hx, hy = table_information(np.diag([4, 4, 4, 4]))
     assert (bits, hx, hy) == (2, 2, 2)
     assert corrected == pytest.approx(2 + 3 / (32 * np.log(2)))  # 4 cells, 4 rows, 4 columns: 4 - 4 - 4 + 1 = -3
@@ -31,6 +31,11 @@ def test_correction_by_hand() -> None:
     bits, corrected, *_ = table_information(table)
     assert bits == pytest.approx(expected)
     assert corrected == pytest.approx(expected - (5 - 2 - 3 + 1) / (2 * n * np.log(2)))
+
+
+def test_a_cell_that_did_not_occur_is_no_cell() -> None:
+    x, y = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    assert sparse_information(x, y, np.array([5, 0, 2, 4])) == sparse_information(x[[0, 2, 3]], y[[0, 2, 3]], np.array([5, 2, 4]))
 
 
 @given(TABLES)

@@ -87,10 +87,13 @@ def test_quasi_independence_of_nothing_and_of_even_loads() -> None:
     assert not quasi_independent(np.zeros(4, int)).any()
     even = quasi_independent(np.full(4, 30))
     np.testing.assert_allclose(even[~np.eye(4, dtype=bool)], 10)
+    one_dead = quasi_independent(np.array([40, 0, 40, 40]))
+    assert not one_dead[1].any() and one_dead[0, 2] == pytest.approx(20)
 
 
-def test_flow_counts_and_its_null() -> None:
-    trace = make_trace()
+@pytest.mark.parametrize("length", [6, 90])
+def test_flow_counts_and_its_null(length: int) -> None:
+    trace = make_trace(PLAIN, [make_part(PLAIN, [length])])
     found, a, b = flow(trace, 0), trace.experts(0), trace.experts(1)
     counted = np.zeros((8, 8), int)
     for mine, other in zip(a, b, strict=True):
@@ -99,6 +102,10 @@ def test_flow_counts_and_its_null() -> None:
     assert np.array_equal(found.observed, counted) and found.n == 4 * len(a) and found.chance_share == 1 / 8
     np.testing.assert_allclose(found.expected, np.outer(counted.sum(1), counted.sum(0)) / counted.sum())
     np.testing.assert_allclose(found.share[counted.sum(1) > 0].sum(1), 1)
+    some = found.expected > 0
+    assert (found.expected[some] < 1).any() == (length == 6)
+    np.testing.assert_allclose(found.lift[some], counted[some] / found.expected[some])
+    np.testing.assert_allclose(found.residual[some], (counted - found.expected)[some] / np.sqrt(found.expected[some]))
     assert flow(trace, 1).lift.shape == (8, 0) and np.isnan(flow_information(trace, 1).plug_in)
     assert flow(trace, 0, first=True).n == len(a)
 

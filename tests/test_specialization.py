@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis import specialization
+from analysis.significance import benjamini_hochberg, permutation_test
 from analysis.specialization import (
     by_group,
     by_label,
@@ -26,6 +27,7 @@ from analysis.specialization import (
     token_score,
 )
 from analysis.stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics
+from analysis.store import open_run
 from analysis.trace import DOCUMENTS, SiteRouting, Trace
 from tests.counters import read_counters
 from tests.published import ESFT_TOKEN
@@ -90,6 +92,19 @@ def test_random_routing_shows_nothing() -> None:
     assert all(n < 8 for n in claims.values()), claims
 
 
+def test_real_documents_with_labels_shuffled_show_nothing() -> None:
+    """The demo run's documents differ a lot; labels dealt at random over them may claim something in 1 of 20 deals."""
+    trace = open_run("data/demo-run")
+    claims = 0
+    for number in (0, len(trace.layers) - 1):
+        units = labelled_documents(trace, number)
+        for seed in range(20):
+            codes = np.random.default_rng(seed).permutation(units.codes)
+            test = permutation_test(units.counts, units.tokens, codes, draws=999, seed=seed)
+            claims += bool((benjamini_hochberg(test.p) <= 0.05).any())
+    assert claims < 8
+
+
 def test_a_planted_expert_is_found() -> None:
     for seed in range(5):
         found = by_label(planted_trace(seed), 1)
@@ -125,12 +140,29 @@ def test_a_kind_that_only_marks_documents_is_no_preference_within_them() -> None
     assert not found.significant.any() and np.isnan(found.p).all() and found.lift[0, 0] == 2
 
 
+def test_documents_that_differ_are_not_tokens_that_differ() -> None:
+    """Kind x uses expert 1 more often overall, for its documents do; inside every document kind y does. No claim about x."""
+    part = make_part(PLAIN, [100] * 20)
+    heavy = np.arange(2000) // 100 % 2 == 0
+    place = np.arange(2000) % 100
+    kind = np.where(heavy, place >= 80, place >= 20).astype(int)
+    within = np.where(heavy, np.where(kind == 0, place < 48, place < 96), (kind == 1) & (place % 10 == 0))
+    experts = np.where(within[:, None], [1, 2], [3, 4]).astype(np.int16)
+    routing = SiteRouting(experts, part.routing[0].weights, experts)
+    found = by_group(make_trace(PLAIN, [replace(part, routing=(routing, routing))]), 0, "kind", "xy", kind)
+    assert found.share[0, 1] > 1.9 * found.share[1, 1] and found.q[0, 1] < 0.05
+    assert not found.significant[:, 1].any()
+
+
 def test_positions_are_doubling_stretches() -> None:
     trace = random_trace(0, [20, 5])
     found = by_position(trace, 0)
     assert found.groups == ("0", "1-2", "3-6", "7-14", "15-30")
     assert found.tokens.tolist() == [2, 4, 6, 8, 5]
     assert np.array_equal(found.count, trace.stats.position_load(0))
+    alone = by_position(replace(trace, source=None, load_tokens=None), 0)
+    assert alone.groups == found.groups and np.array_equal(alone.lift, found.lift) and alone.tokens.tolist() == found.tokens.tolist()
+    assert alone.method.startswith("no test") and np.isnan(alone.p).all() and not alone.significant.any()
 
 
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +182,21 @@ def test_many_documents_are_joined_within_their_label() -> None:
         assert joined.tokens[joined.codes == g].sum() == whole.tokens[whole.codes == g].sum()
         assert joined.documents[joined.codes == g].sum() == (whole.codes == g).sum()
     assert joined.documents.max() == 8 and np.bincount(joined.codes).tolist() == [10, 5]
+
+
+def test_documents_of_one_token_count_and_empty_ones_do_not() -> None:
+    trace = random_trace(0, [1, 4, 1, 4])
+    assert labelled_documents(trace, 0).tokens.tolist() == [1, 4, 1, 4]
+    empty = {**trace.documents.to_pylist()[0], "document": 4, "label": "z", "n_tokens": 0, "first_row": 10}
+    more = pa.concat_tables([trace.documents, pa.Table.from_pylist([empty], schema=DOCUMENTS)])
+    assert labelled_documents(replace(trace, documents=more), 0).labels == LABELS
+
+
+def test_joined_documents_are_shared_out_evenly() -> None:
+    trace = random_trace(0, [4] * 50, labels=("a", "b", "b", "a", "b"))
+    joined = labelled_documents(trace, 0, most=7)
+    sizes = [joined.documents[joined.codes == g].tolist() for g in (0, 1)]
+    assert [sorted(x) for x in sizes] == [[10, 10], [7, 7, 8, 8]]
 
 
 def test_what_cannot_be_tested_is_said() -> None:
@@ -172,6 +219,10 @@ def test_label_information_of_random_and_planted_routing() -> None:
     assert planted.p == 0.005 and planted.above_floor > 0.05 and planted.n == 24 * 60 * 2
     assert planted.entropy_x == pytest.approx(2) and planted.share_of(planted.entropy_x) == pytest.approx(planted.above_floor / 2)
     assert np.isnan(label_information(random_trace(0, labels=("a",)), 0).p)
+    two = label_information(random_trace(3, labels=("a", "b")), 0)
+    assert 0.005 <= two.p <= 1 and two.floor > 0 and two.entropy_x == 1
+    exact = label_information(random_trace(3, [30] * 4, labels=("a", "b")), 0)
+    assert exact.p in (2 / 6, 4 / 6, 1) and "6 times" in exact.null  # each deal has the same information as its mirror
 
 
 def test_divergence_of_labels() -> None:

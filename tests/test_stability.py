@@ -47,11 +47,21 @@ def test_batches_of_whole_documents(layers: tuple) -> None:
         assert batch_maxvio(trace, layer.index) == pytest.approx(each) == METRICS["document_maxvio"](trace)["value"][layer.index].as_py()
 
 
+def test_columns() -> None:
+    figures = ["n", "max_over_mean", "cv", "normalised_entropy", "dead", "chance_max_over_mean", "chance_cv"]
+    trace = make_trace()
+    assert batch_balance(trace, 0).column_names == ["batch", "documents", *figures]
+    assert position_balance(trace, 0).column_names == ["first", "last", *figures]
+    assert label_balance(trace, 0).column_names == ["label", *figures]
+
+
 def test_a_short_last_batch_joins_the_one_before() -> None:
     trace = make_trace(PLAIN, [make_part(PLAIN, [10, 10, 10, 3])])
     assert batch_balance(trace, 0, 10)["n"].to_pylist() == [10, 10, 13]
     assert batch_balance(trace, 0, 1_000)["n"].to_pylist() == [33]
     assert batch_balance(trace, 0, 20)["documents"].to_pylist() == [4]
+    single = make_trace(PLAIN, [make_part(PLAIN, [1, 1, 5])])
+    assert batch_balance(single, 0)["n"].to_pylist() == [1, 1, 5] and batch_maxvio(single, 0) == batch_maxvio(single, 0, 1) > 3 * 2 / 3
     with pytest.raises(ValueError, match="at least 1"):
         batch_balance(trace, 0, 0)
 
