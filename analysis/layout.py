@@ -77,8 +77,10 @@ def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq
     def matrix(kind: str, type_: np.dtype, missing: float) -> np.ndarray:
         out = np.empty((len(table), layer.top_k), type_)
         for i in range(layer.top_k):
-            column = table[f"{kind}{i}"].cast(pa.from_numpy_dtype(type_))
-            out[:, i] = pc.fill_null(column, missing).to_numpy()
+            column = table[f"{kind}{i}"]
+            if column.null_count:
+                column = pc.fill_null(column.cast(pa.from_numpy_dtype(type_)), missing)
+            out[:, i] = column.to_numpy()
         return out
 
     experts = matrix("e", dtype, NO_EXPERT)
