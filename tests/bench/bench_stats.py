@@ -84,7 +84,7 @@ def duckdb_counts(path: Path, k: int) -> tuple[int, int]:
     import duckdb  # the processes that measure memory are without it
 
     con = duckdb.connect()
-    con.execute("SET threads = 1")
+    con.execute("SET threads = 1; SET enable_progress_bar = false")
     load = " UNION ALL ".join(f"SELECT site, e{i} e, count(*) n FROM '{path}' GROUP BY ALL" for i in range(k))
     pairs = " UNION ALL ".join(
         f"SELECT site, least(e{i}, e{j}) a, greatest(e{i}, e{j}) b, count(*) n FROM '{path}' GROUP BY ALL"
