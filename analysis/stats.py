@@ -239,8 +239,9 @@ def _core_table(blocks: Sequence[Block]) -> pa.Table:
         return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32(), mask=codes < 0), coded.dictionary).cast(type_)
 
     def keys(arrays: Sequence[np.ndarray | None]) -> pa.Array:
-        values = np.concatenate([np.full(n, -1) if x is None else x for x, n in zip(arrays, lengths, strict=True)]).astype(np.int32)
-        return pa.array(values, mask=values < 0)
+        given = [np.zeros(n, np.int32) if x is None else x for x, n in zip(arrays, lengths, strict=True)]
+        values = np.concatenate(given, dtype=np.int32, casting="unsafe")
+        return pa.array(values, mask=np.repeat([x is None for x in arrays], lengths))
 
     totals = [np.zeros(n) if x.total is None else x.total for x, n in zip(blocks, lengths, strict=True)]
     columns = [
@@ -249,8 +250,8 @@ def _core_table(blocks: Sequence[Block]) -> pa.Table:
         repeated([x.label for x in blocks], pa.string()),
         keys([x.a for x in blocks]),
         keys([x.b for x in blocks]),
-        pa.array(np.concatenate([x.count for x in blocks]).astype(np.int64)),
-        pa.array(np.concatenate(totals).astype(np.float64)),
+        pa.array(np.concatenate([x.count for x in blocks], dtype=np.int64)),
+        pa.array(np.concatenate(totals, dtype=np.float64)),
     ]
     return pa.table(columns, schema=CORE)
 

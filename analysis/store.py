@@ -6,7 +6,8 @@ sha256. While a capture is under way the folder has ``progress/`` instead, from 
     run.json  documents.parquet  stats.parquet  token_stats.parquet  document_stats.parquet
     tokens/part-00000.parquet    one row per token (schema trace.TOKENS)
     routing/part-00000.parquet   row, site, document, e0.. (ids, null = none), w0.. (gate weights), c0.. (chosen, only for
-                                 models with a native capacity); row group i holds site i
+                                 models with a native capacity); a row group holds one site,
+                                 the groups of a site are in the order of its rows
     scores/part-00000.parquet    row, site, entropy, margin, logsumexp, p0.. (only when asked for); row groups alike
 """
 
@@ -68,6 +69,7 @@ class StoredRouting:
 
     def __init__(self, folder: Path, layers: Sequence[LayerInfo], parts: Sequence[Mapping[str, Any]]) -> None:
         self._folder, self._layers, self._parts = folder, layers, parts
+        self._footers: dict[str, pq.FileMetaData] = {}
 
     def routing(self, site: int, start: int, stop: int) -> SiteRouting:
         return join_routing(self._read(read_routing, "routing", site, start, stop))
@@ -75,12 +77,14 @@ class StoredRouting:
     def scores(self, site: int, start: int, stop: int) -> SiteScores:
         return join_scores(self._read(read_scores, "scores", site, start, stop))
 
-    def _read(self, read: Callable[[Path, LayerInfo, int, int], _Piece], kind: str, site: int, start: int, stop: int) -> list[_Piece]:
+    def _read(self, read: Callable[..., _Piece], kind: str, site: int, start: int, stop: int) -> list[_Piece]:
         pieces = []
         for part, a, b in self._pieces(site, start, stop):
             name = f"{kind}/part-{part['index']:05d}.parquet"
             with _naming(self._folder, name):
-                pieces.append(read(self._folder / name, self._layers[site], a, b))
+                if name not in self._footers:
+                    self._footers[name] = pq.read_metadata(self._folder / name)
+                pieces.append(read(self._folder / name, self._layers[site], a, b, self._footers[name]))
         return pieces
 
     def _pieces(self, site: int, start: int, stop: int) -> list[tuple[Mapping[str, Any], int, int]]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.files import write_atomically
+from analysis.layout import GROUP_ROWS
 from analysis.store import RunError, delete_run, list_runs, open_run, valid_run_name, verify_run
 from analysis.trace import LayerInfo, Part, SiteRouting, Trace
 from analysis.writing import RunWriter
@@ -82,7 +83,7 @@ def test_size_per_decision_for_64_experts_top_8(tmp_path: Path) -> None:
     assert per_decision <= 2.0
 
 
-def test_layout_is_one_row_group_per_site_with_checksums(tmp_path: Path) -> None:
+def test_layout_is_row_groups_of_one_site_with_checksums(tmp_path: Path) -> None:
     stored(tmp_path / "run", MANY)
     file = pq.ParquetFile(tmp_path / "run" / "routing" / "part-00000.parquet")
     assert file.num_row_groups == len(MANY)
@@ -135,10 +136,29 @@ def test_a_range_reads_one_part_and_its_site_alone(tmp_path: Path, monkeypatch: 
     for other in ("00000", "00002"):
         (tmp_path / "run" / "routing" / f"part-{other}.parquet").write_bytes(b"")
     groups: list[int] = []
-    read = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, i, **more: (groups.append(i), read(self, i, **more))[1])
+    read = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda self, i, **more: (groups.extend(i), read(self, i, **more))[1])
     assert np.array_equal(trace.routing(1, first, first + n).experts, parts[1].routing[1].experts)
     assert groups == [1]
+
+
+def test_a_range_reads_the_row_groups_that_hold_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of two streams and 2.5 groups a site; ranges within a group, over a boundary, at the ends, and of nothing."""
+    part = make_part(TWO_STREAMS, [5 * GROUP_ROWS // 2])
+    trace = stored(tmp_path / "run", TWO_STREAMS, [part])
+    n, groups = 5 * GROUP_ROWS // 2, []
+    read = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda self, i, **more: (groups.append(i), read(self, i, **more))[1])
+    for start, stop, expected in (
+        (0, 9, [3]), (GROUP_ROWS - 1, GROUP_ROWS, [3]), (GROUP_ROWS, GROUP_ROWS + 1, [4]), (GROUP_ROWS - 5, GROUP_ROWS + 5, [3, 4]),
+        (n - 3, n, [5]), (0, n, [3, 4, 5]), (7, 7, []),
+    ):  # fmt: skip
+        groups.clear()
+        routing, scores = trace.routing(1, start, stop), trace.scores(1, start, stop)
+        assert groups == [expected, expected]
+        assert np.array_equal(routing.experts, part.routing[1].experts[start:stop])
+        assert np.array_equal(routing.chosen, part.routing[1].chosen[start:stop])
+        assert np.array_equal(scores.margin, part.scores[1].margin[start:stop])
 
 
 def test_real_routing_takes_at_most_two_bytes_per_decision(tmp_path: Path, real: Path) -> None:

@@ -7,7 +7,7 @@ the machine may be shared. Growth is measured in one fresh process per size, up 
 
 from __future__ import annotations
 
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import duckdb
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -41,7 +39,8 @@ def zipf_part(layers: tuple[LayerInfo, ...], n: int, index: int = 0) -> Part:
     share = 1 / np.arange(1, VOCABULARY + 1) ** 1.05
     ids = rng.choice(VOCABULARY, n, p=share / share.sum()).astype(np.int32)
     documents = n // DOCUMENT
-    blank = make_part((site(0, 1, 1),), [DOCUMENT] * documents, 0, index, index * documents, index * n)
+    first_document, first_row = index * PART_TOKENS // DOCUMENT, index * PART_TOKENS
+    blank = make_part((site(0, 1, 1),), [DOCUMENT] * documents, 0, index, first_document, first_row)
     column = blank.tokens.schema.get_field_index("token_id")
     tokens = blank.tokens.set_column(column, blank.tokens.schema.field(column), pa.array(ids))
     routing, sums = tuple(_routing(x, ids, rng) for x in layers), tuple(np.zeros(x.n_classes) for x in layers)
@@ -70,19 +69,22 @@ def cpu(work: Callable[[], object], times: int = 5) -> float:
     return min(seconds[1:])
 
 
-def floor(path: Path, k: int, groups: int) -> tuple[float, float]:
+def floor(path: Path, k: int) -> tuple[float, float]:
     """CPU seconds of (reading the ids, np.bincount over them): the load of each site and nothing else."""
     names = [f"e{i}" for i in range(k)]
-    tables = [pq.ParquetFile(path).read_row_group(g, columns=names) for g in range(groups)]
+    file = pq.ParquetFile(path)
+    tables = [file.read_row_group(g, columns=names) for g in range(file.num_row_groups)]
     columns = [c.to_numpy() for t in tables for c in t.columns]
-    reading = cpu(lambda: [pq.ParquetFile(path).read_row_group(g, columns=names, use_threads=False) for g in range(groups)], 3)
+    reading = cpu(lambda: [file.read_row_group(g, columns=names, use_threads=False) for g in range(file.num_row_groups)], 3)
     return reading, cpu(lambda: [np.bincount(c) for c in columns])
 
 
 def duckdb_counts(path: Path, k: int) -> tuple[int, int]:
-    """(assignments, pairs) as summed from load and co-activation by site."""
+    """(assignments, pairs) as summed from load and co-activation by site, on one thread."""
+    import duckdb  # the processes that measure memory are without it
+
     con = duckdb.connect()
-    con.execute("SET threads = 1")
+    con.execute("SET threads = 1; SET enable_progress_bar = false")
     load = " UNION ALL ".join(f"SELECT site, e{i} e, count(*) n FROM '{path}' GROUP BY ALL" for i in range(k))
     pairs = " UNION ALL ".join(
         f"SELECT site, least(e{i}, e{j}) a, greatest(e{i}, e{j}) b, count(*) n FROM '{path}' GROUP BY ALL"
@@ -93,7 +95,9 @@ def duckdb_counts(path: Path, k: int) -> tuple[int, int]:
 
 
 def polars_counts(path: Path, k: int) -> tuple[int, int]:
-    """The same by Polars, streaming."""
+    """The same by Polars, streaming, on all threads."""
+    import polars as pl
+
     table, e = pl.scan_parquet(path), [pl.col(f"e{i}") for i in range(k)]
     loads = [table.group_by("site", x.alias("e")).len() for x in e]
     pairs = [table.group_by("site", pl.min_horizontal(e[i], e[j]).alias("a"), pl.max_horizontal(e[i], e[j]).alias("b")).len()
@@ -114,7 +118,7 @@ def compare(name: str, shape: tuple[int, int, int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "routing.parquet"
         write_routing(part, layers, path)
-        reading, binning = floor(path, shape[1], len(layers))
+        reading, binning = floor(path, shape[1])
         stats = part_statistics(part, layers)
         pairs = sum(int(stats.coactivation(i).sum()) // 2 for i in range(len(layers)))
         read = cpu(lambda: [read_routing(path, x, 0, n) for x in layers], 3)
@@ -129,27 +133,33 @@ def compare(name: str, shape: tuple[int, int, int]) -> None:
             print(f"  {engine}: load and co-activation only   {decisions / took / 1e6:7.1f}; {took / (read + counted):.1f} times ours")
 
 
+def peak_memory() -> float:
+    """MB this process has held at most. (What getrusage says is handed down from the process that started it.)"""
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
+
+
 def grow(decisions: int) -> None:
     """Count and add up parts as they are made, and print CPU seconds without the making, and the peak of memory."""
     layers = sites(SHAPES["64 x 8 x 16"])
-    tokens = decisions // (8 * 16)
-    made, start = [0.0], time.process_time()
+    documents = -(-decisions // (8 * 16 * DOCUMENT))
+    made = [0.0]
 
     def counted() -> Iterator[object]:
-        for index in range(max(1, -(-tokens // PART_TOKENS))):
+        for index, first in enumerate(range(0, documents * DOCUMENT, PART_TOKENS)):
             begin = time.process_time()
-            part = zipf_part(layers, min(PART_TOKENS, -(-tokens // DOCUMENT) * DOCUMENT), index)
+            part = zipf_part(layers, min(PART_TOKENS, documents * DOCUMENT - first), index)
             made[0] += time.process_time() - begin
-            yield part_statistics(part, layers)
+            stats = part_statistics(part, layers)
+            del part  # before the next is made
+            yield stats
 
     part_statistics(zipf_part(layers, DOCUMENT), layers)  # what was compiled once is loaded
-    base, made[0], start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 0.0, time.process_time()
+    base, start = peak_memory(), time.process_time()
     stats = merge_statistics(counted())  # type: ignore[arg-type]
     took = time.process_time() - start - made[0]
     done = sum(int(stats.load(x.index).sum()) for x in layers)
     answer = sum(t.nbytes for t in (stats.core, stats.by_token, stats.by_document)) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"  {done:13,d} decisions: {took:6.2f} CPU s = {done / took / 1e6:5.1f} M per CPU s; peak {peak:4.0f} MB, of it {base:.0f} before "
+    print(f"  {done:13,d} decisions: {took:6.2f} CPU s = {done / took / 1e6:5.1f} M per CPU s; peak {peak_memory():4.0f} MB, of it {base:.0f} before "
           f"counting and {answer:.0f} the answer ({stats.by_token.num_rows / 1e6:.1f} M token rows)", flush=True)  # fmt: skip
 
 

@@ -1,0 +1,83 @@
+"""Adding up tables part after part against Arrow's own group-by."""
+
+import random
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from analysis import merging
+from analysis.merging import RunningSum, concatenated, summed_by_sorting
+from analysis.stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, merge_statistics, part_statistics
+
+from .synthetic import PLAIN, TWO_STREAMS, make_parts
+
+TABLES = {"core": (CORE, 3, CORE.names[:5]), "by_token": (BY_TOKEN, 1, BY_TOKEN.names[:3])}
+
+
+def made(schema: pa.Schema, n: int, seed: int, span: int) -> pa.Table:
+    """n rows in no order, with keys that repeat."""
+    rng = np.random.default_rng(seed)
+    columns = {
+        "statistic": pa.array(rng.choice(["flow", "load", "label"], n)), "site": pa.array(rng.integers(0, 3, n), pa.int16()),
+        "label": pa.array([random.Random(int(x)).choice([None, "", "a", "\u00e9"]) for x in rng.integers(0, 99, n)], pa.string()),
+        "a": pa.array(rng.integers(0, 9, n), pa.int32()), "b": pa.array(rng.integers(0, 9, n), pa.int32()),
+        "token_id": pa.array(rng.integers(-1, span, n), pa.int32()), "expert": pa.array(rng.integers(0, 9, n), pa.int32()),
+        "count": pa.array(rng.integers(0, 2**40, n)), "sum": pa.array(rng.random(n)),
+    }  # fmt: skip
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+@pytest.mark.parametrize("span", [40, 2**31 - 1], ids=["vocabulary", "ids far apart"])
+@pytest.mark.parametrize("name", TABLES)
+def test_the_running_sum_is_that_of_a_group_by(name: str, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added up at every table and in windows of a few cells, and all at once: the same bytes."""
+    schema, block, keys = TABLES[name]
+    tables = [made(schema, n, n, span) for n in (200, 0, 1, 500, 90)]
+    expected = summed_by_sorting(tables, schema, keys)
+    found = []
+    for pending, cells in ((0, 12), (10**9, 2**18)):
+        monkeypatch.setattr(merging, "PENDING_ROWS", pending)
+        monkeypatch.setattr(merging, "WINDOW_CELLS", cells)
+        total = RunningSum(schema, block)
+        for table in tables:
+            total.add(table)
+        found.append(total.table().combine_chunks())
+    assert found[0].equals(found[1])
+    whole = [c for c in schema.names if c != "sum"]
+    assert found[0].select(whole).equals(expected.select(whole))
+    if "sum" in schema.names:
+        np.testing.assert_allclose(found[0]["sum"].to_numpy(), expected["sum"].to_numpy(), rtol=1e-12)
+
+
+def test_nothing_added_is_an_empty_table() -> None:
+    assert RunningSum(CORE, 3).table().equals(CORE.empty_table())
+    assert concatenated([BY_DOCUMENT.empty_table()], BY_DOCUMENT, "document").equals(BY_DOCUMENT.empty_table())
+
+
+def test_documents_that_two_parts_share_are_added_up() -> None:
+    """Parts hold whole documents, so as a rule the tables are only put in order; here part 1 comes twice."""
+    one, two, three = (part_statistics(p, PLAIN) for p in make_parts(PLAIN, 3))
+    merged = merge_statistics([three, two, one, two]).by_document
+    keys = BY_DOCUMENT.names[:-1]
+    assert merged.equals(summed_by_sorting([x.by_document for x in (one, two, two, three)], BY_DOCUMENT, keys))
+    apart = merge_statistics(x for x in (three, one, two)).by_document
+    assert apart.combine_chunks().equals(summed_by_sorting([x.by_document for x in (one, two, three)], BY_DOCUMENT, keys))
+
+
+def test_parts_are_taken_one_by_one() -> None:
+    """When a part is asked for, only the one before it is still held: memory need not hold them all."""
+    alive: list[int] = []
+
+    def parts() -> Iterator[Statistics]:
+        given: list[weakref.ref[Statistics]] = []
+        for p in make_parts(TWO_STREAMS, 5):
+            alive.append(sum(x() is not None for x in given))
+            given.append(weakref.ref(stats := part_statistics(p, TWO_STREAMS)))
+            yield stats
+            del stats
+
+    merge_statistics(parts())
+    assert alive == [0, 1, 1, 1, 1]
