@@ -94,7 +94,7 @@ TABLES: Mapping[str, ExportTable] = MappingProxyType(
     {
         t.name: t
         for t in (
-            ExportTable("load", "one row per layer and expert: assignments, share of the layer's, relative to an even share",
+            ExportTable("load", "one row per layer and expert: assignments, share of the layer's, relative to an even share of the experts (special: a class without weights)",
                         lambda trace: iter([load_table(trace)])),
             ExportTable("balance", "one row per layer: every balance metric", lambda trace: iter([balance_table(trace)])),
             ExportTable("decisions", "one row per token and layer: experts and gate weights as executed (slot order is not rank), and router scores",

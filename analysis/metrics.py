@@ -159,12 +159,16 @@ def percentile_table(trace: Trace) -> pa.Table:
 
 
 def load_table(trace: Trace) -> pa.Table:
-    """One row per site and expert: assignments, share, relative (1 = even), gate_mass, first_choices, n (tokens)."""
+    """One row per site and class: assignments, share, relative (1 = even), gate_mass, first_choices, n (tokens), special.
+
+    Classes are the experts and, from id E on, those without weights (``special``): ``share`` is of all assignments,
+    ``relative`` is to the mean load of the experts, as every balance metric takes it.
+    """
     rows = []
     for layer in trace.layers:
         stats, site = trace.stats, layer.index
         load = stats.load(site)
-        total = load.sum()
+        total, even = load.sum(), load[: layer.n_experts].mean()
         rows.append(
             pa.table(
                 {
@@ -174,10 +178,11 @@ def load_table(trace: Trace) -> pa.Table:
                     "expert": pa.array(np.arange(len(load), dtype=np.int32)),
                     "assignments": pa.array(load),
                     "share": pa.array(load / total if total else np.full(len(load), np.nan)),
-                    "relative": pa.array(balance.relative_load(load)),
+                    "relative": pa.array(load / even if even else np.full(len(load), np.nan)),
                     "gate_mass": pa.array(stats.gate_mass(site)),
                     "first_choices": pa.array(stats.first_choice_load(site)),
                     "n": pa.array(np.full(len(load), stats.n_tokens(site), np.int64)),
+                    "special": pa.array(np.arange(len(load)) >= layer.n_experts),
                 }
             )
         )

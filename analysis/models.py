@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -28,7 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .checkpoints import ModelError, find_checkpoint, hub_name, read_config
-from .routers import Site, find_sites
+from .routers import BIASES, Site, find_sites
 from .trace import ModelCard
 
 
@@ -63,7 +64,18 @@ def load_model(
             raise ModelError(
                 f"{str(folder)!r} {problem} {len(keys)} weights of its {type(model).__name__}, {first!r} among them: copy it again"
             )
+    _restore_biases(model, folder)
     return model.eval(), tokenizer
+
+
+def _restore_biases(model: PreTrainedModel, folder: Path) -> None:
+    """Selection biases as the checkpoint has them: transformers 5.23 overwrites that of ZAYA's skip class with -1 after loading."""
+    held = {n: b for n, b in model.named_buffers() if n.rpartition(".")[2] in {b.rpartition(".")[2] for b in BIASES} and not b.is_meta}
+    for file in folder.glob("*.safetensors") if held else ():
+        with safe_open(file, "pt") as tensors:
+            for name in held.keys() & set(tensors.keys()):
+                if (stored := tensors.get_tensor(name)).shape == held[name].shape:
+                    held[name].copy_(stored)
 
 
 def model_class(config: Any) -> Any:

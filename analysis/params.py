@@ -123,7 +123,8 @@ def read_size(path: Path) -> ModelSize:
         raise ModelError(f"model_type {values['model_type']!r} is unknown to this release of transformers, so it cannot be counted")
     try:
         with errors_only():
-            config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+            kind = CONFIG_MAPPING[values["model_type"]]
+            config = kind.from_dict(kind._decode_special_floats(values))  # JSON holds no infinity: it is saved as a word
     except Exception as error:  # config classes raise whatever their checks meet: TypeError, KeyError, dataclass errors, ...
         raise ModelError(f"{file.name} is no valid {values['model_type']!r} config: {_sentence(error)}") from error
     return model_size(config)

@@ -23,12 +23,16 @@ from analysis.trace import (
 )
 
 
-def site(index: int, n_experts: int = 8, top_k: int = 2, stream: str = "decoder", capacity: int | None = None) -> LayerInfo:
-    return LayerInfo(index, index, stream, f"{stream}.layers.{index}.mlp", n_experts, top_k, "softmax", stream, native_capacity=capacity)
+def site(index: int, n_experts: int = 8, top_k: int = 2, stream: str = "decoder", capacity: int | None = None,
+         special: int = 0) -> LayerInfo:  # fmt: skip
+    return LayerInfo(
+        index, index, stream, f"{stream}.layers.{index}.mlp", n_experts, top_k, "softmax", stream, special, native_capacity=capacity
+    )
 
 
 PLAIN = (site(0), site(1))
 MANY = (site(0, 300, 4), site(1, 300, 4))
+SPECIAL = (site(0, 8, 3, special=4), site(1, 8, 1, special=1))
 TWO_STREAMS = (site(0, 4, 1, "encoder", 5), site(1, 4, 1, "encoder", 5), site(2, 4, 1, "decoder", 5))
 
 
@@ -65,7 +69,7 @@ def make_part(layers: Sequence[LayerInfo], lengths: Sequence[int], seed: int = 0
             row += n
     routing, scores, sums = [], [], []
     for layer in layers:
-        order = rng.random((total, layer.n_experts)).argsort(1)[:, : layer.top_k].astype(id_dtype(layer.n_classes))
+        order = rng.random((total, layer.n_classes)).argsort(1)[:, : layer.top_k].astype(id_dtype(layer.n_classes))
         weights = rng.random((total, layer.top_k)).astype(np.float32)
         executed = order
         if layer.native_capacity is not None:

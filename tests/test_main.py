@@ -1,12 +1,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from analysis.__main__ import main, parser
+from analysis.capture import capture
+from analysis.export import TABLES
 from analysis.store import open_run
 
 from . import tiny
+from .families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +37,36 @@ def test_the_whole_way(model: str, tmp_path: Path, capsys: pytest.CaptureFixture
     next((tmp_path / "run" / "routing").iterdir()).write_bytes(b"x")
     assert main(["verify", run]) == 1 and main(["stats", run]) == 2
     assert main(["delete", str(tmp_path), "run"]) == 0 and not Path(run).exists()
+
+
+DEPARTING = ("llama4", "jetmoe", "longcat_flash", "doge", "zaya", "switch_transformers", "qwen3_vl_moe", "nemotron_h")
+
+
+@pytest.mark.parametrize("family", DEPARTING)
+def test_the_whole_way_for_families_that_depart(family: str, tmp_path: Path) -> None:
+    """Two sites a layer, special classes, native drops, weights on the input, a text tower alone: captured, read, exported."""
+    model = FAMILIES[family].build()
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    folder, run, text = str(tmp_path / "model"), str(tmp_path / "run"), "Il pleut, é選🎉"
+    assert main(["params", folder]) == 0 and main(["verify-model", folder]) == 0
+    assert main(["capture", "--model", folder, "--text", text, "--text", "x", "--out", run]) == 0
+    trace, direct = open_run(run), capture(model, tiny.tokenizer(), [text, "x"])
+    assert main(["verify", run]) == 0 and main(["stats", run]) == 0
+    assert len(trace.layers) > 0 and trace.model.architecture == type(model).__name__
+    for layer in trace.layers:
+        assert np.array_equal(trace.experts(layer.index), direct.experts(layer.index))
+        assert np.array_equal(trace.chosen(layer.index), direct.chosen(layer.index))
+    for table in TABLES:
+        for kind in ("csv", "parquet"):
+            assert main(["export", run, "--table", table, "--format", kind, "-o", str(tmp_path / f"{table}.{kind}")]) == 0
+    kept, read = pq.read_table(tmp_path / "decisions.parquet"), pd.read_csv(tmp_path / "decisions.csv")
+    assert kept.num_rows == len(read) == sum(trace.n_tokens(x.stream) for x in trace.layers)
+    load = pq.read_table(tmp_path / "load.parquet").to_pandas()
+    for layer in trace.layers:
+        ids = trace.experts(layer.index)
+        counts = [int((ids == e).sum()) for e in range(layer.n_classes)]
+        assert load[load.site == layer.index].assignments.tolist() == counts and sum(counts) == (ids >= 0).sum()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from analysis.metrics import METRICS, balance_table, load_table
 from analysis.stats import merge_statistics, part_statistics
 from analysis.trace import Part, SiteRouting, SiteScores, Trace
-from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_parts, make_trace
+from tests.synthetic import MANY, PLAIN, SPECIAL, TWO_STREAMS, make_part, make_parts, make_trace
 
 TRACES = {"plain": PLAIN, "300 experts": MANY, "two streams, dropping": TWO_STREAMS}
 
@@ -101,18 +101,20 @@ def test_balance_table_has_every_metric_once_per_site() -> None:
     assert table["stack"].to_pylist() == ["encoder", "encoder", "decoder"]
 
 
-@pytest.mark.parametrize("layers", TRACES.values(), ids=TRACES)
+@pytest.mark.parametrize("layers", [*TRACES.values(), SPECIAL], ids=[*TRACES, "special classes"])
 def test_load_table_counts_what_was_routed(layers) -> None:
     trace = make_trace(layers)
     rows = load_table(trace).to_pandas()
     for layer in layers:
         mine = rows[rows.site == layer.index]
         routing = trace.routing(layer.index)
-        counted = [int((routing.experts == e).sum()) for e in range(layer.n_experts)]
-        mass = [routing.weights[routing.experts == e].astype(float).sum() for e in range(layer.n_experts)]
-        assert mine.assignments.tolist() == counted and mine.expert.tolist() == list(range(layer.n_experts))
+        counted = [int((routing.experts == e).sum()) for e in range(layer.n_classes)]
+        mass = [routing.weights[routing.experts == e].astype(float).sum() for e in range(layer.n_classes)]
+        assert mine.assignments.tolist() == counted and mine.expert.tolist() == list(range(layer.n_classes))
         np.testing.assert_allclose(mine.gate_mass, mass, rtol=1e-12)
-        assert mine.share.sum() == pytest.approx(1) and mine.relative.mean() == pytest.approx(1)
+        assert mine.special.tolist() == [e >= layer.n_experts for e in range(layer.n_classes)]
+        assert mine.share.sum() == pytest.approx(1) and mine.relative[~mine.special].mean() == pytest.approx(1)
+        assert mine.relative[~mine.special].max() == pytest.approx(METRICS["max_over_mean"](trace)["value"][layer.index].as_py())
         assert mine.first_choices.sum() == (routing.experts >= 0).any(1).sum()
         assert set(mine.n) == {trace.n_tokens(layer.stream)}
 

@@ -138,7 +138,7 @@ def test_an_expert_with_biases_by_hand() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_the_config_alone_says_what_the_live_model_holds(family: Family) -> None:
+def test_the_config_alone_says_what_the_live_model_holds(family: Family, tmp_path: Path) -> None:
     model = family.build()
     model.config.architectures = [type(model).__name__]  # as save_pretrained writes it
     card, size = model_card(model), model_size(model.config)
@@ -155,6 +155,8 @@ def test_the_config_alone_says_what_the_live_model_holds(family: Family) -> None
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     embedding = 0 if outer is not None and inner.weight is outer.weight else inner.weight.numel()
     assert size.active - size.active_without_embedding == embedding
+    model.config.save_pretrained(tmp_path)
+    assert replace(read_size(tmp_path), notes=()) == replace(size, notes=())
 
 
 def test_rows_that_compute_nothing_are_not_counted() -> None:

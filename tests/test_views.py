@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from analysis.capture import capture
 from analysis.trace import LayerInfo
 from analysis.writing import RunWriter
 
+from . import tiny
+from .families import FAMILIES
 from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, site
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +27,7 @@ NASTY = [
     "é选🎉",
     "",
 ]
+CAPTURED = ("jetmoe", "longcat_flash", "zaya", "doge", "llama4")
 KINDS = {"plain": PLAIN, "many": MANY, "streams": TWO_STREAMS, "top1": (site(0, 8, 1),)}
 
 
@@ -62,6 +66,27 @@ def test_every_page_over_every_kind_of_run(runs: Path, page: str, kind: str, len
     for element in [*test.markdown, *test.caption]:
         unescaped = re.sub(r"\\[!-/:-@\[-`{-~]", "", element.value)
         assert "![" not in unescaped and "<" not in unescaped
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs captured from families with two sites per layer, special classes, product keys, one routed layer."""
+    folder = tmp_path_factory.mktemp("captured")
+    for family in CAPTURED:
+        capture(
+            FAMILIES[family].build(), tiny.tokenizer(), ["def f(x): return x", "Il pleut."], labels=["python", None], out=folder / family
+        )
+    return folder
+
+
+@pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "runs"])
+@pytest.mark.parametrize("family", CAPTURED)
+def test_every_page_over_runs_of_departing_families(captured: Path, monkeypatch: pytest.MonkeyPatch, page: str, family: str) -> None:
+    monkeypatch.setenv("ROUTERSCOPE_RUNS", str(captured))
+    monkeypatch.chdir(ROOT)
+    test = shown(page, family)
+    assert not test.exception and not test.error and test.title
+    assert test.selectbox(key="run").value == family
 
 
 def test_demo_run_opens_first_with_a_finding(runs: Path) -> None:
