@@ -40,12 +40,11 @@ def curves(_trace: Trace, run: str, policy: str, scope: str, size: int | None, m
     return capacity_curves(_trace, FACTORS, asked, scope, size=size, mixed=mixed, preset=preset)
 
 
-def who_pays(trace: Trace, applied: AppliedCapacity, site: int) -> dict[str, tuple[str, pa.Table]]:
-    """Charts and tables of the groups that lose; returns the tables for the downloads."""
+def who_pays(trace: Trace, applied: AppliedCapacity, site: int, mean: float) -> dict[str, tuple[str, pa.Table]]:
+    """Charts and tables of the groups that lose, against the ``mean`` share; returns the tables for the downloads."""
     labelled = pc.count(trace.documents["label"]).as_py() > 0
     asked = choice("who", "Who pays", {k: v for k, v in WHO.items() if labelled or k != "label"}, "label" if labelled else "position",
                    draw=st.segmented_control)  # fmt: skip
-    mean = applied.summary()["dropped_share"]
     if asked == "text":
         struck_text(trace, applied, site)
         return {}
@@ -164,9 +163,9 @@ mine = every if shown_layer == "all" else every.filter(pc.equal(every["site"], s
 pooled = pool_curves(mine)
 now = pooled.filter(pc.equal(pooled["factor"], factor)).to_pylist()[0]
 exact = policy not in ("reroute", "dropless")
-text.show_heading(in_words(now if exact and shown_layer == "all" else applied.summary(), pooled, factor).replace("assignments", (
-    "assignments over all layers" if exact and shown_layer == "all" else f"assignments at {trace.layers[site].title}"), 1) + ".")  # fmt: skip
 total, layer = applied.by_layer().to_pylist()[0], trace.layers[site]
+text.show_heading(in_words(now if exact and shown_layer == "all" else total, pooled, factor).replace("assignments", (
+    "assignments over all layers" if exact and shown_layer == "all" else f"assignments at {trace.layers[site].title}"), 1) + ".")  # fmt: skip
 text.show_note(
     f"n = {now['assignments']:,} assignments of {trace.n_tokens(layer.stream):,} tokens, in {total['batches']:,} batches. By chance, uniform"
     f" routing in the same batches would drop {now['chance_dropped_share']:.2%}. Capacity: {PRESETS[preset].source}."
@@ -195,7 +194,7 @@ st.caption(
 )
 st.subheader("Who pays?")
 tables = {"curves": ("one row per layer and capacity factor", every), "by layer": ("one row per layer", pa.Table.from_pylist(here)),
-          "by expert": ("one row per expert of the layer shown", experts), **who_pays(trace, applied, site)}  # fmt: skip
+          "by expert": ("one row per expert of the layer shown", experts), **who_pays(trace, applied, site, total["dropped_share"])}  # fmt: skip
 
 compare = st.expander("The same capacity under other policies: as many lose, but not the same ones", on_change="rerun", key="compare")
 if compare.open:
