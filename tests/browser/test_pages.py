@@ -105,7 +105,7 @@ def test_switch_layer_and_click_a_token(page: Page, address: str) -> None:
     text = page.locator(".text .token")
     expect(text.first).to_be_visible()
     page.get_by_role("button", name="previous layer").click()
-    expect(page.locator(".title")).to_have_text("layer 4")
+    expect(page.locator(".title", has_text="layer 4")).to_be_visible()
     trace = open_run(Path("data/demo-run"))
     text.nth(3).click()
     expect(page.get_by_role("heading", name="Token 3:")).to_be_visible()
@@ -128,9 +128,9 @@ def test_overview_shows_the_finding_and_leads_to_the_token(page: Page, address: 
 
 def test_a_link_opens_the_same_view_and_back_undoes(page: Page, address: str) -> None:
     page.goto(f"{address}/tokens?run=demo-run&layer=layer+2&doc=4&token=9")
-    expect(page.locator(".title")).to_have_text("layer 2")
+    expect(page.locator(".title", has_text="layer 2")).to_be_visible()
     expect(page.get_by_role("heading", name="Token 9:")).to_be_visible()
-    expect(page.locator(".token.chosen")).to_have_attribute("data-at", "9")
+    expect(page.locator(".token.chosen[data-at='9']")).to_have_count(1)
     page.locator(".token[data-at='3']").first.click()
     expect(page.get_by_role("heading", name="Token 3:")).to_be_visible()
     page.get_by_role("button", name="next layer").click()
@@ -141,8 +141,7 @@ def test_a_link_opens_the_same_view_and_back_undoes(page: Page, address: str) ->
     expect(page.locator(".title", has_text="layer 2")).to_be_visible()
     page.go_back()
     expect(page.get_by_role("heading", name="Token 9:")).to_be_visible()
-    expect(page.locator(".token.chosen")).to_have_count(1)
-    expect(page.locator(".token.chosen")).to_have_attribute("data-at", "9")
+    expect(page.locator(".token.chosen[data-at='9']")).to_have_count(1)
 
 
 def test_another_document_starts_without_a_token(page: Page, address: str) -> None:
