@@ -149,11 +149,15 @@ def balance_table(trace: Trace) -> pa.Table:
     return table
 
 
-def percentile_table(trace: Trace) -> pa.Table:
-    """One row per metric: metric, n (sites), min, p10, median, p90, max over the sites. Experts are never pooled."""
+def percentile_table(trace: Trace, table: pa.Table | None = None) -> pa.Table:
+    """One row per metric: metric, n (sites), min, p10, median, p90, max over the sites. Experts are never pooled.
+
+    ``table`` is ``balance_table(trace)`` where it is at hand.
+    """
+    table = balance_table(trace) if table is None else table
     rows = []
-    for name, metric in METRICS.items():
-        values = metric(trace)["value"].to_numpy()
+    for name in METRICS:
+        values = table[name].to_numpy()
         rows.append({"metric": name, "n": int(np.isfinite(values).sum()), **percentiles(values)})
     return pa.Table.from_pylist(rows)
 
