@@ -23,9 +23,10 @@ class Entry:
 
     @property
     def facts(self) -> str:
-        """Range, chance and source in one line."""
-        number = (f"from {self.range}" + (f" ({self.unit})" if self.unit != "1" else ""), f"by chance: {self.chance}") if self.range else ()
-        return "; ".join([*number, f"source: {self.source}"])
+        """Name, range, chance and source in one line; of a term the source alone."""
+        unit = f" ({self.unit})" if self.unit != "1" else ""
+        number = f"{self.name}: from {self.range}{unit}. By chance: {self.chance}. " if self.range else ""
+        return f"{number}Source: {self.source}."
 
 
 TERMS = (

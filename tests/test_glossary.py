@@ -32,7 +32,10 @@ def test_entries_are_complete(entry) -> None:
     assert entry.title and entry.source and not entry.definition.endswith(".")
     metric = METRICS.get(entry.name)
     assert (entry.range, entry.unit, entry.chance) == ((metric.range, metric.unit, metric.chance) if metric else ("", "", ""))
-    assert entry.source in entry.facts and entry.chance in entry.facts and entry.range in entry.facts
+    assert entry.facts.endswith(f"Source: {entry.source}.") and entry.facts.startswith(
+        f"{entry.name}: from {entry.range}" if metric else "Source"
+    )
+    assert f"By chance: {entry.chance}." in entry.facts or not metric
 
 
 def test_search() -> None:

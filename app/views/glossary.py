@@ -20,4 +20,4 @@ if not found:
 for entry in found:
     text.show_heading(entry.title)
     text.show_text(f"{entry.definition[:1].upper()}{entry.definition[1:]}.")
-    text.show_note(f"{entry.name}: {entry.facts}.")
+    text.show_note(entry.facts)
