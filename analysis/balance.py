@@ -100,6 +100,11 @@ def chance_max_over_mean(tokens: int, n_experts: int, top_k: int) -> float:
     return float((low + np.minimum(1, n_experts * above).sum()) / mean)
 
 
+def chance_dead(tokens: int, n_experts: int, top_k: int) -> float:
+    """Expected number of dead experts under the same uniform routing: E (1 - k/E)^T, exact. NaN for no tokens."""
+    return n_experts * (1 - top_k / n_experts) ** tokens if tokens else float("nan")
+
+
 def switch_auxiliary_loss(load: np.ndarray, probability_sum: np.ndarray) -> float:
     """E * sum f_e P_e with f the share of assignments and P the mean probability; 1 when even. Switch eq. 4, alpha 1."""
     if not load.sum() or not probability_sum.sum():

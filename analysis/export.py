@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -108,8 +108,12 @@ TABLES: Mapping[str, ExportTable] = MappingProxyType(
 
 def describe(trace: Trace, table: str) -> dict[str, Any]:
     """What a reader of an export must know: the run, its model, n, what a row is, and the metrics' definitions."""
-    definitions = {m.name: f"{m.definition} [{m.unit}]; by chance: {m.chance} ({m.source})" for m in METRICS.values()}
-    return _about(trace) | {"table": table, "row": TABLES[table].definition, "definitions": definitions}
+    return _about(trace) | {"table": table, "row": TABLES[table].definition, "definitions": _definitions(METRICS)}
+
+
+def _definitions(names: Iterable[str]) -> dict[str, str]:
+    found = (METRICS[n] for n in names if n in METRICS)
+    return {m.name: f"{m.definition} [{m.unit}]; by chance: {m.chance} ({m.source})" for m in found}
 
 
 def _about(trace: Trace) -> dict[str, Any]:
@@ -157,7 +161,8 @@ def computed_bytes(trace: Trace, rows: pa.Table, what: str, settings: Mapping[st
     """A table computed for a page, as the bytes of a file; ``what`` says what a row is, ``settings`` what it depends on."""
     if format not in FORMATS:
         raise ExportError(f"no format {format!r}: formats are {', '.join(FORMATS)}")
-    about = _about(trace) | {"row": what, "settings": dict(settings)}
+    named = METRICS if "metric" in rows.column_names else rows.column_names
+    about = _about(trace) | {"row": what, "settings": dict(settings), "definitions": _definitions(named)}
     buffer = io.BytesIO()
     {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format](iter([rows]), about, buffer)
     return buffer.getvalue()

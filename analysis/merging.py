@@ -48,6 +48,8 @@ class RunningSum:
     def add(self, table: pa.Table) -> None:
         """Add a table of the schema; its rows may come in any order."""
         for batch in table.select(self._schema.names).cast(self._schema).to_batches():
+            if not batch.num_rows:  # the chunk of a site that executed nothing in this part
+                continue
             for key, piece, tidy in _split(batch, self._block):
                 mine = self._pieces.setdefault(key, [])
                 mine.append(piece)

@@ -22,6 +22,17 @@ CORRECTION = 1 / (2 * float(np.log(2)))  # bits; Miller and Madow's correction n
 
 
 @dataclass(frozen=True)
+class Bound:
+    """The largest value of a metric: in words, and at a layer."""
+
+    text: str
+    at: Callable[[LayerInfo], float]
+
+    def __call__(self, layer: LayerInfo) -> float:
+        return self.at(layer)
+
+
+@dataclass(frozen=True)
 class Metric:
     """One number per site, in ``unit``. ``low`` and ``high`` bound it (high may depend on E); ``chance`` says what
     uniform random routing gives. NaN where a site saw nothing the metric could be made of.
@@ -32,10 +43,15 @@ class Metric:
     definition: str
     unit: str
     low: float
-    high: Callable[[LayerInfo], float]
+    high: Bound
     chance: str
     source: str
     function: Callable[[Trace, int], float]
+
+    @property
+    def range(self) -> str:
+        """Such as "0 to E - 1"."""
+        return f"{self.low:.3g} to {self.high.text}"
 
     def __call__(self, trace: Trace) -> pa.Table:
         """One row per site: site, layer, n (tokens), value."""
@@ -77,63 +93,57 @@ def _token_information(trace: Trace, site: int) -> float:
     return sparse_information(np.cumsum(np.diff(ids, prepend=ids[:1]) != 0), experts, counts)[1]
 
 
-def _bits(layer: LayerInfo) -> float:
-    return float(np.log2(layer.n_classes)) + CORRECTION
-
-
-def _experts(layer: LayerInfo) -> float:
-    return float(layer.n_experts)
-
-
-def _unbounded(layer: LayerInfo) -> float:
-    return float("inf")
-
+_BITS = Bound("log2 E + 0.721", lambda x: float(np.log2(x.n_classes)) + CORRECTION)
+_EXPERTS = Bound("E", lambda x: float(x.n_experts))
+_ALL_BUT_ONE = Bound("E - 1", lambda x: x.n_experts - 1.0)
+_ONE = Bound("1", lambda x: 1.0)
+_UNBOUNDED = Bound("infinity", lambda x: float("inf"))
 
 _ENTRIES = (
-    Metric("max_over_mean", "Max / mean", "largest expert load over the mean load", "ratio", 1, _experts,
+    Metric("max_over_mean", "Max / mean", "largest expert load over the mean load", "ratio", 1, _EXPERTS,
            "at most chance_max_over_mean", "common; EPLB's inverse", partial(_of_load, balance.max_over_mean)),
-    Metric("maxvio", "MaxVio", "(largest load - mean) / mean, over the whole run", "ratio", 0, lambda x: x.n_experts - 1.0,
+    Metric("maxvio", "MaxVio", "(largest load - mean) / mean, over the whole run", "ratio", 0, _ALL_BUT_ONE,
            "at most chance_max_over_mean - 1", "arXiv 2408.15664", partial(_of_load, balance.maxvio)),
     Metric("document_maxvio", "MaxVio per document", "(largest load - mean) / mean of each document, averaged over documents",
-           "ratio", 0, lambda x: x.n_experts - 1.0, "at most chance_max_over_mean - 1 at one document's length; far above the run's",
+           "ratio", 0, _ALL_BUT_ONE, "at most chance_max_over_mean - 1 at one document's length; far above the run's",
            "arXiv 2408.15664, batch form", batch_maxvio),
     Metric("chance_max_over_mean", "Max / mean by chance",
-           "upper bound of max / mean expected under uniform random routing without capacity", "ratio", 1, _unbounded,
+           "upper bound of max / mean expected under uniform random routing without capacity", "ratio", 1, _UNBOUNDED,
            "is the chance value", "union bound over E loads, each Binomial(T, k/E)",
            partial(_chance, balance.chance_max_over_mean)),
     Metric("cv", "CV", "population standard deviation of the loads over their mean", "ratio", 0,
-           lambda x: float(np.sqrt(x.n_experts - 1)), "chance_cv", "Shazeer et al. 2017 (squared there)",
+           Bound("sqrt(E - 1)", lambda x: float(np.sqrt(x.n_experts - 1))), "chance_cv", "Shazeer et al. 2017 (squared there)",
            partial(_of_load, balance.cv)),
     Metric("chance_cv", "CV by chance", "sqrt((1 - k/E) / (T k/E)): root mean square CV under uniform random routing", "ratio",
-           0, _unbounded, "is the chance value", "each load Binomial(T, k/E)", partial(_chance, balance.chance_cv)),
+           0, _UNBOUNDED, "is the chance value", "each load Binomial(T, k/E)", partial(_chance, balance.chance_cv)),
     Metric("gini", "Gini", "mean absolute difference of the loads over twice their mean", "1", 0,
-           lambda x: 1 - 1 / x.n_experts, "about 0.56 x chance_cv", "Gini 1912", partial(_of_load, balance.gini)),
-    Metric("entropy", "Load entropy", "-sum p ln p of the load shares p", "nats", 0, lambda x: float(np.log(x.n_experts)),
+           Bound("1 - 1/E", lambda x: 1 - 1 / x.n_experts), "about 0.56 x chance_cv", "Gini 1912", partial(_of_load, balance.gini)),
+    Metric("entropy", "Load entropy", "-sum p ln p of the load shares p", "nats", 0, Bound("ln E", lambda x: float(np.log(x.n_experts))),
            "about ln E less chance_cv^2 / 2", "Shannon 1948", partial(_of_load, balance.entropy)),
-    Metric("normalised_entropy", "Normalised entropy", "load entropy over ln E; even = 1", "1", 0, lambda x: 1.0,
+    Metric("normalised_entropy", "Normalised entropy", "load entropy over ln E; even = 1", "1", 0, _ONE,
            "about 1 less chance_cv^2 / (2 ln E)", "Shannon 1948", partial(_of_load, balance.normalised_entropy)),
     Metric("effective_experts", "Effective experts", "exp of the load entropy: evenly used experts with the same entropy",
-           "experts", 1, _experts, "about E less E chance_cv^2 / 2", "Hill number of order 1",
+           "experts", 1, _EXPERTS, "about E less E chance_cv^2 / 2", "Hill number of order 1",
            partial(_of_load, balance.effective_experts)),
-    Metric("balancedness", "Balancedness", "mean load over largest load", "ratio", 0, lambda x: 1.0,
+    Metric("balancedness", "Balancedness", "mean load over largest load", "ratio", 0, _ONE,
            "at least 1 / chance_max_over_mean", "EPLB, SGLang", partial(_of_load, balance.balancedness)),
-    Metric("dead", "Dead experts", "experts with no assignment in this run", "experts", 0, lambda x: x.n_experts - 1.0,
+    Metric("dead", "Dead experts", "experts with no assignment in this run", "experts", 0, _ALL_BUT_ONE,
            "E (1 - k/E)^T, nearly 0 for long runs", "common", partial(_of_load, balance.dead)),
     Metric("cold", "Cold experts", "experts below a tenth of the mean load, dead ones included", "experts", 0,
-           lambda x: x.n_experts - 1.0, "nearly 0 for long runs", "common", partial(_of_load, balance.cold)),
+           _ALL_BUT_ONE, "nearly 0 for long runs", "common", partial(_of_load, balance.cold)),
     Metric("auxiliary_loss", "Switch auxiliary loss", "E sum f_e P_e: load share times mean router probability; even = 1", "1",
-           0, _experts, "1", "Switch Transformers eq. 4, alpha = 1", _auxiliary),
+           0, _EXPERTS, "1", "Switch Transformers eq. 4, alpha = 1", _auxiliary),
     Metric("router_entropy", "Router entropy", "mean entropy of a token's router probabilities", "nats", 0,
-           lambda x: float(np.log(x.n_classes)), "ln E for an undecided router", "Shannon 1948", partial(_mean, "entropy")),
-    Metric("z_loss", "z-loss", "mean squared logsumexp of the router logits", "nats^2", 0, _unbounded,
+           Bound("ln E", lambda x: float(np.log(x.n_classes))), "ln E for an undecided router", "Shannon 1948", partial(_mean, "entropy")),
+    Metric("z_loss", "z-loss", "mean squared logsumexp of the router logits", "nats^2", 0, _UNBOUNDED,
            "(ln E)^2 for zero logits", "ST-MoE, arXiv 2202.08906", partial(_mean, "z")),
     Metric("label_information", "Label information",
            "I(expert; label) over assignments, less Miller and Madow's bias: bits that an assignment tells about the text's label",
-           "bits", -CORRECTION, _bits, "0 for independent draws; documents differ, so a little more: specialization.label_information",
+           "bits", -CORRECTION, _BITS, "0 for independent draws; documents differ, so a little more: specialization.label_information",
            "Shannon 1948; Miller 1955", _label_information),
     Metric("token_information", "Token information",
            "I(expert; token id) over assignments, less Miller and Madow's bias: bits of routing that the token id alone explains",
-           "bits", -CORRECTION, _bits, "0 with many tokens per id; rare ids add some: vocabulary.context_independence",
+           "bits", -CORRECTION, _BITS, "0 with many tokens per id; rare ids add some: vocabulary.context_independence",
            "OpenMoE, arXiv 2402.01739; Miller 1955", _token_information),
 )  # fmt: skip
 
@@ -149,11 +159,15 @@ def balance_table(trace: Trace) -> pa.Table:
     return table
 
 
-def percentile_table(trace: Trace) -> pa.Table:
-    """One row per metric: metric, n (sites), min, p10, median, p90, max over the sites. Experts are never pooled."""
+def percentile_table(trace: Trace, table: pa.Table | None = None) -> pa.Table:
+    """One row per metric: metric, n (sites), min, p10, median, p90, max over the sites. Experts are never pooled.
+
+    ``table`` is ``balance_table(trace)`` where it is at hand.
+    """
+    table = balance_table(trace) if table is None else table
     rows = []
-    for name, metric in METRICS.items():
-        values = metric(trace)["value"].to_numpy()
+    for name in METRICS:
+        values = table[name].to_numpy()
         rows.append({"metric": name, "n": int(np.isfinite(values).sum()), **percentiles(values)})
     return pa.Table.from_pylist(rows)
 

@@ -48,6 +48,47 @@ def batch_maxvio(trace: Trace, site: int, batch_tokens: int = 1) -> float:
     return float((loads.max(1) / loads.mean(1) - 1).mean()) if len(loads) else float("nan")
 
 
+def maxvio_table(trace: Trace, batch_tokens: int = 1) -> pa.Table:
+    """MaxVio of every site over the run and per batch, beside what uniform random routing would give at that batch size.
+
+    site, n (tokens), batches, batch_n (tokens of a batch, mean), run, chance_run; batch (as ``batch_maxvio``), least and
+    most of a batch, chance_batch: mean over batches of the upper bound of balance.chance_max_over_mean, less 1.
+    """
+    rows = []
+    for layer in trace.layers:
+        site = layer.index
+        table = batch_balance(trace, site, batch_tokens)
+        each = table["max_over_mean"].to_numpy()
+        ran = np.isfinite(each)
+        n, load = trace.stats.n_tokens(site), trace.stats.load(site)[: layer.n_experts]
+        known = {
+            k: float(f(each[ran])) - 1 if ran.any() else float("nan") for k, f in (("batch", np.mean), ("least", np.min), ("most", np.max))
+        }
+        chance = table["chance_max_over_mean"].to_numpy()[ran]
+        rows.append({"site": site, "n": n, "batches": int(ran.sum()), "batch_n": float(table["n"].to_numpy()[ran].mean()) if ran.any() else float("nan"),
+                     "run": balance.maxvio(load), "chance_run": balance.chance_max_over_mean(n, layer.n_classes, layer.top_k) - 1, **known,
+                     "chance_batch": float(chance.mean()) - 1 if ran.any() else float("nan")})  # fmt: skip
+    return pa.Table.from_pylist(rows)
+
+
+@dataclass(frozen=True)
+class DeadExperts:
+    """Experts without any assignment over all sites: ``dead`` of ``experts``, at ``sites``; ``chance`` expects so many."""
+
+    dead: int
+    experts: int
+    sites: tuple[int, ...]
+    chance: float
+
+
+def dead_experts(trace: Trace) -> DeadExperts:
+    """Dead experts of sites that executed anything; by chance as balance.chance_dead has it, summed over those sites."""
+    ran = [x for x in trace.layers if trace.stats.load(x.index)[: x.n_experts].any()]
+    dead = {x.index: int(balance.dead(trace.stats.load(x.index)[: x.n_experts])) for x in ran}
+    chance = sum(balance.chance_dead(trace.stats.n_tokens(x.index), x.n_classes, x.top_k) * x.n_experts / x.n_classes for x in ran)
+    return DeadExperts(sum(dead.values()), sum(x.n_experts for x in ran), tuple(s for s, d in dead.items() if d), float(chance))
+
+
 def position_balance(trace: Trace, site: int) -> pa.Table:
     """Balance per stretch of positions (0, 1-2, 3-6, ... doubling): first, last, then the columns of ``batch_balance``."""
     layer = trace.layers[site]

@@ -69,6 +69,41 @@ def sorted_load(relative: np.ndarray, theme: str) -> go.Figure:
     return _sized(figure, 300)
 
 
+def maxvio_lines(
+    rows: Sequence[str], run: np.ndarray, batch: np.ndarray, least: np.ndarray, most: np.ndarray, chance: np.ndarray
+) -> go.Figure:
+    """MaxVio per layer, arrays [L]: over the run, mean of the batches with their range as a bar, and by chance at that batch size."""
+    figure, blue = go.Figure(), palette.AMOUNT["light"][3]
+    for name, y, colour, symbol in (
+        ("mean of the batches", batch, palette.DEAD, "circle"),
+        ("over the whole run", run, blue, "square"),
+        ("by chance in a batch", chance, "#9a9a9a", "line-ew-open"),
+    ):
+        spread = (
+            {"type": "data", "symmetric": False, "array": most - batch, "arrayminus": batch - least, "thickness": 1} if y is batch else None
+        )
+        figure.add_scatter(x=list(rows), y=y, name=name, mode="markers+lines", error_y=spread,
+                           line={"color": colour, "dash": "dot" if y is chance else "solid", "width": 1.5},
+                           marker={"color": colour, "symbol": symbol, "size": 9}, hovertemplate="%{x}: MaxVio %{y:.3f} " + name + "<extra></extra>")  # fmt: skip
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(title="MaxVio", rangemode="tozero")
+    return _sized(figure, 320)
+
+
+def piece_bars(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray, whole: float, what: str) -> go.Figure:
+    """Max / mean of pieces of a run [n], a grey mark at what chance gives for so many tokens, a line at the whole run's."""
+    figure = go.Figure(go.Bar(x=list(names), y=ratio, name="max / mean", customdata=n, marker_color=palette.AMOUNT["light"][3],
+                              hovertemplate="%{x}: %{y:.2f} × the mean load, n = %{customdata:,} tokens<extra></extra>"))  # fmt: skip
+    figure.add_scatter(x=list(names), y=chance, name="by chance, at most about", mode="markers", hovertemplate="%{x}: at most about %{y:.2f} by chance<extra></extra>",
+                       marker={"symbol": "line-ew-open", "size": 22, "color": "#888", "line": {"width": 3, "color": "#888"}})  # fmt: skip
+    figure.add_hline(y=whole, line={"color": palette.DEAD, "dash": "dot"}, annotation_text="whole run", annotation_font_color=palette.DEAD)
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(title=what, type="category", categoryorder="array", categoryarray=list(names))
+    figure.update_yaxes(title="max / mean load", rangemode="tozero")
+    return _sized(figure, 320)
+
+
 def busiest_hues(experts: np.ndarray) -> np.ndarray:
     """The hue of each token's expert at one layer: experts [n], -1 = none -> float32 [n], 0 for the busiest of these tokens.
 

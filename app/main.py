@@ -20,6 +20,7 @@ page = st.navigation(
         st.Page("views/expert.py", title="Expert", url_path="expert"),
         st.Page("views/model.py", title="Model", url_path="model"),
         st.Page("views/runs.py", title="Runs", url_path="runs"),
+        st.Page("views/glossary.py", title="Glossary", url_path="glossary"),
     ],
     position="top",
 )

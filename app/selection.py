@@ -15,6 +15,8 @@ from .components.theme_probe import probed_theme, theme_probe
 from .runs_folder import all_runs
 from .text import show_error, show_note
 
+TYPED = 64  # characters of a search
+
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _opened(folder: str, created: str) -> Trace:
@@ -49,6 +51,16 @@ def choice(key: str, label: str, names: Mapping[str, str], default: str, *, widt
                                     on_change=acted, **options)  # fmt: skip
     st.session_state["_chosen"][key] = chosen or default
     return str(chosen or default)
+
+
+def typed(key: str, label: str) -> str:
+    """What is typed into a search box, which stands in the URL as ``?key=`` and follows the Back button."""
+    if st.session_state["_link"] is not None:
+        st.session_state[key] = st.query_params.get(key, "")[:TYPED]
+    found: str = st.text_input(label, key=key, on_change=acted, max_chars=TYPED)
+    if found:
+        st.session_state["_chosen"][key] = found
+    return found
 
 
 def acted() -> None:

@@ -110,6 +110,13 @@ def test_chance_against_simulation(tokens: int, n_experts: int, top_k: int) -> N
     assert peaks.mean() - peak_error <= bound <= 1.05 * (peaks.mean() + peak_error)
 
 
+def test_chance_of_dead_experts_against_simulation() -> None:
+    rng = np.random.default_rng(0)
+    dead = [16 - len(np.unique(rng.random((12, 16)).argpartition(1, axis=1)[:, :2])) for _ in range(2_000)]
+    assert np.mean(dead) == pytest.approx(balance.chance_dead(12, 16, 2), abs=3.5 * np.std(dead) / 2_000**0.5)
+    assert balance.chance_dead(1, 8, 2) == 6 and balance.chance_dead(5, 4, 4) == 0 and math.isnan(balance.chance_dead(0, 8, 2))
+
+
 def test_chance_at_the_edges() -> None:
     assert balance.chance_max_over_mean(1, 8, 2) == pytest.approx(4)  # one token: two experts at 1, mean 1/4
     assert balance.chance_cv(10, 4, 4) == 0 and balance.chance_max_over_mean(10, 4, 4) == 1  # every expert, always

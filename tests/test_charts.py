@@ -68,3 +68,21 @@ def test_slot_bars_put_the_busiest_expert_first() -> None:
     processed, idle, dropped, line = charts.slot_bars(np.array([1, 4]), np.array([0, 3]), np.array([3, 0]), np.array([4, 4])).data
     assert list(processed.x) == ["1", "0"] and list(processed.y) == [4, 1] and list(dropped.y) == [3, 0] and list(idle.y) == [0, 3]
     assert list(line.y) == [4, 4]
+
+
+def test_maxvio_lines_show_run_batches_with_their_range_and_chance() -> None:
+    run, batch, least, most, chance = (np.array(x) for x in ([0.1, 0.2], [0.5, 0.9], [0.3, 0.9], [1.5, 1.0], [0.2, 0.2]))
+    shown = {t.name: t for t in charts.maxvio_lines(["layer 0", "layer 1"], run, batch, least, most, chance).data}
+    assert list(shown["over the whole run"].y) == [0.1, 0.2] and list(shown["by chance in a batch"].y) == [0.2, 0.2]
+    spread = shown["mean of the batches"].error_y
+    assert list(spread.array) == pytest.approx([1.0, 0.1]) and list(spread.arrayminus) == pytest.approx([0.2, 0.0])
+    assert not shown["over the whole run"].error_y.array and not shown["by chance in a batch"].error_y.array
+
+
+def test_piece_bars_keep_the_order_and_mark_chance_and_the_whole() -> None:
+    figure = charts.piece_bars(
+        ["0", "10-20", "3-6"], np.array([2.0, 1.5, 3.0]), np.array([5, 7, 9]), np.array([1.9, 1.2, 1.1]), 1.25, "position"
+    )
+    bars, chance = figure.data
+    assert list(bars.x) == ["0", "10-20", "3-6"] == list(figure.layout.xaxis.categoryarray) and list(bars.customdata) == [5, 7, 9]
+    assert list(chance.y) == [1.9, 1.2, 1.1] and figure.layout.shapes[0].y0 == 1.25

@@ -19,7 +19,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from analysis import __version__, export
-from analysis.export import FORMATS, TABLES, ExportError, csv_original, csv_text, describe, export_bytes, export_table
+from analysis.export import FORMATS, TABLES, ExportError, computed_bytes, csv_original, csv_text, describe, export_bytes, export_table
+from analysis.metrics import METRICS, balance_table, percentile_table
 from analysis.trace import SCHEMA_VERSION, Trace
 from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace, site
 
@@ -150,6 +151,15 @@ def test_metadata_travels_with_the_table(table: str) -> None:
     assert about["row"] == TABLES[table].definition and "MaxVio" not in about["definitions"] and "maxvio" in about["definitions"]
     in_parquet = pq.read_schema(io.BytesIO(export_bytes(trace, table, "parquet"))).metadata[b"routerscope"]
     assert json.loads(in_parquet) == json.loads(export_bytes(trace, table, "json"))["about"] == about
+
+
+def test_computed_tables_carry_the_definitions_of_their_metrics() -> None:
+    trace = make_trace()
+    table = balance_table(trace)
+    for rows, names in ((table.select(["layer", "cv", "gini"]), ["cv", "gini"]), (percentile_table(trace, table), list(METRICS))):
+        about = json.loads(computed_bytes(trace, rows, "one row per thing", {"batch": 7}, "json"))["about"]
+        assert list(about["definitions"]) == names and about["settings"] == {"batch": 7} and about["row"] == "one row per thing"
+        assert METRICS["cv"].definition in about["definitions"]["cv"] and METRICS["cv"].chance in about["definitions"]["cv"]
 
 
 def test_missing_and_infinite_numbers() -> None:

@@ -52,6 +52,18 @@ def test_the_running_sum_is_that_of_a_group_by(name: str, span: int, monkeypatch
         np.testing.assert_allclose(found[0]["sum"].to_numpy(), expected["sum"].to_numpy(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_a_chunk_without_rows_adds_nothing(name: str) -> None:
+    """A site that executed nothing in a part leaves such a chunk."""
+    schema, block, _ = TABLES[name]
+    first, second = made(schema, 50, 1, 40), made(schema, 50, 2, 40)
+    with_gap = pa.Table.from_batches([*first.to_batches(), pa.RecordBatch.from_pylist([], schema), *second.to_batches()])
+    whole, gapped = RunningSum(schema, block), RunningSum(schema, block)
+    whole.add(pa.concat_tables([first, second]))
+    gapped.add(with_gap)
+    assert gapped.table().equals(whole.table())
+
+
 def test_nothing_added_is_an_empty_table() -> None:
     assert RunningSum(CORE, 3).table().equals(CORE.empty_table())
     assert concatenated([BY_DOCUMENT.empty_table()], BY_DOCUMENT, "document").equals(BY_DOCUMENT.empty_table())

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from analysis.routers import RouterError
+from tests.conftest import REAL
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,7 +16,19 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    if "../shared/real" in block and not REAL.is_dir():
+        pytest.skip("no real routing data beside this checkout (../shared/real)")
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_published_results_would_be_missed(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's checks bite: on another share of the experts, and on counts of one token more."""
+    monkeypatch.chdir(ROOT)
+    block = next(b for b in BLOCKS if "../shared/real" in b)
+    assert len(block.splitlines()) < 30
+    for change in (("top_p=0.2", "top_p=0.25"), ("counts.sum(1) // 8,", "counts.sum(1) // 8 + 1,")):
+        with pytest.raises(AssertionError):
+            exec(compile(block.replace(*change), "README.md", "exec"), {})
 
 
 def test_the_worked_example_of_a_family_proves_something(monkeypatch: pytest.MonkeyPatch) -> None:

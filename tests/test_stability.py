@@ -13,7 +13,9 @@ from analysis.metrics import METRICS, percentile_table
 from analysis.stability import (
     batch_balance,
     batch_maxvio,
+    dead_experts,
     label_balance,
+    maxvio_table,
     percentiles,
     pooled_balance,
     position_balance,
@@ -72,6 +74,48 @@ def test_batches_are_less_even_than_the_run() -> None:
     experts = np.repeat(np.arange(8).reshape(4, 2), 40, axis=0).astype(np.int16)
     trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
     assert METRICS["maxvio"](trace)["value"][0].as_py() == 0 and batch_maxvio(trace, 0) == 3
+
+
+@pytest.mark.parametrize("layers", [PLAIN, MANY, TWO_STREAMS], ids=["plain", "many", "streams"])
+@pytest.mark.parametrize("batch_tokens", [1, 12, 1_000])
+def test_maxvio_of_run_and_batches(layers: tuple, batch_tokens: int) -> None:
+    trace = make_trace(layers)
+    rows = maxvio_table(trace, batch_tokens).to_pylist()
+    assert [r["site"] for r in rows] == [x.index for x in layers]
+    documents = {1: [[d] for d in range(9)], 12: [[0, 1, 2], [3, 4, 5], [6, 7, 8]], 1_000: [list(range(9))]}[batch_tokens]
+    for row, layer in zip(rows, layers, strict=True):
+        each = [balance.maxvio(x) for x in loads_of(trace, layer.index, documents)]
+        assert row["batches"] == len(documents) and row["n"] == 54 and row["batch_n"] == pytest.approx(54 / len(documents))
+        assert row["batch"] == pytest.approx(np.mean(each)) == pytest.approx(batch_maxvio(trace, layer.index, batch_tokens))
+        assert (row["least"], row["most"]) == (pytest.approx(min(each)), pytest.approx(max(each)))
+        assert row["run"] == METRICS["maxvio"](trace)["value"][layer.index].as_py()
+        assert row["chance_run"] + 1 == METRICS["chance_max_over_mean"](trace)["value"][layer.index].as_py()
+        sizes = batch_balance(trace, layer.index, batch_tokens)["n"].to_pylist()
+        chance = [balance.chance_max_over_mean(n, layer.n_classes, layer.top_k) - 1 for n in sizes]
+        assert row["chance_batch"] == pytest.approx(np.mean(chance))
+    if batch_tokens == 1_000:  # one batch is the run
+        assert [r["batch"] for r in rows] == pytest.approx([r["run"] for r in rows])
+
+
+def test_uniform_batches_stay_below_their_chance_and_little_below() -> None:
+    layers = (site(0, 16, 2),)
+    row = maxvio_table(make_trace(layers, [make_part(layers, [500] * 40)]), 500).to_pylist()[0]
+    assert 0.85 * row["chance_batch"] < row["batch"] < row["chance_batch"] and row["run"] < row["least"]
+
+
+def test_sites_that_executed_nothing_have_no_batches() -> None:
+    part = make_part(PLAIN, [9, 9])
+    none = SiteRouting(np.full_like(part.routing[0].experts, -1), part.routing[0].weights, part.routing[0].chosen)
+    trace = make_trace(PLAIN, [replace(part, routing=(none, part.routing[1]))])
+    empty, ran = maxvio_table(trace).to_pylist()
+    assert empty["batches"] == 0 and math.isnan(empty["batch"]) and math.isnan(empty["chance_batch"]) and ran["batches"] == 2
+    assert dead_experts(trace).experts == 8
+
+
+def test_dead_experts_are_counted_within_layers() -> None:
+    found = dead_experts(layered(np.array([[3, 0, 5, 0], [2, 2, 2, 2], [0, 0, 0, 8]])))
+    assert (found.dead, found.experts, found.sites) == (5, 12, (0, 2))
+    assert found.chance == pytest.approx(3 * 4 * 0.75**8)
 
 
 def test_along_the_text_and_by_label() -> None:

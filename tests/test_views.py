@@ -1,14 +1,19 @@
 """Every page over several runs, without a browser: no exception, and what must be on screen is."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from analysis.capture import capture
-from analysis.trace import LayerInfo
+from analysis.glossary import TERMS
+from analysis.metrics import METRICS
+from analysis.trace import LayerInfo, SiteRouting
 from analysis.writing import RunWriter
+from app.text import plain
 
 from . import tiny
 from .families import FAMILIES
@@ -54,7 +59,7 @@ def shown(page: str, run: str) -> AppTest:
     return test
 
 
-@pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs"])
+@pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs", "glossary"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [[1], [30, 700]], ids=["one token", "documents"])
 def test_every_page_over_every_kind_of_run(runs: Path, page: str, kind: str, lengths: list[int]) -> None:
@@ -133,3 +138,53 @@ def test_what_if_answers_from_the_example_and_starts_again_with_another(runs: Pa
     assert test.metric[-1].value == "12.5%" and any("no longer those of the example" in c.value for c in test.caption)
     test.selectbox(key="example").set_value("64x16b").run()
     assert [m.value for m in test.metric][-3:] == ["1,024.0 B", "128.0 B", "12.5%"]
+
+
+def test_glossary_explains_every_metric_and_every_term(runs: Path) -> None:
+    test = shown("glossary", "demo-run")
+    told = [m.value for m in [*test.markdown, *test.caption]]
+    assert [m.name for m in METRICS.values() if not any(plain(m.definition[1:]) in t for t in told)] == []
+    for entry in (*METRICS.values(), *TERMS):
+        facts = (entry.name, entry.source, entry.chance, entry.range) if entry.range else (entry.source,)
+        assert f"### {plain(entry.title)}" in told and any(all(plain(f) in t for f in facts) for t in told), entry.name
+
+
+def test_glossary_search_stands_in_the_link(runs: Path) -> None:
+    test = shown("glossary", "demo-run")
+    test.query_params["term"] = "maxvio"
+    test.run()
+    headings = [m.value for m in test.markdown if m.value.startswith("### ")]
+    assert headings == ["### MaxVio", "### MaxVio per document"] and test.text_input(key="term").value == "maxvio"
+    nasty = "<img src=x> ![b](http://x)"
+    test.text_input(key="term").set_value(nasty).run()
+    assert test.query_params["term"] in (nasty, [nasty]) and not any(m.value.startswith("### ") for m in test.markdown)
+    assert any(f"Nothing here speaks of {plain(nasty)}" in m.value for m in test.markdown)
+
+
+def test_load_names_layers_that_hide_behind_the_sum(runs: Path) -> None:
+    layers = tuple(site(i, 8, 1) for i in range(8))
+    part = make_part(layers, [410])
+    loads = np.full((8, 8), 10) + 330 * np.eye(8, dtype=int)
+    chosen = [np.repeat(np.arange(8), row)[:, None].astype(np.int16) for row in loads]
+    routing = tuple(SiteRouting(e, r.weights, e) for e, r in zip(chosen, part.routing, strict=True))
+    for name, mine in (("hidden", routing), ("even", part.routing)):
+        with RunWriter.open(runs / name, card(layers), {}) as writer:
+            writer.write(replace(part, routing=mine))
+            writer.commit()
+    said = {name: [m.value for m in shown("load", name).markdown] for name in ("hidden", "even")}
+    assert any("collapsed within them" in m and "6\\.63 times" in m for m in said["hidden"])
+    assert not any("collapsed within" in m for m in said["even"]) and any("No layer hides" in m for m in said["even"])
+
+
+@pytest.mark.parametrize("pieces", ["label", "position"])
+@pytest.mark.parametrize("batch", ["1", "4096"])
+def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, pieces: str) -> None:
+    from analysis.stability import maxvio_table
+    from analysis.store import open_run
+
+    test = shown("load", "demo-run")
+    test.query_params.update({"batch": batch, "pieces": pieces})
+    test.run()
+    first = maxvio_table(open_run(ROOT / "data" / "demo-run"), int(batch)).to_pylist()[0]
+    assert any(f"n = {first['batches']} batches of {first['batch_n']:,.0f} tokens" in c.value for c in test.caption)
+    assert any(f"in {9 if pieces == 'label' else 11} pieces" in c.value for c in test.caption) and not test.exception

@@ -1,39 +1,172 @@
-"""Load: who carries the work, and how far is it from an even share?"""
+"""Load: who carries the load, is anyone dead, and how stable is it from batch to batch?"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 import streamlit as st
 
-from analysis.balance import chance_max_over_mean, relative_load
-from analysis.metrics import METRICS, balance_table
+from analysis.balance import relative_load
+from analysis.metrics import METRICS, balance_table, load_table, percentile_table
+from analysis.stability import (
+    COLLAPSED,
+    EVEN,
+    PooledBalance,
+    dead_experts,
+    label_balance,
+    maxvio_table,
+    pooled_balance,
+    position_balance,
+    transformers_auxiliary_loss,
+)
+from analysis.trace import Trace
 from app import charts, text
-from app.downloads import downloads
+from app.downloads import computed_downloads
 from app.selection import choice, current_trace, layer_picker, theme
 
 SHOWN = ("max_over_mean", "chance_max_over_mean", "maxvio", "cv", "chance_cv", "gini", "effective_experts", "dead", "cold")
 COUNTS = ("dead", "cold")
+BATCHES = {"1": "each document", **{str(n): f"{n:,} tokens" for n in (512, 1_024, 2_048, 4_096, 8_192, 16_384, 65_536)}}
+PIECES = {"label": "by label", "position": "along the text"}
 
-st.title("Who carries the work?")
+
+@st.cache_resource(max_entries=8, show_spinner="Measuring every layer …")
+def measured(_trace: Trace, run: str) -> tuple[pa.Table, pa.Table, PooledBalance | None, float]:
+    """(every metric of every site, percentiles over sites, pooled diagnostic, transformers' loss); ``run`` names the trace with its date."""
+    table = balance_table(_trace)
+    return table, percentile_table(_trace, table), pooled_balance(_trace), transformers_auxiliary_loss(_trace)
+
+
+@st.cache_resource(max_entries=32, show_spinner="Cutting the run into batches …")
+def batches(_trace: Trace, run: str, batch_tokens: int) -> pa.Table:
+    """MaxVio of every site over the run and per batch."""
+    return maxvio_table(_trace, batch_tokens)
+
+
+def show_map(relative: list[np.ndarray]) -> None:
+    """Who carries the load: the least even layer in a sentence, every layer as a map, and the dead."""
+    worst = int(np.nanargmax([r.max() for r in relative]))
+    layer, n = trace.layers[worst], stats.n_tokens(worst)
+    chance = table["chance_max_over_mean"][worst].as_py()
+    text.show_heading(
+        f"{layer.title.capitalize()} is the least even: expert {int(relative[worst].argmax())} gets {relative[worst].max():.2f} times its share."
+    )
+    text.show_note(f"n = {n:,} tokens; uniform random routing would give at most about {chance:.2f} times.")
+    order = choice("order", "Experts in each layer", {"number": "by number", "load": "by load"}, "number", draw=st.segmented_control)
+    st.plotly_chart(
+        charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load"),
+        config=charts.CONFIG,
+        key="load_map",
+        alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
+    )
+    st.caption("Load over the layer's mean load, on a fixed scale from ⅛× to 8×. A cross marks a dead expert: no token at all.")
+    found = dead_experts(trace)
+    where = f", at {', '.join(trace.layers[s].title for s in found.sites)}" if found.sites else ""
+    text.show_text(
+        f"{found.dead:,} of {found.experts:,} experts are dead{where}. Uniform routing of so many tokens would leave {found.chance:.2f}."
+    )
+
+
+def show_pooled(pooled: PooledBalance | None, auxiliary: float) -> None:
+    """Is it balanced when pooled over layers and collapsed within them? A warning where it is, one sentence where not."""
+    loss = f" Transformers variant of the auxiliary loss, layers pooled: {auxiliary:.4f}; perfectly even gives k = {trace.layers[0].top_k}."
+    loss = loss if np.isfinite(auxiliary) else ""
+    if pooled is None:
+        text.show_note(
+            "Balance pooled over layers: not defined here, since that takes two layers of equally many experts that saw tokens." + loss
+        )
+        return
+    if pooled.hidden:
+        text.show_heading(
+            f"Balanced when pooled over layers, collapsed within them: {trace.layers[pooled.worst_site].title} gives one expert"
+            f" {pooled.worst:.2f} times its share."
+        )
+        text.show_text(
+            "A balance loss summed over layers cannot see this: layers that favour different expert numbers cancel out in the sum."
+        )
+    else:
+        text.show_text(
+            "No layer hides behind another: summing load over layers would not make this run look even while a layer is collapsed."
+        )
+    text.show_note(
+        f"Max / mean of the load summed over {pooled.layers:,} layers by expert number: {pooled.pooled:.2f}; of the worst layer: {pooled.worst:.2f}."
+        f" With each layer's experts numbered at random the sum gives {pooled.chance:.2f} (p = {pooled.p:.3f} for a sum as even or more)."
+        f" Named hidden where the sum is at most {EVEN:g} and a layer at least {COLLAPSED:g} or an expert dead. Expert numbers mean nothing across"
+        f" layers; the sum serves this check alone.{loss}"
+    )
+
+
+def show_batches() -> tuple[str, pa.Table]:
+    """MaxVio of the run and of its batches at a size chosen on the page; returns the table for the downloads."""
+    st.subheader("How stable is it from batch to batch?")
+    size = choice("batch", "A batch is", BATCHES, "1024", width=180)
+    rows = batches(trace, run, int(size))
+    value = {n: rows[n].to_numpy() for n in ("run", "batch", "least", "most", "chance_batch", "chance_run")}
+    st.plotly_chart(
+        charts.maxvio_lines([x.title for x in trace.layers], *(value[n] for n in ("run", "batch", "least", "most", "chance_batch"))),
+        config=charts.CONFIG, key="maxvio", alt="MaxVio per layer: over the whole run, mean of its batches with their range, and by chance.",
+    )  # fmt: skip
+    first = rows.to_pylist()[0]
+    st.caption(
+        f"MaxVio: (largest load - mean) / mean; 0 is even. n = {first['batches']:,} batches of {first['batch_n']:,.0f} tokens on average at the "
+        f"first layer, whole documents in the order recorded: sorted texts make batches of one kind. Whiskers: most to least even batch. By chance "
+        f"(uniform routing) at most about {first['chance_batch']:.3f} in such a batch and {first['chance_run']:.3f} over the run."
+    )
+    return "one row per layer: MaxVio over the run and per batch, with chance", rows
+
+
+def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
+    """Balance of one layer by label or along the text; returns the table for the downloads."""
+    labels = label_balance(trace, site)
+    offered = {k: v for k, v in PIECES.items() if k != "label" or len(labels)}
+    piece = choice("pieces", "Its balance", offered, next(iter(offered)), draw=st.segmented_control)
+    rows = labels if piece == "label" else position_balance(trace, site)
+    names = [text.axis_label(x, 22) for x in rows["label"].to_pylist()] if piece == "label" else [
+        f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in zip(rows["first"].to_pylist(), rows["last"].to_pylist(), strict=True)]  # fmt: skip
+    ratio, n, chance = (rows[c].to_numpy() for c in ("max_over_mean", "n", "chance_max_over_mean"))
+    st.plotly_chart(charts.piece_bars(names, ratio, n, chance, whole, "label" if piece == "label" else "position in the document"),
+                    config=charts.CONFIG, key="pieces-chart", alt=f"Bars of max over mean load {PIECES[piece]}, with what chance gives.")  # fmt: skip
+    st.caption(
+        f"Largest load over mean load within each piece, n = {int(n.sum()):,} tokens in {len(n):,} pieces. Fewer tokens look less even by "
+        "chance alone: the grey mark is what uniform routing of the piece's tokens stays below on average."
+    )
+    return {PIECES[piece]: (f"one row per {piece}: balance at the layer chosen, with n and chance", rows)}
+
+
+def column(name: str) -> Any:
+    """A metric's column: its title, and the definition when pointed at."""
+    m = METRICS[name]
+    told = f"{m.definition}. By chance: {m.chance}. Source: {m.source}"
+    return st.column_config.NumberColumn(m.title, help=told, format="%d" if name in COUNTS else "%.3f")
+
+
+def show_numbers(table: pa.Table, over: pa.Table) -> None:
+    """Every layer, and percentiles over layers."""
+    st.subheader("Every layer in numbers")
+    n = st.column_config.NumberColumn("n (tokens)", help="tokens that passed the layer")
+    st.dataframe(table.select(["layer", "stack", "n", *SHOWN]).to_pandas(), hide_index=True,
+                 column_config={"n": n, **{m: column(m) for m in SHOWN}})  # fmt: skip
+    st.caption("Point at a column's title for its definition, its source and what chance would give.")
+    st.subheader("Over layers")
+    shown = over.to_pandas()
+    shown.insert(1, "by chance, in each layer", [METRICS[m].chance for m in shown["metric"]])
+    shown["metric"] = [f"{METRICS[m].title} ({METRICS[m].unit})" for m in shown["metric"]]
+    percentile = {c: st.column_config.NumberColumn(format="%.3f") for c in ("min", "p10", "median", "p90", "max")}
+    st.dataframe(shown[["metric", "n", *percentile, "by chance, in each layer"]], hide_index=True,
+                 column_config={"n": st.column_config.NumberColumn("n (layers)"), **percentile})  # fmt: skip
+    st.caption("Percentiles over layers of each layer's own number. Experts of different layers are never pooled.")
+
+
+st.title("Who carries the load, is anyone dead, and how stable is it?")
 trace = current_trace()
-stats = trace.stats
+stats, run = trace.stats, f"{trace.name} {trace.options.get('created')}"
 relative = [relative_load(stats.load(x.index)[: x.n_experts]) for x in trace.layers]
-peaks = [float(r.max()) for r in relative]
-worst = int(np.nanargmax(peaks))
-layer = trace.layers[worst]
-chance = chance_max_over_mean(stats.n_tokens(worst), layer.n_experts, layer.top_k)
-text.show_heading(
-    f"{layer.title.capitalize()} is the least even: expert {int(relative[worst].argmax())} gets {peaks[worst]:.2f} times its share."
-)
-text.show_note(f"n = {stats.n_tokens(worst):,} tokens; uniform random routing would give at most about {chance:.2f} times.")
-order = choice("order", "Experts in each layer", {"number": "by number", "load": "by load"}, "number", draw=st.segmented_control)
-st.plotly_chart(
-    charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load"),
-    config=charts.CONFIG,
-    key="load_map",
-    alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
-)
-st.caption("Load over the layer's mean load, on a fixed scale from ⅛× to 8×. A cross marks a dead expert: no token at all.")
+table, over, pooled, auxiliary = measured(trace, run)
+show_map(relative)
+show_pooled(pooled, auxiliary)
+batched = show_batches()
 
 site = layer_picker(trace)
 chosen = trace.layers[site]
@@ -47,18 +180,15 @@ if chosen.native_capacity is not None:
         f"This model has a native capacity of {chosen.native_capacity} tokens per expert and sequence: it dropped {lost:,} of"
         f" {lost + int(stats.load(site).sum()):,} assignments here."
     )
-
-st.subheader("Every layer in numbers")
-table = balance_table(trace).select(["layer", "stack", "n", *SHOWN]).to_pandas()
-st.dataframe(
-    table,
-    hide_index=True,
-    column_config={
-        "n": st.column_config.NumberColumn("n (tokens)", help="tokens that passed the layer"),
-        **{m: st.column_config.NumberColumn(METRICS[m].title, help=f"{METRICS[m].definition}. By chance: {METRICS[m].chance}."
-                                            f" Source: {METRICS[m].source}", format="%d" if m in COUNTS else "%.3f") for m in SHOWN},
-    },
-)  # fmt: skip
-st.caption("Point at a column's title for its definition, its source and what chance would give.")
+pieces = show_pieces(site, table["max_over_mean"][site].as_py())
+show_numbers(table, over)
 st.subheader("Take the numbers")
-downloads(trace, ("load", "balance"))
+load = ("one row per layer and expert: assignments, share, load relative to an even share", load_table(trace))
+tables = {"load": load, "balance": ("one row per layer: every balance metric", table), "batches": batched, **pieces,
+          "percentiles": ("one row per metric: percentiles over layers", over)}  # fmt: skip
+settings = {
+    "layer": chosen.title,
+    "batch_tokens": st.session_state["_chosen"]["batch"],
+    "transformers_auxiliary_loss": auxiliary if np.isfinite(auxiliary) else None,
+}
+computed_downloads(trace, tables, settings)

@@ -17,6 +17,7 @@ PAGES = {
     "expert": "expert",
     "model": "model",
     "runs": "runs",
+    "glossary": "glossary",
 }
 
 
