@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,10 +13,16 @@ from analysis.specialization import Preferences
 
 from . import palette
 
-CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "scale": 2}, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+PICTURES = ("svg", "png")  # what a figure can be saved as
 OCTAVES = 3
 _TIMES = ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"]
 _ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+
+
+def config(kind: str, name: str) -> dict[str, Any]:
+    """What a figure's own bar offers: the camera saves it as ``kind`` (svg, png at twice the size on screen) under ``name``."""
+    save = {"format": kind, "scale": 2, "filename": name}
+    return {"displaylogo": False, "toImageButtonOptions": save, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
 
 def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, mark: tuple[int, int] | None = None,

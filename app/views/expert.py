@@ -13,7 +13,7 @@ from analysis.cards import GroupUse, Neighbour, Passage, SiteEvidence, expert_ca
 from analysis.trace import Trace
 from app import charts, text
 from app.components.token_strip import token_strip
-from app.downloads import computed_downloads
+from app.downloads import computed_downloads, figure_config
 from app.selection import choice, current_trace, layer_picker
 
 
@@ -31,7 +31,8 @@ def examples(_trace: Trace, run: str, site: int, expert: int) -> tuple[Passage, 
 
 def uses(rows: Sequence[GroupUse], what: str) -> None:
     """Groups by lift, with interval and whether they are more than chance."""
-    st.plotly_chart(charts.enrichment_bars([text.axis_label(u.group, 22) for u in rows], rows), config=charts.CONFIG, key=f"uses-{what}",
+    st.plotly_chart(charts.enrichment_bars([text.axis_label(u.group, 22) for u in rows], rows), key=f"uses-{what}",
+                    config=figure_config(trace, f"{trace.layers[site].title}-expert-{expert}-by-{what}"),
                     alt=f"Bars of log2 enrichment by {what}, with intervals.")  # fmt: skip
 
 

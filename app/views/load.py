@@ -8,7 +8,7 @@ import streamlit as st
 from analysis.balance import chance_max_over_mean, relative_load
 from analysis.metrics import METRICS, balance_table
 from app import charts, text
-from app.downloads import downloads
+from app.downloads import downloads, figure_config
 from app.selection import choice, current_trace, layer_picker, theme
 
 SHOWN = ("max_over_mean", "chance_max_over_mean", "maxvio", "cv", "chance_cv", "gini", "effective_experts", "dead", "cold")
@@ -29,7 +29,7 @@ text.show_note(f"n = {stats.n_tokens(worst):,} tokens; uniform random routing wo
 order = choice("order", "Experts in each layer", {"number": "by number", "load": "by load"}, "number", draw=st.segmented_control)
 st.plotly_chart(
     charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load"),
-    config=charts.CONFIG,
+    config=figure_config(trace, f"load-map-by-{order}"),
     key="load_map",
     alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
 )
@@ -38,7 +38,7 @@ st.caption("Load over the layer's mean load, on a fixed scale from ⅛× to 8×.
 site = layer_picker(trace)
 chosen = trace.layers[site]
 text.show_heading(f"{chosen.title.capitalize()}: {chosen.n_experts} experts, top-{chosen.top_k}")
-st.plotly_chart(charts.sorted_load(relative[site], theme()), config=charts.CONFIG, key="bars",
+st.plotly_chart(charts.sorted_load(relative[site], theme()), config=figure_config(trace, f"load-{chosen.title}"), key="bars",
                 alt=f"Bars of the loads of {chosen.title}, busiest expert first, with a line at an even share.")  # fmt: skip
 text.show_note(f"n = {stats.n_tokens(site):,} tokens, {int(stats.load(site).sum()):,} assignments.")
 if chosen.native_capacity is not None:

@@ -11,32 +11,22 @@ from analysis.metrics import METRICS
 from analysis.trace import Trace
 from app import charts, text
 from app.components.token_strip import token_strip
+from app.downloads import figure_config
 from app.selection import current_trace, theme
-
-FIRST_TOKENS = 160
+from app.strip_data import first_text
 
 
 def first_lines(trace: Trace, finding: Finding) -> None:
     """The beginning of a text that shows the finding, with its expert in the spotlight; a click opens the Tokens page."""
-    site = trace.layers[finding.site]
-    documents = [r for r in trace.documents.to_pylist() if r["stack"] == site.stream and finding.label in (None, r["label"])]
-    document = documents[0]
-    start, stop = trace.document_range(document["document"], site.stream)
-    stop = min(stop, start + FIRST_TOKENS)
-    sites = [x for x in trace.layers if x.stream == site.stream]
-    rows = trace.stream_tokens(site.stream).slice(start, stop - start)
-    shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())
-    read = [trace.routing(x.index, start, stop) for x in sites]
-    here = {"run": trace.name, "doc": str(document["document"] + 1), "layer": site.title}
-    told = token_strip(
-        shown, ["\n" in (t or "") for t in rows["token"].to_pylist()], [r.experts for r in read], [r.weights for r in read],
-        [x.title for x in sites], f"overview-{trace.name}-{trace.options.get('created')}", layer=sites.index(site), spotlight=finding.expert,
-    )  # fmt: skip
+    first = first_text(trace, finding)
+    told = token_strip(first.texts, first.breaks, first.experts, first.weights, first.layers,
+                       f"overview-{trace.name}-{trace.options.get('created')}", layer=first.layer, spotlight=finding.expert)  # fmt: skip
     text.show_note(
-        f"The first {len(shown):,} of {document['n_tokens']:,} tokens of {document['name']}; the stronger the colour, the larger the"
+        f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; the stronger the colour, the larger the"
         f" gate weight of expert {finding.expert}. Press its button for all experts, click a token to follow it through every layer."
     )
     if told.token is not None:
+        here = {"run": trace.name, "doc": str(first.document["document"] + 1), "layer": first.layers[first.layer]}
         st.switch_page("views/tokens.py", query_params={**here, "token": str(told.token)})
 
 
@@ -86,7 +76,7 @@ mark = (finding.site, finding.expert) if finding is not None else None
 st.subheader("Who carries the load? Each cell is one expert of one layer.")
 st.plotly_chart(
     charts.load_map(relative, rows, theme(), mark),
-    config=charts.CONFIG,
+    config=figure_config(trace, "load-map"),
     key="load_map",
     alt=f"Heatmap of {len(rows)} layers by {len(relative[0])} experts: load relative to an even share.",
 )

@@ -13,7 +13,7 @@ from analysis.specialization import Preferences, by_label, by_position, label_in
 from analysis.trace import Trace
 from analysis.vocabulary import by_class, context_independence, input_tokens, top_tokens, vocabulary_specialization
 from app import charts, text
-from app.downloads import computed_downloads
+from app.downloads import computed_downloads, figure_config
 from app.selection import choice, current_trace, layer_picker, theme
 
 KINDS = {
@@ -55,7 +55,8 @@ def show_preferences(found: Preferences, site: int) -> None:
     )
     names = [text.axis_label(found.groups[g], 22) for g in groups]
     event = st.plotly_chart(
-        charts.enrichment_map(found, names, groups, experts, theme()), config=charts.CONFIG, key=f"cells-{found.kind}", on_select="rerun",
+        charts.enrichment_map(found, names, groups, experts, theme()), key=f"cells-{found.kind}", on_select="rerun",
+        config=figure_config(trace, f"enrichment-by-{found.kind}-{layer.title}"),
         selection_mode="points", alt=f"Heatmap of {len(groups)} groups by {len(experts)} experts: log2 enrichment.",
     )  # fmt: skip
     st.caption(
@@ -80,7 +81,7 @@ def show_layers() -> None:
     found = informations(trace, run)
     st.subheader("In which layers do experts follow the labels?")
     st.plotly_chart(charts.information_bars([x.title for x in trace.layers], np.array([i.corrected for i in found]), np.array([i.floor for i in found])),
-                    config=charts.CONFIG, key="information", alt="Bars of the mutual information of expert and label per layer.")  # fmt: skip
+                    config=figure_config(trace, "label-information"), key="information", alt="Bars of the mutual information of expert and label per layer.")  # fmt: skip
     top = found[0].entropy_y
     st.caption(
         f"Mutual information of expert and label in bits, bias-corrected; 0 = the label says nothing about the expert, at most {top:.2f} here. "
@@ -127,7 +128,7 @@ def show_pairs(pairs: PairCounts, kind: str) -> pa.Table:
     text.show_note(f"n = {pairs.n:,} pairs. Uniform routing would give each partner {pairs.chance_share:.1%}. Pairs are not tested one by one:"
                    " tokens of one document are not independent.")  # fmt: skip
     st.plotly_chart(charts.lift_map(lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer", theme()),
-                    config=charts.CONFIG, key=f"lift-{kind}", alt="Heatmap of observed over expected pairs of experts.")  # fmt: skip
+                    config=figure_config(trace, f"{kind}-{here}"), key=f"lift-{kind}", alt="Heatmap of observed over expected pairs of experts.")  # fmt: skip
     st.caption(
         "Colour: log2 of observed over expected pairs; 1× is what the experts' loads alone would give, on a fixed scale from ⅛× to 8×."
     )
