@@ -72,6 +72,11 @@ def plain(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", re.sub(r":(?=\w)", ":\u2060", shown))
 
 
+def markup(text: str) -> str:
+    """Text for an HTML file, as content or as an attribute's value in quotes: nothing in it is markup, controls are visible."""
+    return html.escape("".join(c if c == " " or _shows(c) else visible_token(c) for c in text))
+
+
 def show_heading(text: str) -> None:
     """A heading made of data text."""
     st.markdown("### " + plain(text))

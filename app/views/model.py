@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import pandas as pd
 import streamlit as st
 
-from analysis.trace import LayerInfo
 from analysis.whatif import EXAMPLES, Mixture, weigh
 from app import text
+from app.model_card import router_rows
 from app.selection import choice, current_trace
 
 EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CHOSEN = (1, 2, 4, 6, 8, 10, 16, 32)
-
-
-def row(layers: list[LayerInfo]) -> dict[str, Any]:
-    """Neighbouring layers that are alike, as one row."""
-    x = layers[0]
-    return {
-        "layers": x.title if len(layers) == 1 else f"{x.title} to {layers[-1].layer}",
-        "experts": x.n_experts,
-        "without weights": x.n_special,
-        "top-k": x.top_k,
-        "shared experts": x.n_shared,
-        "scores": x.scoring,
-        "chosen by": x.selection,
-        "weights sum to 1": {True: "yes", False: "no", None: "not known"}[x.normalised],
-        "weights on": x.weights_on,
-        "native capacity": x.native_capacity,
-    }
-
-
-def alike(x: LayerInfo) -> tuple[Any, ...]:
-    values = row([x])
-    return tuple(v for k, v in values.items() if k != "layers")
 
 
 def what_if() -> None:
@@ -91,7 +68,7 @@ text.show_text(
     f"{card.name}: a {card.architecture} of family {card.family}, weights in {card.dtype}, {card.vocab_size:,} tokens in its vocabulary."
 )
 st.subheader("Its routers")
-st.dataframe(pd.DataFrame([row(list(group)) for _, group in groupby(trace.layers, alike)]), hide_index=True)
+st.dataframe(pd.DataFrame(router_rows(trace.layers)), hide_index=True)
 st.caption(
     "Scores: what turns router logits into comparable numbers. Chosen by: the rule that picks the top-k from them. Weights on: where the "
     "gate weight multiplies. Experts without weights are classes that compute nothing (zero-compute, skip)."
