@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +22,14 @@ _TIMES = ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"]
 _ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
-def config(kind: str, name: str) -> dict[str, Any]:
-    """What a figure's own bar offers: the camera saves it as ``kind`` (svg, png at twice the size on screen) under ``name``."""
-    save = {"format": kind, "scale": 2, "filename": name}
+def file_name(run: str, what: str) -> str:
+    """``<run>-<what>`` without anything a file system or a shell could take for more than a letter."""
+    return "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part) for part in (run, what))
+
+
+def config(kind: str, run: str, what: str) -> dict[str, Any]:
+    """What a figure's own bar offers: the camera saves it as ``kind`` (svg, png at twice the size on screen), named by run and figure."""
+    save = {"format": kind, "scale": 2, "filename": file_name(run, what)}
     return {"displaylogo": False, "toImageButtonOptions": save, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
 
@@ -32,10 +38,10 @@ def plotly_script() -> str:
     return str(get_plotlyjs())
 
 
-def portable(figure: go.Figure, name: str) -> dict[str, Any]:
+def portable(figure: go.Figure, run: str, what: str) -> dict[str, Any]:
     """A figure as plain values for a page outside the app, which brings its own fonts and colours of axes; saved as SVG."""
     figure.layout.template = None
-    return {**json.loads(figure.to_json()), "config": config("svg", name)}
+    return {**json.loads(figure.to_json()), "config": config("svg", run, what)}
 
 
 def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, mark: tuple[int, int] | None = None,

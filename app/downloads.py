@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,14 +16,9 @@ from . import charts
 from .selection import picture_kind
 
 
-def file_name(trace: Trace, what: str) -> str:
-    """``<run>-<what>`` without anything a file system or a shell could take for more than a letter."""
-    return "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part) for part in (trace.name, what))
-
-
 def figure_config(trace: Trace, what: str) -> dict[str, Any]:
     """Plotly's options for the figure called ``what``: saved as the header says, in a file named after run and figure."""
-    return charts.config(picture_kind(), file_name(trace, what))
+    return charts.config(picture_kind(), trace.name, what)
 
 
 def downloads(trace: Trace, tables: Sequence[str] = tuple(TABLES)) -> None:
@@ -33,7 +27,7 @@ def downloads(trace: Trace, tables: Sequence[str] = tuple(TABLES)) -> None:
     table = row.selectbox("Table", tables, key="table", width=180, help="; ".join(f"{n}: {TABLES[n].definition}" for n in tables))
     kind = row.selectbox("Format", FORMATS, key="format", width=120, help="Parquet and JSON are exact; CSV escapes text for spreadsheets.")
     row.download_button("Download", data=partial(export_bytes, trace, table, kind), key="download", on_click="ignore",
-                        file_name=f"{file_name(trace, table)}.{kind}")  # fmt: skip
+                        file_name=f"{charts.file_name(trace.name, table)}.{kind}")  # fmt: skip
 
 
 def computed_downloads(trace: Trace, tables: Mapping[str, tuple[str, pa.Table]], settings: Mapping[str, Any]) -> None:
@@ -43,4 +37,4 @@ def computed_downloads(trace: Trace, tables: Mapping[str, tuple[str, pa.Table]],
     kind = row.selectbox("Format", FORMATS, key="format", width=120, help="Parquet and JSON carry run, settings and definitions.")
     what, rows = tables[table]
     row.download_button("Download", data=partial(computed_bytes, trace, rows, what, settings, kind), key="download", on_click="ignore",
-                        file_name=f"{file_name(trace, table.replace(' ', '-'))}.{kind}")  # fmt: skip
+                        file_name=f"{charts.file_name(trace.name, table.replace(' ', '-'))}.{kind}")  # fmt: skip

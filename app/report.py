@@ -63,7 +63,7 @@ class _Draft:
     @cached_property
     def layers(self) -> list[str]:
         """Titles of the layers, safe for Plotly."""
-        return [axis_label(x.title, 40) for x in self.trace.layers]
+        return [markup(x.title) for x in self.trace.layers]
 
     def caption(self, what: str) -> str:
         """Data text and definition as a caption, with where it comes from."""
@@ -75,8 +75,7 @@ class _Draft:
 
     def figure(self, name: str, figure: Any, caption: str, alt: str) -> str:
         """Keep a figure; returns the markup of its place and caption."""
-        file = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part) for part in (self.trace.name, name))
-        self.figures[name] = charts.portable(figure, file)
+        self.figures[name] = charts.portable(figure, self.trace.name, name)
         place = f'<div class="plot" id="figure-{name}" role="img" aria-label="{markup(alt)}" {HEIGHT.format(figure.layout.height)}></div>'
         return f"<figure>\n{place}\n<figcaption>{self.caption(caption)}</figcaption>\n</figure>"
 

@@ -27,7 +27,8 @@ function drawFigures() {
   for (const [name, figure] of Object.entries(report.figures)) {
     const data = structuredClone(figure.data);
     for (const trace of data) if (trace.type === "heatmap") trace.colorscale = report.scales[dark.matches ? "dark" : "light"];
-    Plotly.react("figure-" + name, data, themed(structuredClone(figure.layout)), { ...figure.config, responsive: true });
+    const png = { name: "Download plot as PNG", icon: Plotly.Icons.camera, click: (place) => Plotly.downloadImage(place, { ...figure.config.toImageButtonOptions, format: "png" }) };
+    Plotly.react("figure-" + name, data, themed(structuredClone(figure.layout)), { ...figure.config, modeBarButtonsToAdd: [png], responsive: true });
   }
 }
 

@@ -13,7 +13,7 @@ from analysis.metrics import METRICS
 from analysis.trace import Trace
 from app import charts, text
 from app.components.token_strip import token_strip
-from app.downloads import figure_config, file_name
+from app.downloads import figure_config
 from app.report import report_bytes
 from app.selection import current_trace, theme
 from app.strip_data import first_text
@@ -94,7 +94,7 @@ links[0].page_link("views/tokens.py", label="Which expert does each token go to?
 links[1].page_link("views/load.py", label="How uneven is each layer?", query_params={"run": trace.name})
 links[2].page_link("views/runs.py", label="Record your own text")
 st.download_button("Save this run as one HTML file", data=partial(report_bytes, trace), key="report", on_click="ignore", mime="text/html",
-                   file_name=f"{file_name(trace, 'report')}.html", icon=":material/download:",
+                   file_name=f"{charts.file_name(trace.name, 'report')}.html", icon=":material/download:",
                    help="The views above, balance, capacity and specialization: opens without a network, to keep or to send.")  # fmt: skip
 st.subheader("The model")
 layer = layers[0]
