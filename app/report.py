@@ -65,7 +65,7 @@ class _Draft:
         """Titles of the layers, safe for Plotly."""
         return [markup(x.title) for x in self.trace.layers]
 
-    def caption(self, what: str) -> str:
+    def told(self, what: str) -> str:
         """Data text and definition as a caption, with where it comes from."""
         return markup(f"{what} {self.origin}")
 
@@ -77,7 +77,7 @@ class _Draft:
         """Keep a figure; returns the markup of its place and caption."""
         self.figures[name] = charts.portable(figure, self.trace.name, name)
         place = f'<div class="plot" id="figure-{name}" role="img" aria-label="{markup(alt)}" {HEIGHT.format(figure.layout.height)}></div>'
-        return f"<figure>\n{place}\n<figcaption>{self.caption(caption)}</figcaption>\n</figure>"
+        return f"<figure>\n{place}\n<figcaption>{self.told(caption)}</figcaption>\n</figure>"
 
 
 def report_html(trace: Trace) -> str:
@@ -130,7 +130,7 @@ def _opening(draft: _Draft, finding: Finding | None) -> None:
         told = (f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; the stronger the"
                 f" colour, the larger the gate weight of expert {finding.expert}. Press its button for all experts, ◀ and ▶ for other"
                 " layers. · is a space, ⏎ a line end.")  # fmt: skip
-        body = f'<div id="strip"><div class="strip"></div></div>\n<p class="caption">{draft.caption(told)}</p>'
+        body = f'<div id="strip"><div class="strip"></div></div>\n<p class="caption">{draft.told(told)}</p>'
     draft.add(finding.claim, finding.evidence, body)
 
 
@@ -162,7 +162,9 @@ def _balance(draft: _Draft) -> None:
         for layer, row in zip(draft.trace.layers, balance_table(draft.trace).to_pylist(), strict=True)
     ]  # fmt: skip
     meant = {METRICS[m].title: f"{METRICS[m].definition}. By chance: {METRICS[m].chance}. Source: {METRICS[m].source}" for m in BALANCE}
-    body = f'{_table(rows)}\n<p class="caption">{draft.caption("Tokens per layer stand in the column n; definitions below.")}</p>\n{_list(meant)}'
+    body = (
+        f'{_table(rows)}\n<p class="caption">{draft.told("Tokens per layer stand in the column n; definitions below.")}</p>\n{_list(meant)}'
+    )
     draft.add("How uneven is each layer, in numbers?", "Every number beside what uniform random routing would give.", body)
 
 

@@ -58,9 +58,12 @@ def _decodes(piece: bytes) -> bool:
 
 
 def axis_label(text: str, limit: int = 14) -> str:
-    """Text for a Plotly tick, title or hover: HTML-escaped; longer than ``limit`` ends in an ellipsis."""
+    """Text for a Plotly tick, title or hover: HTML-escaped; longer than ``limit`` ends in an ellipsis.
+
+    A double quote goes by its number: Plotly knows few names, and would show the letters &quot;.
+    """
     shown = visible_token(text)
-    return html.escape(shown if len(shown) <= limit else shown[: limit - 1] + "…")
+    return html.escape(shown if len(shown) <= limit else shown[: limit - 1] + "…").replace("&quot;", "&#34;")
 
 
 def plain(text: str) -> str:
