@@ -1,4 +1,4 @@
-"""The command line: python -m analysis capture | params | verify-model | stats | verify | export | runs | delete.
+"""The command line: python -m analysis capture | params | verify-model | stats | verify | export | report | runs | delete.
 
 Exit status: 0 done, 1 verify or verify-model found problems, 2 an error (one sentence on stderr), 130 stopped by Ctrl-C.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
     stats = add("stats", "print a run's load balance per layer", "stats data/demo-run")
     verify = add("verify", "check every file, invariant and count of a run", "verify data/demo-run")
     export = add("export", "write a table of a run", "export data/demo-run --table load --format csv -o load.csv")
-    for command in (stats, verify, export):
+    report = add("report", "write one HTML file of a run's main views that opens without a network", "report data/demo-run -o report.html")
+    for command in (stats, verify, export, report):
         command.add_argument("run", type=Path, help="folder of the run")
     export.add_argument(
         "--table", choices=sorted(TABLES), required=True, help="; ".join(f"{t.name}: {t.definition}" for t in TABLES.values())
@@ -72,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     to = export.add_mutually_exclusive_group(required=True)
     to.add_argument("-o", "--output", type=Path, help="the file to write")
     to.add_argument("--describe", action="store_true", help="print what the table means, as JSON, and write nothing")
+    report.add_argument("-o", "--output", type=Path, required=True, help="the file to write")
     runs = add("runs", "list the runs in a folder", "runs data/runs")
     runs.add_argument("folder", type=Path)
     delete = add("delete", "delete a run for good", "delete data/runs mine")
@@ -280,6 +283,16 @@ def _export(arguments: argparse.Namespace) -> int:
         return 0
     rows = export_table(trace, arguments.table, arguments.format, arguments.output)
     _say(f"{arguments.output}: {rows:,} rows")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    # Streamlit's own log would say that no page is open.
+    logging.getLogger("streamlit").setLevel(logging.ERROR)
+    from app.report import write_report
+
+    size = write_report(open_run(arguments.run), arguments.output)
+    _say(f"{arguments.output}: {size / 1e6:,.1f} MB")
     return 0
 
 

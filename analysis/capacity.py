@@ -180,7 +180,7 @@ def in_words(now: Mapping[str, float], curve: pa.Table, factor: float, target: f
     if np.isnan(enough):
         return f"{said}; no factor up to {factors.max():g} keeps it at {_percent(target)}"
     idle = 1 - use[list(factors).index(enough)]
-    return f"{said}; {_percent(target)} or less needs {enough:g}, where {_percent(idle)} of slots idle"
+    return f"{said}; for {_percent(target)} or less CF {enough:g} is needed, and then {_percent(idle)} of the slots are idle"
 
 
 def expert_shape(model: ModelCard) -> ExpertShape:

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
 from analysis.cards import GroupUse
 from analysis.specialization import Preferences
 
 from . import palette
 
-CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "scale": 2}, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+PICTURES = ("svg", "png")  # what a figure can be saved as
 OCTAVES = 3
+LEAST_USES = 20  # tokens an expert must have for its row of effects to be coloured
 _TIMES = ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"]
 _ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+
+
+def file_name(run: str, what: str) -> str:
+    """``<run>-<what>`` without anything a file system or a shell could take for more than a letter."""
+    return "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part) for part in (run, what))
+
+
+def config(kind: str, run: str, what: str) -> dict[str, Any]:
+    """What a figure's own bar offers: the camera saves it as ``kind`` (svg, png at twice the size on screen), named by run and figure."""
+    save = {"format": kind, "scale": 2, "filename": file_name(run, what)}
+    return {"displaylogo": False, "toImageButtonOptions": save, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+
+
+def plotly_script() -> str:
+    """The source of plotly.js as it comes with the installed Plotly, about 4.8 MB."""
+    return str(get_plotlyjs())
+
+
+def portable(figure: go.Figure, run: str, what: str) -> dict[str, Any]:
+    """A figure as plain values for a page outside the app, which brings its own fonts and colours of axes; saved as SVG."""
+    figure.layout.template = None
+    return {**json.loads(figure.to_json()), "config": config("svg", run, what)}
 
 
 def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, mark: tuple[int, int] | None = None,
@@ -209,7 +236,7 @@ def share_bars(names: Sequence[str], shares: np.ndarray, counts: np.ndarray, mea
     """Bars of dropped shares [n] by group with the share over all as a line; ``counts`` [n] assignments stand in the hover."""
     figure = go.Figure(go.Bar(x=list(names), y=shares, customdata=counts, marker_color=palette.DEAD,
                               hovertemplate="%{x}: %{y:.1%} of %{customdata:,} assignments dropped<extra></extra>"))  # fmt: skip
-    figure.add_hline(y=mean, line={"color": "#888", "dash": "dot"}, annotation_text="all", annotation_font_color="#888")
+    figure.add_hline(y=mean, line={"color": "#888", "dash": "dot"}, annotation_text="whole layer", annotation_font_color="#888")
     figure.update_xaxes(title=what, type="category")
     figure.update_yaxes(title="dropped share", tickformat=".0%", rangemode="tozero")
     return _sized(figure, 300)
@@ -222,6 +249,7 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
     """
     cell = np.ix_(groups, experts)
     z = np.clip(found.enrichment[cell], -OCTAVES, OCTAVES)
+    z[:, found.count.sum(0)[experts] < LEAST_USES] = np.nan  # too rarely used for a colour to mean anything
     x = [str(e) for e in experts]
     figure = go.Figure(
         go.Heatmap(z=z.astype(np.float32), x=x, y=list(names), colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,

@@ -1,10 +1,10 @@
-"""Every table of a run, in every format: one row of controls, the same on each page that offers it."""
+"""Everything a page gives away: tables in every format, the same row of controls on each page, and figures as files."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -13,21 +13,41 @@ import streamlit as st
 from analysis.export import FORMATS, TABLES, computed_bytes, export_bytes
 from analysis.trace import Trace
 
+from . import charts
+from .selection import picture_kind
+
+_ABOUT = MappingProxyType(
+    {
+        "csv": "For spreadsheets: text is escaped so that no cell runs as a formula.",
+        "parquet": "Exact, and smallest: best for the decisions of a long run.",
+        "json": "Exact; carries the run, the settings and the definitions.",
+    }
+)
+
+
+def figure_config(trace: Trace, what: str) -> dict[str, Any]:
+    """Plotly's options for the figure called ``what``: saved as the header says, in a file named after run and figure."""
+    return charts.config(picture_kind(), trace.name, what)
+
 
 def downloads(trace: Trace, tables: Sequence[str] = tuple(TABLES)) -> None:
     """Choose a table and a format and take the file, which is made on the click."""
     row = st.container(horizontal=True, vertical_alignment="bottom")
     table = row.selectbox("Table", tables, key="table", width=180, help="; ".join(f"{n}: {TABLES[n].definition}" for n in tables))
-    kind = row.selectbox("Format", FORMATS, key="format", width=120, help="Parquet and JSON are exact; CSV escapes text for spreadsheets.")
-    row.download_button("Download", data=partial(export_bytes, trace, table, kind), key="download", on_click="ignore",
-                        file_name=f"{re.sub(r'[^a-z0-9._-]', '_', trace.name)}-{table}.{kind}")  # fmt: skip
+    _buttons(row, lambda kind: partial(export_bytes, trace, table, kind), charts.file_name(trace.name, table))
 
 
 def computed_downloads(trace: Trace, tables: Mapping[str, tuple[str, pa.Table]], settings: Mapping[str, Any]) -> None:
     """The same for tables a page computed: name -> (what a row is, rows); ``settings`` go into the file."""
     row = st.container(horizontal=True, vertical_alignment="bottom")
     table = row.selectbox("Table", list(tables), key="table", width=220, help="; ".join(f"{n}: {what}" for n, (what, _) in tables.items()))
-    kind = row.selectbox("Format", FORMATS, key="format", width=120, help="Parquet and JSON carry run, settings and definitions.")
     what, rows = tables[table]
-    row.download_button("Download", data=partial(computed_bytes, trace, rows, what, settings, kind), key="download", on_click="ignore",
-                        file_name=f"{re.sub(r'[^a-z0-9._-]', '_', trace.name)}-{table.replace(' ', '-')}.{kind}")  # fmt: skip
+    _buttons(row, lambda kind: partial(computed_bytes, trace, rows, what, settings, kind),
+             charts.file_name(trace.name, table.replace(" ", "-")))  # fmt: skip
+
+
+def _buttons(row: Any, data: Callable[[str], Callable[[], bytes]], name: str) -> None:
+    """One button per format: nothing reruns between choosing a format and the click, which would lose the file."""
+    for kind in FORMATS:
+        row.download_button(f"{kind.upper()}", data=data(kind), key=f"download-{kind}", on_click="ignore",
+                            file_name=f"{name}.{kind}", help=_ABOUT[kind])  # fmt: skip

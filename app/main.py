@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import StopException
 
 from app import jobs
 from app.selection import header, publish
@@ -26,6 +27,10 @@ page = st.navigation(
 )
 tighten()
 header()
-page.run()
+try:
+    page.run()
+except StopException:  # a page that has said all it can still stands in the URL
+    publish()
+    raise
 publish()
 jobs.warm_up()

@@ -11,6 +11,7 @@ import streamlit as st
 from analysis.store import RunError, RunSummary, open_run
 from analysis.trace import Trace
 
+from .charts import PICTURES
 from .components.theme_probe import probed_theme, theme_probe
 from .runs_folder import all_runs
 from .text import show_error, show_note
@@ -41,16 +42,28 @@ def choice(key: str, label: str, names: Mapping[str, str], default: str, *, widt
     Streamlit's own ``bind`` puts what is shown into the URL, cannot follow a step made inside a component, and gives the
     browser's Back button nothing to go back to.
     """
-    asked = (st.session_state["_link"] or {}).get(key)
-    if asked in names:
-        st.session_state[key] = asked
-    if st.session_state.get(key) not in names:
-        st.session_state[key] = default
+    asked, kept = (st.session_state["_link"] or {}).get(key), st.session_state.setdefault("_choices", {})
+    value = next(str(v) for v in (asked, kept.get(key), default) if v in names)
+    # Set on every run: Streamlit forgets on a change of page what code put into a widget.
+    kept[key] = st.session_state[key] = value
     widget: Any = draw or st.selectbox
-    chosen = widget(label, list(names), format_func=names.__getitem__, key=key, persist_state="session", width=width,
-                                    on_change=acted, **options)  # fmt: skip
-    st.session_state["_chosen"][key] = chosen or default
-    return str(chosen or default)
+    widget(label, list(names), format_func=names.__getitem__, key=key, width=width, on_change=_chose, args=(key,), **options)
+    st.session_state["_chosen"][key] = value
+    if asked is not None and asked not in names:
+        show_error(f"The link asks for {label.lower()} {asked[:40]}, which is not here; {names[value]} is shown instead.")
+    return value
+
+
+def set_choice(key: str, value: str) -> None:
+    """Make a choice in place of its widget; for callbacks, before the page runs."""
+    st.session_state.setdefault("_choices", {})[key] = value
+
+
+def _chose(key: str) -> None:
+    """A person chose in the widget; a segmented control that was switched off keeps its choice."""
+    acted()
+    if st.session_state[key] is not None:
+        set_choice(key, st.session_state[key])
 
 
 def typed(key: str, label: str) -> str:
@@ -85,18 +98,15 @@ def publish() -> None:
 
 
 def header() -> None:
-    """The line at the top of every page: the run (``?run=``) and the model behind it."""
+    """The line at the top of every page: the run (``?run=``), the model behind it, how figures are saved (``?figure=``)."""
     st.session_state["_chosen"] = {}
     _read_link()
     runs = _complete()
     if not runs:
         return
-    asked = st.query_params.get("run")
     row = st.container(horizontal=True, vertical_alignment="bottom")
     with row:
         name = choice("run", "Run", {n: n for n in runs}, next(iter(runs)), width=280)
-    if asked is not None and asked not in runs:
-        show_error(f"Run {asked[:64]} is not on this server; the first one in the list is shown instead.")
     try:
         trace = open_named(runs[name].folder, runs[name].created)
     except RunError:
@@ -106,6 +116,14 @@ def header() -> None:
     with row.container(width="stretch"):
         show_note(f"{trace.model.name} · {len(trace.layers)} routed layers · {shape} · {runs[name].n_tokens:,} tokens"
                          f" of {runs[name].n_documents:,} documents")  # fmt: skip
+    with row:
+        choice("figure", "Figures save as", {k: k.upper() for k in PICTURES}, PICTURES[0], draw=st.segmented_control,
+               help="The camera at the top right of a figure, shown when you point at it, saves the figure as such a file.")  # fmt: skip
+
+
+def picture_kind() -> str:
+    """What figures are saved as."""
+    return str(st.session_state["_chosen"].get("figure", PICTURES[0]))
 
 
 def current_trace() -> Trace:
@@ -114,7 +132,7 @@ def current_trace() -> Trace:
     if not runs:
         st.info("No run is recorded yet. Record one on the Runs page, or make the demo run with `make demo-run`.")
         st.stop()
-    run = runs[st.session_state["run"]]
+    run = runs[st.session_state["_chosen"]["run"]]
     try:
         return open_named(run.folder, run.created)
     except RunError as error:

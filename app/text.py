@@ -58,8 +58,17 @@ def _decodes(piece: bytes) -> bool:
 
 
 def axis_label(text: str, limit: int = 14) -> str:
-    """Text for a Plotly tick, title or hover: HTML-escaped; longer than ``limit`` ends in an ellipsis."""
+    """Text for a Plotly tick, title or hover: HTML-escaped; longer than ``limit`` ends in an ellipsis.
+
+    A double quote goes by its number: Plotly knows few names, and would show the letters &quot;.
+    """
     shown = visible_token(text)
+    return html.escape(shown if len(shown) <= limit else shown[: limit - 1] + "…").replace("&quot;", "&#34;")
+
+
+def axis_name(text: str, limit: int = 22) -> str:
+    """As ``axis_label`` for names and labels: plain spaces stay plain."""
+    shown = "".join(c if c == " " else visible_token(c) for c in text) or "⟨empty⟩"
     return html.escape(shown if len(shown) <= limit else shown[: limit - 1] + "…")
 
 
@@ -70,6 +79,11 @@ def plain(text: str) -> str:
     """
     shown = "".join(c if c == " " or _shows(c) else visible_token(c) for c in text)
     return _MARKDOWN.sub(r"\\\1", re.sub(r":(?=\w)", ":\u2060", shown))
+
+
+def markup(text: str) -> str:
+    """Text for an HTML file, as content or as an attribute's value in quotes: nothing in it is markup, controls are visible."""
+    return html.escape("".join(c if c == " " or _shows(c) else visible_token(c) for c in text))
 
 
 def show_heading(text: str) -> None:

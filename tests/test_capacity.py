@@ -226,7 +226,10 @@ def test_the_answer_in_words() -> None:
     ranked = rank_trace(make_trace(layers, [part]))
     pooled = pool_curves(ranked.curves([1.0, 1.25, 1.5, 2.0]))
     said = in_words(ranked.at(1.0).summary(), pooled, 1.0)
-    assert said == "CF 1 drops 25 % of assignments (25 % of tokens lose all experts); 1 % or less needs 1.5, where 33.3 % of slots idle"
+    assert (
+        said
+        == "CF 1 drops 25 % of assignments (25 % of tokens lose all experts); for 1 % or less CF 1.5 is needed, and then 33.3 % of the slots are idle"
+    )
     assert in_words(ranked.at(1.0).summary(), pool_curves(ranked.curves([1.0, 1.25])), 1.0).endswith("no factor up to 1.25 keeps it at 1 %")
 
 

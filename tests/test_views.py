@@ -1,5 +1,6 @@
 """Every page over several runs, without a browser: no exception, and what must be on screen is."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from streamlit.testing.v1 import AppTest
 from analysis.capture import capture
 from analysis.glossary import TERMS
 from analysis.metrics import METRICS
+from analysis.store import open_run
 from analysis.trace import LayerInfo, SiteRouting
 from analysis.writing import RunWriter
-from app.text import plain
+from app.text import plain, visible_token
 
 from . import tiny
 from .families import FAMILIES
@@ -73,6 +75,23 @@ def test_every_page_over_every_kind_of_run(runs: Path, page: str, kind: str, len
         assert "![" not in unescaped and "<" not in unescaped
 
 
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_every_figure_is_saved_as_the_header_says_under_a_name_of_its_own(runs: Path, kind: str) -> None:
+    store(runs / "mine", PLAIN, [30, 700])
+    names = []
+    for page in ("overview", "tokens", "load", "capacity", "specialization", "expert"):
+        test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+        test.query_params.update({"run": "mine", "figure": kind})
+        test.run()
+        test.switch_page(f"views/{page}.py").run()
+        figures = [json.loads(f.proto.config)["toImageButtonOptions"] for f in test.get("plotly_chart")]
+        assert figures and {f["format"] for f in figures} == {kind} and test.query_params["figure"] in (kind, [kind])
+        here = [f["filename"] for f in figures]
+        assert len(set(here)) == len(here) and all(re.fullmatch(r"mine-[\w.-]+", n) for n in here)
+        names += here
+    assert len(names) >= 9 and "mine-load-map" in names
+
+
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs captured from families with two sites per layer, special classes, product keys, one routed layer."""
@@ -115,12 +134,11 @@ def test_an_unknown_run_in_the_link_is_said(runs: Path) -> None:
     test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
     test.query_params["run"] = "<b>gone</b>"
     test.run()
-    assert any("not on this server" in e.value for e in test.error)
+    assert any("which is not here" in e.value for e in test.error)
 
 
 def test_capacity_answers_as_the_engine_does(runs: Path) -> None:
     from analysis.capacity import apply_capacity
-    from analysis.store import open_run
 
     test = shown("capacity", "demo-run")
     for name, value in {"at": "layer 3", "preset": "megatron", "scope": "document", "cf": "1", "policy": "position"}.items():
@@ -133,11 +151,11 @@ def test_capacity_answers_as_the_engine_does(runs: Path) -> None:
 
 def test_what_if_answers_from_the_example_and_starts_again_with_another(runs: Path) -> None:
     test = shown("model", "demo-run")
-    assert [m.value for m in test.metric][-3:] == ["1,760.0 B", "440.0 B", "25.0%"]
+    assert [m.value for m in test.metric][-3:] == ["1.76 T", "440.0 B", "25.0%"]
     test.selectbox(key="experts").set_value("16").run()
     assert test.metric[-1].value == "12.5%" and any("no longer those of the example" in c.value for c in test.caption)
     test.selectbox(key="example").set_value("64x16b").run()
-    assert [m.value for m in test.metric][-3:] == ["1,024.0 B", "128.0 B", "12.5%"]
+    assert [m.value for m in test.metric][-3:] == ["1.02 T", "128.0 B", "12.5%"]
 
 
 def test_glossary_explains_every_metric_and_every_term(runs: Path) -> None:
@@ -180,7 +198,6 @@ def test_load_names_layers_that_hide_behind_the_sum(runs: Path) -> None:
 @pytest.mark.parametrize("batch", ["1", "4096"])
 def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, pieces: str) -> None:
     from analysis.stability import maxvio_table
-    from analysis.store import open_run
 
     test = shown("load", "demo-run")
     test.query_params.update({"batch": batch, "pieces": pieces})
@@ -188,3 +205,23 @@ def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, piece
     first = maxvio_table(open_run(ROOT / "data" / "demo-run"), int(batch)).to_pylist()[0]
     assert any(f"n = {first['batches']} batches of {first['batch_n']:,.0f} tokens" in c.value for c in test.caption)
     assert any(f"in {9 if pieces == 'label' else 11} pieces" in c.value for c in test.caption) and not test.exception
+
+
+def test_tokens_that_pay_are_named_by_their_own_text(runs: Path) -> None:
+
+    test = shown("capacity", "demo-run")
+    test.query_params["who"] = "token"
+    test.run()
+    told = test.dataframe[0].value
+    tokens = open_run(ROOT / "data" / "demo-run").tokens
+    text_of = dict(zip(tokens["token_id"].to_pylist(), tokens["token"].to_pylist(), strict=True))
+    assert [visible_token(text_of[i]) for i in told["token id"]] == told["token"].tolist() and told["dropped"].is_monotonic_decreasing
+
+
+def test_an_expert_without_tokens_says_so(runs: Path) -> None:
+    store(runs / "short", PLAIN, [1])
+    test = shown("expert", "short")
+    used = open_run(runs / "short").stats.load(len(PLAIN) - 1)
+    test.selectbox(key="expert").set_value(str(int(used.argmin()))).run()
+    assert "No token of this run uses this expert" in test.info[0].value and not test.exception
+    assert all("nan" not in m.value for m in test.metric)

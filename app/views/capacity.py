@@ -16,7 +16,7 @@ from analysis.slots import PRESETS, CapacityError, make_batches
 from analysis.trace import Trace
 from app import charts, text
 from app.components.token_strip import token_strip
-from app.downloads import computed_downloads
+from app.downloads import computed_downloads, figure_config
 from app.selection import choice, current_trace, document_picker
 
 SCOPES = {"documents": "micro-batches of documents", "document": "each document alone", "tokens": "micro-batches of tokens",
@@ -53,10 +53,11 @@ def who_pays(trace: Trace, applied: AppliedCapacity, site: int, mean: float) -> 
         return {"by token": ("one row per token id", token_table(trace, rows, mean))}
     rows = applied.by_label() if asked == "label" else applied.by_position()
     keys = rows["label" if asked == "label" else "first_position"].to_pylist()
-    names = [text.axis_label(k or "no label", 24) if asked == "label" else f"{k:,}" for k in keys]
+    names = [text.axis_name(k or "no label") if asked == "label" else f"{k:,}" for k in keys]
     st.plotly_chart(charts.share_bars(names, rows["dropped_share"].to_numpy(), rows["assignments"].to_numpy(), mean,
                                       "label" if asked == "label" else "position in the document, first of each bin"),
-                    config=charts.CONFIG, key="who-chart", alt=f"Bars of the dropped share {WHO[asked]}.")  # fmt: skip
+                    config=figure_config(trace, f"dropped-{WHO[asked]}-{trace.layers[site].title}-cf-{factor:g}"),
+                    key="who-chart", alt=f"Bars of the dropped share {WHO[asked]}.")  # fmt: skip
     return {WHO[asked]: (f"one row per {asked}", rows)}
 
 
@@ -65,7 +66,8 @@ def token_table(trace: Trace, rows: pa.Table, mean: float) -> pa.Table:
     stream = trace.layers[int(rows["site"][0].as_py())].stream
     tokens = trace.stream_tokens(stream)
     first = dict(zip(tokens["token_id"].to_pylist(), tokens["token"].to_pylist(), strict=True))
-    rows = rows.sort_by([("dropped", "descending")]).append_column("token", pa.array([first[i] for i in rows["token_id"].to_pylist()]))
+    rows = rows.sort_by([("dropped", "descending")])
+    rows = rows.append_column("token", pa.array([first[i] for i in rows["token_id"].to_pylist()]))
     top = rows.slice(0, 25)
     st.dataframe(
         pd.DataFrame({"token": [text.visible_token(t) for t in top["token"].to_pylist()], "token id": top["token_id"].to_pylist(),
@@ -99,11 +101,11 @@ def struck_text(trace: Trace, applied: AppliedCapacity, site: int) -> None:
 def explain() -> None:
     """Figure 3 of the Switch Transformer (arXiv 2101.03961), answered by the same engine as the rest of the page."""
     names, experts = ("The", "cat", "sat", "on", "the", "mat"), np.array([[0], [1], [0], [2], [0], [1]], np.int16)
-    chosen = float(choice("six", "Capacity factor", {f: f for f in ("0.5", "1", "1.5", "2")}, "1", draw=st.segmented_control))
+    chosen = float(choice("six", "Factor in this lesson", {f: f for f in ("0.5", "1", "1.5", "2")}, "1", draw=st.segmented_control))
     queues = rank_site(experts, np.ones((6, 1), np.float32), 3, make_batches([6], "run"))
     total = queues.at(chosen).total()
-    st.plotly_chart(charts.slot_grid(names, experts[:, 0], queues.ranks[:, 0], total["largest_capacity"], 3), config=charts.CONFIG,
-                    key="six-chart", alt="Six tokens in the slots of three experts.")  # fmt: skip
+    st.plotly_chart(charts.slot_grid(names, experts[:, 0], queues.ranks[:, 0], total["largest_capacity"], 3),
+                    config=figure_config(trace, f"six-tokens-cf-{chosen:g}"), key="six-chart", alt="Six tokens in the slots of three experts.")  # fmt: skip
     st.markdown(
         f"Six tokens, three experts, one expert per token: an even share is 6 / 3 = 2 tokens. Times the factor {chosen:.1f}, rounded up, "
         f"each expert gets **{total['largest_capacity']:,} slots**. **{total['dropped']:,} of 6 tokens** find their expert full and skip it; "
@@ -178,7 +180,7 @@ grid = [mine.filter(pc.equal(mine["site"], s)) for s in dict.fromkeys(mine["site
 st.plotly_chart(
     charts.overflow_curves(np.array(FACTORS), np.stack([g["dropped_share"].to_numpy() for g in grid]),
                            1 - np.stack([g["slot_use"].to_numpy() for g in grid]), pooled["chance_dropped_share"].to_numpy(), factor),
-    config=charts.CONFIG, key="curves", alt="Shares of dropped assignments and idle slots over the capacity factor.",
+    config=figure_config(trace, f"capacity-curves-{shown_layer}-{policy}"), key="curves", alt="Shares of dropped assignments and idle slots over the capacity factor.",
 )  # fmt: skip
 st.caption("Line: median over the layers shown; band: their range. Dropped: share of assignments; idle: share of slots.")
 
@@ -186,17 +188,19 @@ text.show_heading(f"Expert by expert at {layer.title}" + (", the layer that drop
 experts = applied.by_expert()
 st.plotly_chart(
     charts.slot_bars(*(experts[c].to_numpy() for c in ("kept", "dropped", "idle", "slots"))),
-    config=charts.CONFIG, key="slots", alt=f"Bars per expert of {layer.title}: processed, dropped and idle.",
+    config=figure_config(trace, f"slots-{layer.title}-{policy}-cf-{factor:g}"), key="slots", alt=f"Bars per expert of {layer.title}: processed, dropped and idle.",
 )  # fmt: skip
 st.caption(
     f"Sums over {total['batches']:,} batches, capacity {total['least_capacity']:,} to {total['largest_capacity']:,} slots per expert and "
     "batch. An expert can drop in one batch and idle in another, so both may stand on one bar."
 )
-st.subheader("Who pays?")
+text.show_heading(f"Who pays at {layer.title}?")
 tables = {"curves": ("one row per layer and capacity factor", every), "by layer": ("one row per layer", pa.Table.from_pylist(here)),
           "by expert": ("one row per expert of the layer shown", experts), **who_pays(trace, applied, site, total["dropped_share"])}  # fmt: skip
 
-compare = st.expander("The same capacity under other policies: as many lose, but not the same ones", on_change="rerun", key="compare")
+compare = st.expander(
+    "The same capacity under other policies: those that drop, drop as much, but not the same tokens", on_change="rerun", key="compare"
+)
 if compare.open:
     with compare:
         rows = compare_policies(trace, factor, scope, size=size, mixed=mixed, preset=preset, layers=[site])

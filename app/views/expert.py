@@ -13,7 +13,7 @@ from analysis.cards import GroupUse, Neighbour, Passage, SiteEvidence, expert_ca
 from analysis.trace import Trace
 from app import charts, text
 from app.components.token_strip import token_strip
-from app.downloads import computed_downloads
+from app.downloads import computed_downloads, figure_config
 from app.selection import choice, current_trace, layer_picker
 
 
@@ -31,7 +31,8 @@ def examples(_trace: Trace, run: str, site: int, expert: int) -> tuple[Passage, 
 
 def uses(rows: Sequence[GroupUse], what: str) -> None:
     """Groups by lift, with interval and whether they are more than chance."""
-    st.plotly_chart(charts.enrichment_bars([text.axis_label(u.group, 22) for u in rows], rows), config=charts.CONFIG, key=f"uses-{what}",
+    st.plotly_chart(charts.enrichment_bars([text.axis_name(u.group) for u in rows], rows), key=f"uses-{what}",
+                    config=figure_config(trace, f"{trace.layers[site].title}-expert-{expert}-by-{what}"),
                     alt=f"Bars of log2 enrichment by {what}, with intervals.")  # fmt: skip
 
 
@@ -66,7 +67,8 @@ with st.container(horizontal=True):
     site = layer_picker(trace)
     layer = trace.layers[site]
     names = {str(e): f"expert {e}" + (" (no weights)" if e >= layer.n_experts else "") for e in range(layer.n_classes)}
-    expert = int(choice("expert", "Expert", names, "0", width=160))
+    busiest = int(np.argmax(trace.stats.load(site)[: layer.n_experts]))
+    expert = int(choice("expert", "Expert", names, str(busiest), width=160))
 known = evidence(trace, run, site)
 card = expert_card(trace, site, expert, known)
 text.show_heading(f"{card.title[:1].upper()}{card.title[1:]}: {card.description}")
@@ -81,8 +83,11 @@ numbers.metric(
     border=True,
     help=f"Tokens whose largest gate weight it has, of {card.assignments:,} that use it.",
 )
-numbers.metric("Mean gate weight", f"{card.mean_gate:.2f}", border=True, help="Where it is used; as executed.")
+numbers.metric("Mean gate weight", f"{card.mean_gate:.2f}" if card.assignments else "–", border=True, help="Where it is used; as executed.")
 
+if not card.assignments:
+    st.info("No token of this run uses this expert: there is nothing to tell. Choose another one, or a longer run.")
+    st.stop()
 if card.labels:
     st.subheader("Which texts use it?")
     uses(card.labels, "label")
@@ -95,12 +100,12 @@ if card.tokens:
     st.subheader("Which tokens, most of all?")
     st.dataframe(
         pd.DataFrame([{"token": text.visible_token(t.text or "?"), "uses it": t.count, "of its occurrences": t.tokens, "share": t.share,
-                       "lift": t.lift, "p": t.p} for t in card.tokens]),
+                       "lift": t.lift, "p at most": t.p} for t in card.tokens]),
         hide_index=True, column_config={"share": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1),
-                                        "lift": st.column_config.NumberColumn(format="%.1f"), "p": st.column_config.NumberColumn(format="%.3f")},
+                                        "lift": st.column_config.NumberColumn(format="%.1f"), "p at most": st.column_config.NumberColumn(format="%.3f")},
     )  # fmt: skip
     st.caption(
-        "By lift: the token's share over the expert's share of all tokens. p: that any token stands out as much when assignments are dealt at random."
+        "By lift: the token's share over the expert's share of all tokens. p: that any token stands out as much when assignments are dealt at random, 199 times; 0.005 is the least that can show."
     )
 if trace.load_tokens is not None and card.assignments:
     st.subheader("Where in the text?")

@@ -23,7 +23,7 @@ from analysis.stability import (
 )
 from analysis.trace import Trace
 from app import charts, text
-from app.downloads import computed_downloads
+from app.downloads import computed_downloads, figure_config
 from app.selection import choice, current_trace, layer_picker, theme
 
 SHOWN = ("max_over_mean", "chance_max_over_mean", "maxvio", "cv", "chance_cv", "gini", "effective_experts", "dead", "cold")
@@ -51,13 +51,13 @@ def show_map(relative: list[np.ndarray]) -> None:
     layer, n = trace.layers[worst], stats.n_tokens(worst)
     chance = table["chance_max_over_mean"][worst].as_py()
     text.show_heading(
-        f"{layer.title.capitalize()} is the least even: expert {int(relative[worst].argmax())} gets {relative[worst].max():.2f} times its share."
+        f"{layer.title.capitalize()} has the busiest expert of all: expert {int(relative[worst].argmax())} gets {relative[worst].max():.2f} times its share."
     )
     text.show_note(f"n = {n:,} tokens; uniform random routing would give at most about {chance:.2f} times.")
     order = choice("order", "Experts in each layer", {"number": "by number", "load": "by load"}, "number", draw=st.segmented_control)
     st.plotly_chart(
         charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load"),
-        config=charts.CONFIG,
+        config=figure_config(trace, f"load-map-by-{order}"),
         key="load_map",
         alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
     )
@@ -106,7 +106,7 @@ def show_batches() -> tuple[str, pa.Table]:
     value = {n: rows[n].to_numpy() for n in ("run", "batch", "least", "most", "chance_batch", "chance_run")}
     st.plotly_chart(
         charts.maxvio_lines([x.title for x in trace.layers], *(value[n] for n in ("run", "batch", "least", "most", "chance_batch"))),
-        config=charts.CONFIG, key="maxvio", alt="MaxVio per layer: over the whole run, mean of its batches with their range, and by chance.",
+        config=figure_config(trace, "maxvio"), key="maxvio", alt="MaxVio per layer: over the whole run, mean of its batches with their range, and by chance.",
     )  # fmt: skip
     first = rows.to_pylist()[0]
     st.caption(
@@ -123,11 +123,11 @@ def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
     offered = {k: v for k, v in PIECES.items() if k != "label" or len(labels)}
     piece = choice("pieces", "Its balance", offered, next(iter(offered)), draw=st.segmented_control)
     rows = labels if piece == "label" else position_balance(trace, site)
-    names = [text.axis_label(x, 22) for x in rows["label"].to_pylist()] if piece == "label" else [
+    names = [text.axis_name(x) for x in rows["label"].to_pylist()] if piece == "label" else [
         f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in zip(rows["first"].to_pylist(), rows["last"].to_pylist(), strict=True)]  # fmt: skip
     ratio, n, chance = (rows[c].to_numpy() for c in ("max_over_mean", "n", "chance_max_over_mean"))
     st.plotly_chart(charts.piece_bars(names, ratio, n, chance, whole, "label" if piece == "label" else "position in the document"),
-                    config=charts.CONFIG, key="pieces-chart", alt=f"Bars of max over mean load {PIECES[piece]}, with what chance gives.")  # fmt: skip
+                    config=figure_config(trace, f"balance-{piece}"), key="pieces-chart", alt=f"Bars of max over mean load {PIECES[piece]}, with what chance gives.")  # fmt: skip
     st.caption(
         f"Largest load over mean load within each piece, n = {int(n.sum()):,} tokens in {len(n):,} pieces. Fewer tokens look less even by "
         "chance alone: the grey mark is what uniform routing of the piece's tokens stays below on average."
@@ -171,7 +171,7 @@ batched = show_batches()
 site = layer_picker(trace)
 chosen = trace.layers[site]
 text.show_heading(f"{chosen.title.capitalize()}: {chosen.n_experts} experts, top-{chosen.top_k}")
-st.plotly_chart(charts.sorted_load(relative[site], theme()), config=charts.CONFIG, key="bars",
+st.plotly_chart(charts.sorted_load(relative[site], theme()), config=figure_config(trace, f"load-{chosen.title}"), key="bars",
                 alt=f"Bars of the loads of {chosen.title}, busiest expert first, with a line at an even share.")  # fmt: skip
 text.show_note(f"n = {stats.n_tokens(site):,} tokens, {int(stats.load(site).sum()):,} assignments.")
 if chosen.native_capacity is not None:

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import pandas as pd
 import streamlit as st
 
-from analysis.trace import LayerInfo
 from analysis.whatif import EXAMPLES, Mixture, weigh
 from app import text
-from app.selection import choice, current_trace
+from app.model_card import router_rows
+from app.selection import choice, current_trace, set_choice
 
 EXPERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CHOSEN = (1, 2, 4, 6, 8, 10, 16, 32)
-
-
-def row(layers: list[LayerInfo]) -> dict[str, Any]:
-    """Neighbouring layers that are alike, as one row."""
-    x = layers[0]
-    return {
-        "layers": x.title if len(layers) == 1 else f"{x.title} to {layers[-1].layer}",
-        "experts": x.n_experts,
-        "without weights": x.n_special,
-        "top-k": x.top_k,
-        "shared experts": x.n_shared,
-        "scores": x.scoring,
-        "chosen by": x.selection,
-        "weights sum to 1": {True: "yes", False: "no", None: "not known"}[x.normalised],
-        "weights on": x.weights_on,
-        "native capacity": x.native_capacity,
-    }
-
-
-def alike(x: LayerInfo) -> tuple[Any, ...]:
-    values = row([x])
-    return tuple(v for k, v in values.items() if k != "layers")
 
 
 def what_if() -> None:
@@ -45,11 +22,11 @@ def what_if() -> None:
     names = {n: f"{e.title} ({e.status.split(':')[0].split(' ')[0].lower()})" for n, e in EXAMPLES.items()}
     chosen = choice("example", "Start from", names, next(iter(names)), width=420)
     example = EXAMPLES[chosen]
-    if st.session_state.get("_example") not in (None, chosen):
-        for key in ("experts", "k"):
-            st.session_state.pop(key, None)
-    st.session_state["_example"] = chosen
     start = example.mixture
+    if st.session_state.get("_example", chosen) != chosen:
+        set_choice("experts", str(start.experts))
+        set_choice("k", str(start.top_k))
+    st.session_state["_example"] = chosen
     with st.container(horizontal=True):
         experts = int(choice("experts", "Experts per layer", options(EXPERTS, start.experts), str(start.experts), width=160))
         k = int(choice("k", "Used by a token (top-k)", options([n for n in CHOSEN if n <= experts], min(start.top_k, experts)),
@@ -57,8 +34,8 @@ def what_if() -> None:
     mixture: Mixture = replace(start, experts=experts, top_k=k)
     weight = weigh(mixture)
     numbers = st.container(horizontal=True)
-    numbers.metric("Parameters held", f"{weight.total / 1e9:,.1f} B", border=True, help="All of them must be in memory to serve the model.")
-    numbers.metric("Used by one token", f"{weight.active / 1e9:,.1f} B", border=True, help="Shared parts and top-k experts of every layer.")
+    numbers.metric("Parameters held", in_words(weight.total), border=True, help="All of them must be in memory to serve the model.")
+    numbers.metric("Used by one token", in_words(weight.active), border=True, help="Shared parts and top-k experts of every layer.")
     numbers.metric(
         "Share used", f"{weight.active / weight.total:.1%}", border=True, help="Computation follows this share, memory does not."
     )
@@ -68,6 +45,11 @@ def what_if() -> None:
     )  # fmt: skip
     changed = " Experts or top-k are changed here, so the figures are no longer those of the example." if mixture != start else ""
     text.show_note(f"{example.title}. {example.status}. {example.note}{changed}")
+
+
+def in_words(parameters: int) -> str:
+    """A count of parameters with its unit: 46.7 B, 1.76 T."""
+    return f"{parameters / 1e12:,.2f} T" if parameters >= 1e12 else f"{parameters / 1e9:,.1f} B"
 
 
 def options(values: Any, own: int) -> dict[str, str]:
@@ -91,7 +73,7 @@ text.show_text(
     f"{card.name}: a {card.architecture} of family {card.family}, weights in {card.dtype}, {card.vocab_size:,} tokens in its vocabulary."
 )
 st.subheader("Its routers")
-st.dataframe(pd.DataFrame([row(list(group)) for _, group in groupby(trace.layers, alike)]), hide_index=True)
+st.dataframe(pd.DataFrame(router_rows(trace.layers)), hide_index=True)
 st.caption(
     "Scores: what turns router logits into comparable numbers. Chosen by: the rule that picks the top-k from them. Weights on: where the "
     "gate weight multiplies. Experts without weights are classes that compute nothing (zero-compute, skip)."
@@ -100,6 +82,6 @@ for note in dict.fromkeys(x.note for x in trace.layers if x.note):
     text.show_note(note)
 for warning in card.warnings:
     text.show_note(warning)
-st.subheader("What if? A model in three numbers")
+st.subheader("What if? Experts and top-k of a model")
 what_if()
 st.caption("`python -m analysis params CONFIG` counts any model from its config alone, before a weight is downloaded.")

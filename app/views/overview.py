@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import streamlit as st
 
 from analysis.balance import relative_load
 from analysis.findings import Finding, first_finding
 from analysis.metrics import METRICS
+from analysis.stability import dead_experts
 from analysis.trace import Trace
 from app import charts, text
 from app.components.token_strip import token_strip
+from app.downloads import figure_config
+from app.report import report_bytes
 from app.selection import current_trace, theme
-
-FIRST_TOKENS = 160
+from app.strip_data import first_text
 
 
 def first_lines(trace: Trace, finding: Finding) -> None:
     """The beginning of a text that shows the finding, with its expert in the spotlight; a click opens the Tokens page."""
-    site = trace.layers[finding.site]
-    documents = [r for r in trace.documents.to_pylist() if r["stack"] == site.stream and finding.label in (None, r["label"])]
-    document = documents[0]
-    start, stop = trace.document_range(document["document"], site.stream)
-    stop = min(stop, start + FIRST_TOKENS)
-    sites = [x for x in trace.layers if x.stream == site.stream]
-    rows = trace.stream_tokens(site.stream).slice(start, stop - start)
-    shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())
-    read = [trace.routing(x.index, start, stop) for x in sites]
-    here = {"run": trace.name, "doc": str(document["document"] + 1), "layer": site.title}
-    told = token_strip(
-        shown, ["\n" in (t or "") for t in rows["token"].to_pylist()], [r.experts for r in read], [r.weights for r in read],
-        [x.title for x in sites], f"overview-{trace.name}-{trace.options.get('created')}", layer=sites.index(site), spotlight=finding.expert,
-    )  # fmt: skip
+    first = first_text(trace, finding)
+    told = token_strip(first.texts, first.breaks, first.experts, first.weights, first.layers,
+                       f"overview-{trace.name}-{trace.options.get('created')}", layer=first.layer, spotlight=finding.expert,
+                       on_layer=lambda _: None)  # fmt: skip
     text.show_note(
-        f"The first {len(shown):,} of {document['n_tokens']:,} tokens of {document['name']}; the stronger the colour, the larger the"
+        f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; the stronger the colour, the larger the"
         f" gate weight of expert {finding.expert}. Press its button for all experts, click a token to follow it through every layer."
     )
     if told.token is not None:
+        here = {
+            "run": trace.name,
+            "doc": str(first.document["document"] + 1),
+            "layer": first.layers[first.layer if told.layer is None else told.layer],
+        }
         st.switch_page("views/tokens.py", query_params={**here, "token": str(told.token)})
 
 
@@ -59,7 +58,7 @@ tokens = sum(trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in layers))
 decisions = sum(stats.n_tokens(x.index) * x.top_k for x in layers)
 worst = METRICS["max_over_mean"](trace).to_pydict()
 chance = METRICS["chance_max_over_mean"](trace).to_pydict()
-dead = METRICS["dead"](trace).to_pydict()
+dead = dead_experts(trace)
 at = int(np.nanargmax(worst["value"]))
 numbers = st.container(horizontal=True)
 numbers.metric("Tokens", f"{tokens:,}", border=True, help="Tokens recorded in this run, padding excluded.")
@@ -73,9 +72,9 @@ numbers.metric(
 )
 numbers.metric(
     "Dead experts",
-    f"{sum(dead['value']):.0f}",
+    f"{dead.dead:,}",
     border=True,
-    help="Experts, over all layers, that received no token of this run. By chance: none in a run of this length.",
+    help=f"Of {dead.experts:,} experts over all layers, those that received no token of this run. Uniform routing would leave {dead.chance:.1f}.",
 )
 
 rows = [x.title for x in layers]
@@ -86,7 +85,7 @@ mark = (finding.site, finding.expert) if finding is not None else None
 st.subheader("Who carries the load? Each cell is one expert of one layer.")
 st.plotly_chart(
     charts.load_map(relative, rows, theme(), mark),
-    config=charts.CONFIG,
+    config=figure_config(trace, "load-map"),
     key="load_map",
     alt=f"Heatmap of {len(rows)} layers by {len(relative[0])} experts: load relative to an even share.",
 )
@@ -100,6 +99,9 @@ links = st.columns(3)
 links[0].page_link("views/tokens.py", label="Which expert does each token go to?", query_params={"run": trace.name})
 links[1].page_link("views/load.py", label="How uneven is each layer?", query_params={"run": trace.name})
 links[2].page_link("views/runs.py", label="Record your own text")
+st.download_button("Save this run as one HTML file", data=partial(report_bytes, trace), key="report", on_click="ignore", mime="text/html",
+                   file_name=f"{charts.file_name(trace.name, 'report')}.html", icon=":material/download:",
+                   help="The views above, balance, capacity and specialization: opens without a network, to keep or to send.")  # fmt: skip
 st.subheader("The model")
 layer = layers[0]
 text.show_text(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import streamlit as st
 
 from analysis.information import Information
@@ -13,7 +14,7 @@ from analysis.specialization import Preferences, by_label, by_position, label_in
 from analysis.trace import Trace
 from analysis.vocabulary import by_class, context_independence, input_tokens, top_tokens, vocabulary_specialization
 from app import charts, text
-from app.downloads import computed_downloads
+from app.downloads import computed_downloads, figure_config
 from app.selection import choice, current_trace, layer_picker, theme
 
 KINDS = {
@@ -42,25 +43,28 @@ def informations(_trace: Trace, run: str) -> list[Information]:
 def show_preferences(found: Preferences, site: int) -> None:
     """Headline, heatmap and definitions of one kind of groups."""
     layer = trace.layers[site]
+    rows = trace.documents.filter(pc.equal(trace.documents["stack"], layer.stream))
+    documents = pc.count(rows["label"]).as_py() if found.kind == "label" else len(rows)
     named = int((found.significant & (found.lift >= CLEAR)).any(0).sum())
     chance = layer.top_k / layer.n_classes
-    text.show_heading(f"{named} of {layer.n_classes} experts of {layer.title} prefer one {found.kind} beyond chance.")
+    text.show_heading(f"{named} of {layer.n_classes} experts of {layer.title} prefer at least one {found.kind} beyond chance.")
     text.show_note(
-        f"n = {int(found.tokens.sum()):,} tokens of {int(found.documents.sum()):,} documents. Beyond chance: used at least {CLEAR:g} times as"
+        f"n = {int(found.tokens.sum()):,} tokens of {documents:,} documents. Beyond chance: used at least {CLEAR:g} times as"
         f" often as overall, and significant after correction for all {found.count.size:,} cells (false discovery rate 5 %). Uniform routing"
         f" would use each expert for {chance:.1%} of every {found.kind}. Test: {found.method}."
     )
     groups, experts = (
         seriation(found.enrichment) if found.kind != "position" else (np.arange(len(found.groups)), np.arange(found.count.shape[1]))
     )
-    names = [text.axis_label(found.groups[g], 22) for g in groups]
+    names = [text.axis_name(found.groups[g]) for g in groups]
     event = st.plotly_chart(
-        charts.enrichment_map(found, names, groups, experts, theme()), config=charts.CONFIG, key=f"cells-{found.kind}", on_select="rerun",
+        charts.enrichment_map(found, names, groups, experts, theme()), key=f"cells-{found.kind}", on_select="rerun",
+        config=figure_config(trace, f"enrichment-by-{found.kind}-{layer.title}"),
         selection_mode="points", alt=f"Heatmap of {len(groups)} groups by {len(experts)} experts: log2 enrichment.",
     )  # fmt: skip
     st.caption(
         "Colour: log2 of the share of the group's tokens that use the expert over the share of all other tokens; orange more, blue less. "
-        "A small cross marks a cell that is no more than chance. Rows and columns are ordered so that structure shows. Click a cell for its expert."
+        "A small cross marks a cell that is no more than chance; experts used by fewer than 20 tokens have no colour. Rows and columns are ordered so that structure shows. Click a cell for its expert."
     )
     open_expert(event)
 
@@ -80,7 +84,7 @@ def show_layers() -> None:
     found = informations(trace, run)
     st.subheader("In which layers do experts follow the labels?")
     st.plotly_chart(charts.information_bars([x.title for x in trace.layers], np.array([i.corrected for i in found]), np.array([i.floor for i in found])),
-                    config=charts.CONFIG, key="information", alt="Bars of the mutual information of expert and label per layer.")  # fmt: skip
+                    config=figure_config(trace, "label-information"), key="information", alt="Bars of the mutual information of expert and label per layer.")  # fmt: skip
     top = found[0].entropy_y
     st.caption(
         f"Mutual information of expert and label in bits, bias-corrected; 0 = the label says nothing about the expert, at most {top:.2f} here. "
@@ -127,7 +131,7 @@ def show_pairs(pairs: PairCounts, kind: str) -> pa.Table:
     text.show_note(f"n = {pairs.n:,} pairs. Uniform routing would give each partner {pairs.chance_share:.1%}. Pairs are not tested one by one:"
                    " tokens of one document are not independent.")  # fmt: skip
     st.plotly_chart(charts.lift_map(lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer", theme()),
-                    config=charts.CONFIG, key=f"lift-{kind}", alt="Heatmap of observed over expected pairs of experts.")  # fmt: skip
+                    config=figure_config(trace, f"{kind}-{here}"), key=f"lift-{kind}", alt="Heatmap of observed over expected pairs of experts.")  # fmt: skip
     st.caption(
         "Colour: log2 of observed over expected pairs; 1× is what the experts' loads alone would give, on a fixed scale from ⅛× to 8×."
     )

@@ -11,7 +11,8 @@ from analysis.stats import first_choices
 from analysis.trace import SiteRouting, SiteScores
 from app import charts, text
 from app.components.token_strip import token_strip
-from app.selection import choice, choose_token, chosen_token, current_trace, document_picker, layer_picker, theme
+from app.downloads import figure_config
+from app.selection import choice, choose_token, chosen_token, current_trace, document_picker, layer_picker, set_choice, theme
 
 WINDOW = 4_096
 
@@ -57,7 +58,7 @@ st.caption(
 
 def follow(at: int) -> None:
     """The strip stepped to another layer: the picker and the URL follow."""
-    st.session_state["layer"] = titles[at]
+    set_choice("layer", titles[at])
 
 
 chosen = token - first if token is not None and first <= token < first + len(shown) else None
@@ -103,7 +104,7 @@ matrix = np.stack([values(r, s) for r, s in read])
 labels = [text.axis_label(t) for t in shown]
 st.plotly_chart(
     charts.token_map(matrix, labels, titles, kind, theme(), kind == "expert"),
-    config=charts.CONFIG,
+    config=figure_config(trace, f"{kind}-document-{document + 1}"),
     key="token_map",
     alt=f"Heatmap of {len(titles)} layers by {len(shown)} tokens showing the {kind}.",
 )
@@ -117,7 +118,7 @@ st.subheader("How this document loads the experts")
 loads = [np.bincount(r.experts[r.experts >= 0], minlength=x.n_classes)[: x.n_experts] for x, (r, _) in zip(sites, read, strict=True)]
 st.plotly_chart(
     charts.load_map([relative_load(n) for n in loads], titles, theme()),
-    config=charts.CONFIG,
+    config=figure_config(trace, f"load-document-{document + 1}"),
     key="document_load",
     alt="Heatmap of layers by experts: load of this document relative to an even share.",
 )

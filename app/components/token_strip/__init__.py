@@ -6,7 +6,6 @@ table below the strip has them exact). The script sets text through textContent 
 
 from __future__ import annotations
 
-import base64
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from app import palette
 from app.selection import acted
+from app.strip_data import strip_data
 
 _HERE = Path(__file__).parent
 _strip = st.components.v2.component(
@@ -78,23 +77,11 @@ def token_strip(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[
             if name == "layer" and on_layer is not None:
                 on_layer(value)
 
-    data: dict[str, Any] = {
-        "id": known.key,
-        "texts": list(texts),
-        "breaks": [int(b) for b in breaks],
-        "layers": [
-            {"title": t, "k": e.shape[1], "experts": _packed(e.astype("<i2")), "weights": _packed(w.astype("<f2").view("<u2"))}
-            for t, e, w in zip(layers, experts, weights, strict=True)
-        ],
-        "layer": known.first[0],
-        "token": -1 if known.first[1] is None else known.first[1],
-        "spotlight": spotlight,
-        "compact": compact,
-        "lost": None if lost is None else [int(x) for x in lost],
-        "tells": on_layer is not None,
-        "colours": list(palette.EXPERTS),
-        "other": palette.OTHER,
-    }
+    data = strip_data(
+        texts, breaks, experts, weights, layers, id=known.key, layer=known.first[0],
+        token=-1 if known.first[1] is None else known.first[1], spotlight=spotlight, compact=compact,
+        lost=None if lost is None else [int(x) for x in lost], tells=on_layer is not None,
+    )  # fmt: skip
     result = _strip(data=data, key=known.key, on_token_change=lambda: tell(1, "token", len(texts)),
                     on_layer_change=lambda: tell(0, "layer", len(layers)))  # fmt: skip
     return Stripped(_within(result, "token", len(texts)), _within(result, "layer", len(layers)))
@@ -104,7 +91,3 @@ def _within(result: Any, name: str, length: int) -> int | None:
     """A number the browser sent, checked as anything from outside is."""
     value = result.get(name)
     return value if isinstance(value, int) and 0 <= value < length else None
-
-
-def _packed(array: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()

@@ -98,8 +98,9 @@ export default function ({ data, parentElement, setStateValue }) {
     });
     legend.replaceChildren();
     element("span", "hint", "largest weight:", legend);
-    for (const e of busiest) {
-      const chip = element("button", "chip", `expert ${e} · ${counts.get(e)}`, legend);
+    const chips = spotlight === null || busiest.includes(spotlight) ? busiest : [...busiest, spotlight];
+    for (const e of chips) {
+      const chip = element("button", "chip", `expert ${e} · ${counts.get(e) || 0}`, legend);
       chip.style.setProperty("--hue", colour(e));
       chip.setAttribute("aria-pressed", spotlight === e);
       chip.onclick = () => { spotlight = spotlight === e ? null : e; draw(); };
@@ -114,7 +115,9 @@ export default function ({ data, parentElement, setStateValue }) {
   }
 
   function step(by) {
+    const before = at;
     at = Math.min(layers.length - 1, Math.max(0, at + by));
+    if (at !== before) spotlight = null; // an expert of another layer is another expert, even with the same number
     draw();
     if (data.tells) later("layer", at, 400); // a held key steps many layers: the page follows when it rests
   }
