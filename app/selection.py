@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlencode
 
 import streamlit as st
 
@@ -89,11 +90,16 @@ def _read_link() -> None:
 
 
 def publish() -> None:
-    """At the end of every page: its choices become the URL, as one step of the browser's history; probes the theme."""
-    theme_probe(theme(), acted)
+    """At the end of every page: its choices become the URL; probes the theme.
+
+    A choice made on the page is a step of the browser's history. What a page fills in by itself replaces the address in
+    place, or every page would cost two presses of Back.
+    """
     chosen = st.session_state["_chosen"]
-    if dict(st.query_params) != chosen:
+    stale, by_hand = dict(st.query_params) != chosen, st.session_state["_link"] is None
+    if stale and by_hand:
         st.query_params.from_dict(chosen)
+    theme_probe(theme(), urlencode(chosen) if stale and not by_hand else None, acted)
     st.session_state["_published"] = chosen
 
 

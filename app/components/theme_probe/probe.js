@@ -1,5 +1,6 @@
 // Reports "dark" or "light" by the brightness of the page's background; runs again whenever the theme changes.
 export default function ({ data, parentElement, setStateValue }) {
+  if (data.query !== null && location.search !== `?${data.query}`) history.replaceState(history.state, "", `${location.pathname}?${data.query}`);
   const probe = parentElement.querySelector("i");
   probe.style.color = "var(--st-background-color)";
   const [r, g, b] = getComputedStyle(probe).color.match(/[\d.]+/g).map(Number);
