@@ -188,3 +188,13 @@ def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, piece
     first = maxvio_table(open_run(ROOT / "data" / "demo-run"), int(batch)).to_pylist()[0]
     assert any(f"n = {first['batches']} batches of {first['batch_n']:,.0f} tokens" in c.value for c in test.caption)
     assert any(f"in {9 if pieces == 'label' else 11} pieces" in c.value for c in test.caption) and not test.exception
+
+
+def test_load_of_counts_without_documents_says_so(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from analysis import stability
+
+    store(runs / "counts-alone", PLAIN, [9, 9])
+    table = stability.maxvio_table
+    monkeypatch.setattr(stability, "maxvio_table", lambda trace, n: table(replace(trace, documents=trace.documents.slice(0, 0)), n))
+    test = shown("load", "counts-alone")
+    assert not test.exception and any("cannot be cut into batches" in c.value for c in test.caption)
