@@ -76,7 +76,7 @@ def probe(url: str) -> bool:
     """Streamlit's own search for its base path: on a deep link it first asks below the page's path, and gets 404."""
     return urlparse(url).path in {
         f"/{p}/_stcore/{w}"
-        for p in ("tokens", "load", "capacity", "specialization", "expert", "model", "runs")
+        for p in ("tokens", "load", "capacity", "specialization", "expert", "model", "runs", "glossary")
         for w in ("health", "host-config")
     }
 
