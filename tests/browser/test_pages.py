@@ -145,6 +145,18 @@ def test_a_link_opens_the_same_view_and_back_undoes(page: Page, address: str) ->
     expect(page.locator(".token.chosen")).to_have_attribute("data-at", "9")
 
 
+def test_a_search_of_the_glossary_is_a_link_and_back_undoes_it(page: Page, address: str) -> None:
+    page.goto(f"{address}/glossary?term=maxvio")
+    expect(page.locator("h3")).to_have_text(["MaxVio", "MaxVio per document"])
+    page.get_by_role("textbox").first.fill("gini")
+    page.get_by_role("textbox").first.press("Enter")
+    expect(page.locator("h3")).to_have_text(["Gini"])
+    page.wait_for_url("**/glossary?*term=gini*")
+    page.go_back()
+    expect(page.locator("h3")).to_have_text(["MaxVio", "MaxVio per document"])
+    expect(page.get_by_role("textbox").first).to_have_value("maxvio")
+
+
 def test_another_document_starts_without_a_token(page: Page, address: str) -> None:
     page.goto(f"{address}/tokens?run=demo-run&doc=4&token=9")
     expect(page.get_by_role("heading", name="Token 9:")).to_be_visible()
