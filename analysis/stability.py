@@ -7,6 +7,7 @@ each of them. From statistics alone. Every table has n and what uniform random r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -56,19 +57,25 @@ def maxvio_table(trace: Trace, batch_tokens: int = 1) -> pa.Table:
     """
     rows = []
     for layer in trace.layers:
-        site = layer.index
-        table = batch_balance(trace, site, batch_tokens)
-        each = table["max_over_mean"].to_numpy()
-        ran = np.isfinite(each)
-        n, load = trace.stats.n_tokens(site), trace.stats.load(site)[: layer.n_experts]
-        known = {
-            k: float(f(each[ran])) - 1 if ran.any() else float("nan") for k, f in (("batch", np.mean), ("least", np.min), ("most", np.max))
-        }
-        chance = table["chance_max_over_mean"].to_numpy()[ran]
-        rows.append({"site": site, "n": n, "batches": int(ran.sum()), "batch_n": float(table["n"].to_numpy()[ran].mean()) if ran.any() else float("nan"),
-                     "run": balance.maxvio(load), "chance_run": balance.chance_max_over_mean(n, layer.n_classes, layer.top_k) - 1, **known,
-                     "chance_batch": float(chance.mean()) - 1 if ran.any() else float("nan")})  # fmt: skip
+        sizes, counts = _documents(trace, layer.index)
+        starts = _batches(sizes, batch_tokens)
+        n, loads = (np.add.reduceat(x, starts, axis=0) if len(starts) else x for x in (sizes, counts[:, : layer.n_experts]))
+        ran = loads.sum(1) > 0
+        n, loads = n[ran], loads[ran]
+        each = loads.max(1) / loads.mean(1) - 1 if len(n) else np.full(1, np.nan)
+        chance = [_chance_maxvio(x, layer.n_classes, layer.top_k) for x in n.tolist()] or [np.nan]
+        whole, load = trace.stats.n_tokens(layer.index), trace.stats.load(layer.index)[: layer.n_experts]
+        rows.append({"site": layer.index, "n": whole, "batches": len(n), "batch_n": float(n.mean()) if len(n) else float("nan"),
+                     "run": balance.maxvio(load), "chance_run": _chance_maxvio(whole, layer.n_classes, layer.top_k),
+                     "batch": float(each.mean()), "least": float(each.min()), "most": float(each.max()),
+                     "chance_batch": float(np.mean(chance))})  # fmt: skip
     return pa.Table.from_pylist(rows)
+
+
+@lru_cache(maxsize=16_384)
+def _chance_maxvio(tokens: int, n_experts: int, top_k: int) -> float:
+    """Kept: layers are alike, and so are their batches."""
+    return balance.chance_max_over_mean(tokens, n_experts, top_k) - 1
 
 
 @dataclass(frozen=True)

@@ -119,12 +119,14 @@ def maxvio_lines(
 
 
 def piece_bars(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray, whole: float, what: str) -> go.Figure:
-    """Max / mean of pieces of a run [n], a grey mark at what chance gives for so many tokens, a line at the whole run's."""
-    figure = go.Figure(go.Bar(x=list(names), y=ratio, name="max / mean", customdata=n, marker_color=palette.AMOUNT["light"][3],
+    """Max / mean of pieces of a run [n], a dark mark at what chance gives for so many tokens, a line at the whole run's."""
+    figure = go.Figure(go.Bar(x=list(names), y=ratio, name="max / mean", customdata=n, marker_color=palette.AMOUNT["light"][2],
                               hovertemplate="%{x}: %{y:.2f} × the mean load, n = %{customdata:,} tokens<extra></extra>"))  # fmt: skip
-    figure.add_scatter(x=list(names), y=chance, name="by chance, at most about", mode="markers", hovertemplate="%{x}: at most about %{y:.2f} by chance<extra></extra>",
-                       marker={"symbol": "line-ew-open", "size": 22, "color": "#888", "line": {"width": 3, "color": "#888"}})  # fmt: skip
-    figure.add_hline(y=whole, line={"color": palette.DEAD, "dash": "dot"}, annotation_text="whole run", annotation_font_color=palette.DEAD)
+    figure.add_scatter(x=list(names), y=chance, name="by chance, at most about", mode="markers",
+                       hovertemplate="%{x}: at most about %{y:.2f} by chance<extra></extra>",
+                       marker={"symbol": "line-ew-open", "size": 14, "color": "#666", "line": {"width": 3, "color": "#666"}})  # fmt: skip
+    figure.add_scatter(x=list(names), y=[whole] * len(names), name="the whole run", mode="lines", line={"color": palette.DEAD, "dash": "dot"},
+                       hovertemplate="whole run: %{y:.2f}<extra></extra>")  # fmt: skip
     figure.update_layout(legend=_ABOVE)
     figure.update_xaxes(title=what, type="category", categoryorder="array", categoryarray=list(names))
     figure.update_yaxes(title="max / mean load", rangemode="tozero")

@@ -83,6 +83,6 @@ def test_piece_bars_keep_the_order_and_mark_chance_and_the_whole() -> None:
     figure = charts.piece_bars(
         ["0", "10-20", "3-6"], np.array([2.0, 1.5, 3.0]), np.array([5, 7, 9]), np.array([1.9, 1.2, 1.1]), 1.25, "position"
     )
-    bars, chance = figure.data
+    bars, chance, whole = figure.data
     assert list(bars.x) == ["0", "10-20", "3-6"] == list(figure.layout.xaxis.categoryarray) and list(bars.customdata) == [5, 7, 9]
-    assert list(chance.y) == [1.9, 1.2, 1.1] and figure.layout.shapes[0].y0 == 1.25
+    assert list(chance.y) == [1.9, 1.2, 1.1] and list(whole.y) == [1.25] * 3

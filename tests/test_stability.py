@@ -110,6 +110,8 @@ def test_sites_that_executed_nothing_have_no_batches() -> None:
     empty, ran = maxvio_table(trace).to_pylist()
     assert empty["batches"] == 0 and math.isnan(empty["batch"]) and math.isnan(empty["chance_batch"]) and ran["batches"] == 2
     assert dead_experts(trace).experts == 8
+    counts_alone = maxvio_table(replace(trace, documents=trace.documents.slice(0, 0))).to_pylist()
+    assert [r["batches"] for r in counts_alone] == [0, 0] and counts_alone[1]["run"] == ran["run"] and math.isnan(counts_alone[1]["batch"])
 
 
 def test_dead_experts_are_counted_within_layers() -> None:

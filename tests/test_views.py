@@ -225,3 +225,13 @@ def test_an_expert_without_tokens_says_so(runs: Path) -> None:
     test.selectbox(key="expert").set_value(str(int(used.argmin()))).run()
     assert "No token of this run uses this expert" in test.info[0].value and not test.exception
     assert all("nan" not in m.value for m in test.metric)
+
+
+def test_load_of_counts_without_documents_says_so(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from analysis import stability
+
+    store(runs / "counts-alone", PLAIN, [9, 9])
+    table = stability.maxvio_table
+    monkeypatch.setattr(stability, "maxvio_table", lambda trace, n: table(replace(trace, documents=trace.documents.slice(0, 0)), n))
+    test = shown("load", "counts-alone")
+    assert not test.exception and any("cannot be cut into batches" in c.value for c in test.caption)

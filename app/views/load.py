@@ -103,18 +103,27 @@ def show_batches() -> tuple[str, pa.Table]:
     st.subheader("How stable is it from batch to batch?")
     size = choice("batch", "A batch is", BATCHES, "1024", width=180)
     rows = batches(trace, run, int(size))
+    what = "one row per layer: MaxVio over the run and per batch, with chance"
+    if not any(rows["batches"].to_pylist()):
+        text.show_note("This run has counts over all its text but no documents, so it cannot be cut into batches.")
+        return what, rows
     value = {n: rows[n].to_numpy() for n in ("run", "batch", "least", "most", "chance_batch", "chance_run")}
     st.plotly_chart(
         charts.maxvio_lines([x.title for x in trace.layers], *(value[n] for n in ("run", "batch", "least", "most", "chance_batch"))),
         config=figure_config(trace, "maxvio"), key="maxvio", alt="MaxVio per layer: over the whole run, mean of its batches with their range, and by chance.",
     )  # fmt: skip
-    first = rows.to_pylist()[0]
+    every = rows.to_pylist()
+    first, worst = every[0], every[int(np.nanargmax(value["batch"]))]
+    text.show_text(
+        f"{trace.layers[worst['site']].title.capitalize()} is the least stable: MaxVio {worst['batch']:.2f} in a batch on average,"
+        f" {worst['run']:.2f} over the whole run."
+    )
     st.caption(
-        f"MaxVio: (largest load - mean) / mean; 0 is even. n = {first['batches']:,} batches of {first['batch_n']:,.0f} tokens on average at the "
+        f"MaxVio: (largest load - mean) / mean; 0 is even (arXiv 2408.15664). n = {first['batches']:,} batches of {first['batch_n']:,.0f} tokens on average at the "
         f"first layer, whole documents in the order recorded: sorted texts make batches of one kind. Whiskers: most to least even batch. By chance "
         f"(uniform routing) at most about {first['chance_batch']:.3f} in such a batch and {first['chance_run']:.3f} over the run."
     )
-    return "one row per layer: MaxVio over the run and per batch, with chance", rows
+    return what, rows
 
 
 def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
@@ -130,7 +139,7 @@ def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
                     config=figure_config(trace, f"balance-{piece}"), key="pieces-chart", alt=f"Bars of max over mean load {PIECES[piece]}, with what chance gives.")  # fmt: skip
     st.caption(
         f"Largest load over mean load within each piece, n = {int(n.sum()):,} tokens in {len(n):,} pieces. Fewer tokens look less even by "
-        "chance alone: the grey mark is what uniform routing of the piece's tokens stays below on average."
+        "chance alone: the dark mark is what uniform routing of the piece's tokens stays below on average."
     )
     return {PIECES[piece]: (f"one row per {piece}: balance at the layer chosen, with n and chance", rows)}
 

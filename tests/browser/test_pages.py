@@ -78,7 +78,7 @@ def probe(url: str) -> bool:
     """Streamlit's own search for its base path: on a deep link it first asks below the page's path, and gets 404."""
     return urlparse(url).path in {
         f"/{p}/_stcore/{w}"
-        for p in ("tokens", "load", "capacity", "specialization", "expert", "model", "runs")
+        for p in ("tokens", "load", "capacity", "specialization", "expert", "model", "runs", "glossary")
         for w in ("health", "host-config")
     }
 
@@ -144,6 +144,18 @@ def test_a_link_opens_the_same_view_and_back_undoes(page: Page, address: str) ->
     page.go_back()
     expect(page.get_by_role("heading", name="Token 9:")).to_be_visible()
     expect(page.locator(".token.chosen[data-at='9']")).to_have_count(1)
+
+
+def test_a_search_of_the_glossary_is_a_link_and_back_undoes_it(page: Page, address: str) -> None:
+    page.goto(f"{address}/glossary?term=maxvio")
+    expect(page.locator("h3")).to_have_text(["MaxVio", "MaxVio per document"])
+    page.get_by_role("textbox").first.fill("gini")
+    page.get_by_role("textbox").first.press("Enter")
+    expect(page.locator("h3")).to_have_text(["Gini"])
+    page.wait_for_url("**/glossary?*term=gini*")
+    page.go_back()
+    expect(page.locator("h3")).to_have_text(["MaxVio", "MaxVio per document"])
+    expect(page.get_by_role("textbox").first).to_have_value("maxvio")
 
 
 def test_another_document_starts_without_a_token(page: Page, address: str) -> None:
