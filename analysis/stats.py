@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -143,8 +144,15 @@ class Statistics:
         return {r["label"]: (r["count"], r["sum"] / r["count"]) for r in rows if r["count"]}
 
     def _rows(self, statistic: str, site: int) -> pa.Table:
-        mask = pc.and_(pc.equal(self.core["statistic"], statistic), pc.equal(self.core["site"], site))
-        return self.core.filter(mask)
+        # Pairs of experts are nearly all of a large model's rows: they are passed over once, not at every question.
+        if statistic not in self._kept:
+            self._kept[statistic] = self.core.filter(pc.equal(self.core["statistic"], statistic))
+        rows = self._kept[statistic]
+        return rows.filter(pc.equal(rows["site"], site))
+
+    @cached_property
+    def _kept(self) -> dict[str, pa.Table]:
+        return {}
 
     def _vector(self, statistic: str, site: int, column: str = "count", size: int | None = None) -> np.ndarray:
         rows = self._rows(statistic, site)
