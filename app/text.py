@@ -58,18 +58,18 @@ def _decodes(piece: bytes) -> bool:
 
 
 def axis_label(text: str, limit: int = 14) -> str:
-    """Text for a Plotly tick, title or hover: HTML-escaped; longer than ``limit`` ends in an ellipsis.
-
-    A double quote goes by its number: Plotly knows few names, and would show the letters &quot;.
-    """
-    shown = visible_token(text)
-    return html.escape(shown if len(shown) <= limit else shown[: limit - 1] + "…").replace("&quot;", "&#34;")
+    """Text for a Plotly tick, title or hover: HTML-escaped; longer than ``limit`` ends in an ellipsis."""
+    return _for_plotly(visible_token(text), limit)
 
 
 def axis_name(text: str, limit: int = 22) -> str:
     """As ``axis_label`` for names and labels: plain spaces stay plain."""
-    shown = "".join(c if c == " " else visible_token(c) for c in text) or "⟨empty⟩"
-    return html.escape(shown if len(shown) <= limit else shown[: limit - 1] + "…")
+    return _for_plotly("".join(c if c == " " else visible_token(c) for c in text) or "⟨empty⟩", limit)
+
+
+def _for_plotly(shown: str, limit: int) -> str:
+    """A double quote goes by its number: Plotly knows few names, and would show the letters &quot;."""
+    return html.escape(shown if len(shown) <= limit else shown[: limit - 1] + "…").replace("&quot;", "&#34;")
 
 
 def plain(text: str) -> str:

@@ -20,6 +20,7 @@ from analysis.__main__ import main
 from analysis.trace import LayerInfo, SiteRouting, Trace
 from app import palette, text
 from app.report import report_html, write_report
+from app.strip_data import first_text
 
 from .browser.served import chromium
 from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, make_trace, site
@@ -113,8 +114,9 @@ def test_the_strip_steps_through_the_layers(browser: Browser, demo: Path) -> Non
             token.hover()
             seen.append(page.locator("#strip .hover").inner_text())
             page.get_by_role("button", name="previous layer").click()
-        document = next(r["document"] for r in trace.documents.to_pylist() if r["label"] == "chinese")
-        row, _ = trace.document_range(document, "decoder")
+        finding = first_finding(trace)
+        assert finding is not None
+        row, _ = trace.document_range(first_text(trace, finding).document["document"], "decoder")
         for told, layer in zip(seen, reversed(trace.layers), strict=True):
             routing = trace.routing(layer.index, row, row + 1)
             best = int(routing.experts[0][routing.weights[0].argmax()])

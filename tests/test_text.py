@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.text import axis_label, plain, token_texts, visible_token
+from app.text import axis_label, axis_name, plain, token_texts, visible_token
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,7 @@ def test_plain_leaves_no_markdown(text: str) -> None:
             assert shown[i - 1] == "\\"
     assert ":material/" not in shown.replace("\\", "") and ":red" not in shown
     assert plain("Layer 2: 16") == "Layer 2\\: 16"
+
+
+def test_axis_names_keep_spaces_and_no_markup() -> None:
+    assert axis_name('two words "<b>"\n') == "two words &#34;&lt;b&gt;&#34;⏎" and axis_name("") == "⟨empty⟩"

@@ -52,7 +52,7 @@ def store(folder: Path, layers: tuple[LayerInfo, ...], lengths: list[int]) -> No
 
 
 def shown(page: str, run: str) -> AppTest:
-    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
     test.query_params["run"] = run
     test.run()
     if page != "overview":
@@ -80,7 +80,7 @@ def test_every_figure_is_saved_as_the_header_says_under_a_name_of_its_own(runs: 
     store(runs / "mine", PLAIN, [30, 700])
     names = []
     for page in ("overview", "tokens", "load", "capacity", "specialization", "expert"):
-        test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+        test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
         test.query_params.update({"run": "mine", "figure": kind})
         test.run()
         test.switch_page(f"views/{page}.py").run()
@@ -114,7 +114,7 @@ def test_every_page_over_runs_of_departing_families(captured: Path, monkeypatch:
 
 
 def test_demo_run_opens_first_with_a_finding(runs: Path) -> None:
-    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30).run()
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180).run()
     assert test.selectbox(key="run").value == "demo-run"
     assert any("is used for" in m.value for m in test.markdown)
     assert any("n \\= " in c.value for c in test.caption)
@@ -131,7 +131,7 @@ def test_bad_prompts_get_a_sentence_and_stay(runs: Path) -> None:
 
 
 def test_an_unknown_run_in_the_link_is_said(runs: Path) -> None:
-    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
     test.query_params["run"] = "<b>gone</b>"
     test.run()
     assert any("which is not here" in e.value for e in test.error)
