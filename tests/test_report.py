@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from analysis import __version__, open_run
 from analysis.__main__ import main
+from analysis.findings import first_finding
 from analysis.trace import LayerInfo, SiteRouting, Trace
 from app import palette, text
 from app.report import report_html, write_report
