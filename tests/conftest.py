@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,3 +25,15 @@ def real() -> Path:
     if not REAL.is_dir():
         pytest.skip("no real routing data beside this checkout (../shared/real)")
     return REAL
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, one for each file of tests; a statement about a page may take half a minute on a busy machine."""
+    from playwright.sync_api import expect
+
+    from .browser.served import chromium
+
+    expect.set_options(timeout=30_000)
+    with chromium() as it:
+        yield it

@@ -23,7 +23,6 @@ from app import palette, text
 from app.report import report_html, write_report
 from app.strip_data import first_text
 
-from .browser.served import chromium
 from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, make_trace, site
 from .test_views import NASTY
 
@@ -40,14 +39,6 @@ HOSTILE = [
     "&lt;b&gt;",
 ]  # fmt: skip
 FIRST, SECOND = HOSTILE[10], HOSTILE[13]
-
-expect.set_options(timeout=30_000)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as it:
-        yield it
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from app import palette
 from app.report import report_html
 from tests.synthetic import PLAIN, card, make_part
 
-from .served import chromium, served
+from .served import served
 
 NASTY = [
     "<script>window.__pwn=1</script>",
@@ -31,15 +31,6 @@ NASTY = [
     "</span>",
     "<s>",
 ]
-
-
-expect.set_options(timeout=30_000)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as it:
-        yield it
 
 
 @pytest.fixture(scope="module")
