@@ -136,7 +136,9 @@ def by_label(trace: Trace, site: int, draws: int | None = None, seed: int = 0) -
     drawn = bootstrap_sums(np.column_stack([units.counts, units.tokens]), units.codes, INTERVAL_DRAWS, seed)
     documents = np.bincount(units.codes, units.documents, len(labels)).astype(np.int64)
     low, high = _interval(drawn[..., :-1], drawn[..., -1:], np.bincount(units.codes, minlength=len(labels)))
-    return _tested(plain, documents, low, high, test, "labels moved between whole documents")
+    whole = int(units.documents.sum()) == len(units.codes)
+    what = "whole documents" if whole else f"{len(units.codes):,} groups of whole documents ({int(units.documents.sum()):,} in all)"
+    return _tested(plain, documents, low, high, test, f"labels moved between {what}")
 
 
 def label_effects(trace: Trace, site: int) -> Preferences:

@@ -20,6 +20,7 @@ from .specialization import Preferences, blocks, by_group
 from .trace import Trace, TraceError
 
 LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"
+DRAWS = 199  # shuffles of a token's test: no p below 1 / (DRAWS + 1) can show
 PREDICTED_NEXT = "A capture records routing and loss, not the model's output: the predicted next token is not known. Use the next token."
 CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
            "special tokens", "empty tokens")  # fmt: skip
@@ -274,7 +275,7 @@ class TokenUse:
     p: float
 
 
-def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAST, most: int = 20, draws: int = 199,
+def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAST, most: int = 20, draws: int = DRAWS,
                seed: int = 0) -> tuple[TokenUse, ...]:  # fmt: skip
     """The expert's ids by falling lift, among those seen at least ``least`` times and used more often than elsewhere.
 

@@ -39,7 +39,7 @@ def _row(layers: list[LayerInfo]) -> dict[str, Any]:
         "chosen by": x.selection,
         "weights sum to 1": {True: "yes", False: "no", None: "not known"}[x.normalised],
         "weights on": x.weights_on,
-        "native capacity": x.native_capacity,
+        "native capacity": "none" if x.native_capacity is None else f"{x.native_capacity:,} tokens",
     }
 
 

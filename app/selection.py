@@ -146,6 +146,11 @@ def current_trace() -> Trace:
         st.stop()
 
 
+def recording_id(trace: Trace) -> str:
+    """A run's name and date: what caches and components know it by, since a run may be recorded anew under its name."""
+    return f"{trace.name} {trace.options.get('created')}"
+
+
 def theme() -> str:
     """ "light" or "dark", as the browser shows the page."""
     return probed_theme() or ("dark" if st.context.theme.type == "dark" else "light")

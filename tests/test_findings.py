@@ -61,3 +61,12 @@ def test_the_claim_must_survive_all_comparisons() -> None:
     experts = np.where(np.array(part.tokens["label"].to_pylist())[:, None] == "b", [5, 6], [1, 2]).astype(np.int16)
     routing = SiteRouting(experts, part.routing[0].weights, experts)
     assert strongest_label(make_trace(PLAIN, [replace(part, routing=(routing, routing))])) is None
+
+
+def test_a_load_that_chance_explains_is_called_so() -> None:
+    short = busiest(make_trace(PLAIN, [make_part(PLAIN, [1])]))
+    assert short is not None and short.claim.endswith("no more than chance in so few tokens.")
+    skewed = make_part(PLAIN, [2_000])
+    routing = tuple(replace(r, experts=np.minimum(r.experts, 1), chosen=np.minimum(r.chosen, 1)) for r in skewed.routing)
+    found = busiest(make_trace(PLAIN, [replace(skewed, routing=routing)]))
+    assert found is not None and found.claim.endswith("times its even share.")

@@ -184,6 +184,13 @@ def test_many_documents_are_joined_within_their_label() -> None:
     assert joined.documents.max() == 8 and np.bincount(joined.codes).tolist() == [10, 5]
 
 
+def test_joining_of_documents_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = random_trace(0, [5, 9, 2, 7] * 30, labels=("a", "a", "b"))
+    assert by_label(trace, 0).method.startswith("labels moved between whole documents")
+    monkeypatch.setattr("analysis.specialization.labelled_documents", lambda t, s: labelled_documents(t, s, most=15))
+    assert by_label(trace, 0).method.startswith("labels moved between 15 groups of whole documents (120 in all)")
+
+
 def test_documents_of_one_token_count_and_empty_ones_do_not() -> None:
     trace = random_trace(0, [1, 4, 1, 4])
     assert labelled_documents(trace, 0).tokens.tolist() == [1, 4, 1, 4]

@@ -235,3 +235,7 @@ def test_load_of_counts_without_documents_says_so(runs: Path, monkeypatch: pytes
     monkeypatch.setattr(stability, "maxvio_table", lambda trace, n: table(replace(trace, documents=trace.documents.slice(0, 0)), n))
     test = shown("load", "counts-alone")
     assert not test.exception and any("cannot be cut into batches" in c.value for c in test.caption)
+
+
+def test_a_model_without_capacity_says_none_in_words(runs: Path) -> None:
+    assert shown("model", "demo-run").dataframe[0].value["native capacity"].tolist() == ["none"]

@@ -17,7 +17,7 @@ from analysis.trace import Trace
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads, figure_config
-from app.selection import choice, current_trace, document_picker
+from app.selection import choice, current_trace, document_picker, recording_id
 
 SCOPES = {"documents": "micro-batches of documents", "document": "each document alone", "tokens": "micro-batches of tokens",
           "run": "the whole run at once"}  # fmt: skip
@@ -91,7 +91,7 @@ def struck_text(trace: Trace, applied: AppliedCapacity, site: int) -> None:
     shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())
     settings = "-".join(f"{k}={v}" for k, v in st.session_state["_chosen"].items() if k != "token")
     token_strip(shown, ["\n" in (t or "") for t in rows["token"].to_pylist()], [routing.chosen], [routing.weights], [layer.title],
-                f"capacity-{settings}-{trace.options.get('created')}", layer=0, lost=lost.tolist())  # fmt: skip
+                f"capacity-{settings}-{recording_id(trace)}", layer=0, lost=lost.tolist())  # fmt: skip
     st.caption(
         f"The first {stop - start:,} of {end - start:,} tokens. Struck out: dropped by all of its experts ({int((lost == 2).sum()):,}); "
         f"dotted: by some ({int((lost == 1).sum()):,}). Whether a token is dropped depends on the texts it shares a batch with."
@@ -143,7 +143,7 @@ with st.container(horizontal=True):
 factor = float(choice("cf", "Capacity factor", {f"{f:g}": f"{f:g}" for f in FACTORS}, "1.25", draw=st.select_slider, width="stretch"))
 
 policy = PRESETS[preset].policy if policy == "preset" else policy
-mixed, run = 0 if order == "mixed" else None, f"{trace.name} {trace.options.get('created')}"
+mixed, run = 0 if order == "mixed" else None, recording_id(trace)
 
 
 def answer(policy: str) -> tuple[pa.Table, list[dict[str, Any]], int, AppliedCapacity]:

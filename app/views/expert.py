@@ -11,10 +11,11 @@ import streamlit as st
 
 from analysis.cards import GroupUse, Neighbour, Passage, SiteEvidence, expert_card, passages, site_evidence
 from analysis.trace import Trace
+from analysis.vocabulary import DRAWS
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads, figure_config
-from app.selection import choice, current_trace, layer_picker
+from app.selection import choice, current_trace, layer_picker, recording_id
 
 
 @st.cache_resource(max_entries=32, show_spinner="Testing what this layer's experts are used for …")
@@ -61,7 +62,7 @@ def show_passages() -> None:
 
 
 trace = current_trace()
-run = f"{trace.name} {trace.options.get('created')}"
+run = recording_id(trace)
 st.title("What is this expert for?")
 with st.container(horizontal=True):
     site = layer_picker(trace)
@@ -91,11 +92,13 @@ if not card.assignments:
 if card.labels:
     st.subheader("Which texts use it?")
     uses(card.labels, "label")
-    text.show_note(f"log2 of the share of the label's tokens that use it over that of all others; bars: 95 % interval over documents. Faded: no more"
+    text.show_note(f"log2 of the share of the label's tokens that use it over that of all others, n = {card.n:,} tokens in all; bars: 95 % interval over documents. Faded: no more"
                    f" than chance after correction. Test: {known.labels.method}.")  # fmt: skip
 if card.classes:
     st.subheader("Which kinds of token?")
     uses(card.classes, "class")
+    text.show_note(f"As above, for {len(card.classes)} classes of the layer's {card.n:,} tokens." + (
+        f" Test: {known.classes.method}." if known.classes is not None else ""))  # fmt: skip
 if card.tokens:
     st.subheader("Which tokens, most of all?")
     st.dataframe(
@@ -105,9 +108,10 @@ if card.tokens:
                                         "lift": st.column_config.NumberColumn(format="%.1f"), "p at most": st.column_config.NumberColumn(format="%.3f")},
     )  # fmt: skip
     st.caption(
-        "By lift: the token's share over the expert's share of all tokens. p: that any token stands out as much when assignments are dealt at random, 199 times; 0.005 is the least that can show."
+        f"By lift: the token's share over the expert's share of all {card.n:,} tokens. p: that any token stands out as much when assignments "
+        f"are dealt at random, {DRAWS:,} times; less than {1 / (DRAWS + 1):.3f} cannot show."
     )
-if trace.load_tokens is not None and card.assignments:
+if trace.load_tokens is not None:
     st.subheader("Where in the text?")
     show_passages()
 st.subheader("Whom does it work with?")

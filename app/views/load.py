@@ -24,7 +24,7 @@ from analysis.stability import (
 from analysis.trace import Trace
 from app import charts, text
 from app.downloads import computed_downloads, figure_config
-from app.selection import choice, current_trace, layer_picker, theme
+from app.selection import choice, current_trace, layer_picker, recording_id, theme
 
 SHOWN = ("max_over_mean", "chance_max_over_mean", "maxvio", "cv", "chance_cv", "gini", "effective_experts", "dead", "cold")
 COUNTS = ("dead", "cold")
@@ -170,7 +170,7 @@ def show_numbers(table: pa.Table, over: pa.Table) -> None:
 
 st.title("Who carries the load, is anyone dead, and how stable is it?")
 trace = current_trace()
-stats, run = trace.stats, f"{trace.name} {trace.options.get('created')}"
+stats, run = trace.stats, recording_id(trace)
 relative = [relative_load(stats.load(x.index)[: x.n_experts]) for x in trace.layers]
 table, over, pooled, auxiliary = measured(trace, run)
 show_map(relative)

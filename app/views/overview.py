@@ -16,7 +16,7 @@ from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import figure_config
 from app.report import report_bytes
-from app.selection import current_trace, theme
+from app.selection import current_trace, recording_id, theme
 from app.strip_data import first_text
 
 
@@ -24,7 +24,7 @@ def first_lines(trace: Trace, finding: Finding) -> None:
     """The beginning of a text that shows the finding, with its expert in the spotlight; a click opens the Tokens page."""
     first = first_text(trace, finding)
     told = token_strip(first.texts, first.breaks, first.experts, first.weights, first.layers,
-                       f"overview-{trace.name}-{trace.options.get('created')}", layer=first.layer, spotlight=finding.expert,
+                       f"overview-{recording_id(trace)}", layer=first.layer, spotlight=finding.expert,
                        on_layer=lambda _: None)  # fmt: skip
     text.show_note(
         f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; the stronger the colour, the larger the"

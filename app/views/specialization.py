@@ -15,7 +15,7 @@ from analysis.trace import Trace
 from analysis.vocabulary import by_class, context_independence, input_tokens, top_tokens, vocabulary_specialization
 from app import charts, text
 from app.downloads import computed_downloads, figure_config
-from app.selection import choice, current_trace, layer_picker, theme
+from app.selection import choice, current_trace, layer_picker, recording_id, theme
 
 KINDS = {
     "label": "by label",
@@ -64,7 +64,8 @@ def show_preferences(found: Preferences, site: int) -> None:
     )  # fmt: skip
     st.caption(
         "Colour: log2 of the share of the group's tokens that use the expert over the share of all other tokens; orange more, blue less. "
-        "A small cross marks a cell that is no more than chance; experts used by fewer than 20 tokens have no colour. Rows and columns are ordered so that structure shows. Click a cell for its expert."
+        f"A small cross marks a cell that is no more than chance; experts used by fewer than {charts.LEAST_USES:,} tokens have no colour. "
+        "Rows and columns are ordered so that structure shows. Click a cell for its expert."
     )
     open_expert(event)
 
@@ -141,7 +142,7 @@ def show_pairs(pairs: PairCounts, kind: str) -> pa.Table:
 
 st.title("What does each expert do, and is it more than chance?")
 trace = current_trace()
-run = f"{trace.name} {trace.options.get('created')}"
+run = recording_id(trace)
 labelled, tokens = bool(trace.stats.label_load(0)[0]), trace.load_tokens is not None
 offered = {k: v for k, v in KINDS.items() if (k != "label" or labelled) and (k not in ("class", "token") or tokens)}
 with st.container(horizontal=True, vertical_alignment="bottom"):

@@ -12,7 +12,7 @@ from analysis.trace import SiteRouting, SiteScores
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import figure_config
-from app.selection import choice, choose_token, chosen_token, current_trace, document_picker, layer_picker, set_choice, theme
+from app.selection import choice, choose_token, chosen_token, current_trace, document_picker, layer_picker, recording_id, set_choice, theme
 
 WINDOW = 4_096
 
@@ -40,12 +40,12 @@ rows = trace.stream_tokens(stream).slice(start, stop - start)
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
-def decisions(name: str, created: str, stream: str, start: int, stop: int) -> list[tuple[SiteRouting, SiteScores]]:
-    """Decisions and scores of every layer for a range of rows; the run's name and date identify it."""
+def decisions(run: str, stream: str, start: int, stop: int) -> list[tuple[SiteRouting, SiteScores]]:
+    """Decisions and scores of every layer for a range of rows; ``run`` names the trace with its date."""
     return [(trace.routing(x.index, start, stop), trace.scores(x.index, start, stop)) for x in sites]
 
 
-read = decisions(trace.name, str(trace.options.get("created")), stream, start, stop)
+read = decisions(recording_id(trace), stream, start, stop)
 shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())
 breaks = ["\n" in (t or "") for t in rows["token"].to_pylist()]
 titles = [x.title for x in sites]
@@ -63,7 +63,7 @@ def follow(at: int) -> None:
 
 chosen = token - first if token is not None and first <= token < first + len(shown) else None
 told = token_strip(shown, breaks, [r.experts for r, _ in read], [r.weights for r, _ in read], titles,
-                   f"tokens-{trace.name}-{trace.options.get('created')}-{stream}-{document}-{first}",
+                   f"tokens-{recording_id(trace)}-{stream}-{document}-{first}",
                    layer=here, token=chosen, on_layer=follow)  # fmt: skip
 if told.token is not None and told.token != chosen:
     chosen = told.token
