@@ -78,7 +78,7 @@ def take_figures() -> None:
     shown = {s.name: s for s in st.session_state["_figures"]}
     if not shown:
         return
-    box = st.expander("Take the figures", on_change="rerun", key="take-figures", icon=":material/download:")
+    box = st.expander("Take the figures", on_change="rerun", key="take-figures")
     if not box.open:
         return
     row = box.container(horizontal=True, vertical_alignment="bottom")
