@@ -34,7 +34,7 @@ from .slots import PRESETS, Batches, CapacityError, CapacityRule, batch_loads, c
 from .trace import NO_EXPERT
 
 _KERNEL: Mapping[str, int] = MappingProxyType(
-    {"position": 0, "choice": 1, "probability": 2, "batch_priority": 3, "random": 2, "reroute": 0, "dropless": 0}
+    {"position": 0, "choice": 1, "probability": 2, "batch_priority": 3, "random": 4, "reroute": 0, "dropless": 0}
 )
 POLICIES = tuple(_KERNEL)
 BLOCK = 128
@@ -258,7 +258,7 @@ def drop_curve(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches
         sizes, row_of, count = batches.sizes, np.arange(len(most)), np.ones(len(most), np.int64)
     slots = capacities(sizes, n_experts, k, factors, rule, most)
     places = np.argsort(slots, axis=1, kind="stable")
-    bits = (weights if priority is None else priority).view(np.uint32)
+    bits = (weights if priority is None or policy != "random" else priority).view(np.uint32)
     dropped, fully, lost, totals, bad = queues.curve(
         experts, weights, bits, batches.order, batches.starts, n_experts, _KERNEL[policy], np.take_along_axis(slots, places, 1), places,
         row_of.astype(np.int32).ravel())  # fmt: skip
