@@ -47,6 +47,15 @@ class RankedTrace:
         """One row per site and factor: Curve.table with shares, and what overflows by chance (uniform routing, same batches)."""
         return _curve_tables(self.trace, self.queues.items(), factors, _rule(preset))
 
+    def curves_by(self, name: str, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
+        """AppliedCapacity.by_label or by_position at every factor in one pass: ``name`` is "label" or "first_position"."""
+        keys, tables = {"label": _labels, "first_position": lambda trace, stream: _positions(trace, stream, None)}[name], []
+        for i, queues in self.queues.items():
+            codes, values = keys(self.trace, self.trace.layers[i].stream)
+            table = queues.curve_by(codes, len(values), factors, _rule(preset))
+            tables.append(_of_site(self.trace.layers[i], with_shares(table.set_column(0, name, values.take(table["key"])))))
+        return pa.concat_tables(tables)
+
 
 @dataclass(frozen=True)
 class AppliedCapacity:
@@ -270,10 +279,11 @@ def _documents(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
 
 
 def _labels(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
+    lengths = [stop - start for start, stop in _ranges(trace, stream)]
     of_document = [label for *_, label in by_document(trace.documents, stream)]
     labels = sorted({x for x in of_document if x is not None}) + [None] * (None in of_document)
-    code = np.array([labels.index(x) for x in of_document], np.int32)
-    return code[_documents(trace, stream)[0]], pa.array(labels, pa.string())
+    code = {label: i for i, label in enumerate(labels)}
+    return np.repeat(np.array([code[x] for x in of_document], np.int32), lengths), pa.array(labels, pa.string())
 
 
 def _positions(trace: Trace, stream: str, width: int | None) -> tuple[np.ndarray, pa.Array]:
@@ -286,5 +296,8 @@ def _positions(trace: Trace, stream: str, width: int | None) -> tuple[np.ndarray
 
 
 def _token_ids(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    ids, code = np.unique(trace.stream_tokens(stream)["token_id"].to_numpy(), return_inverse=True)
-    return code.astype(np.int32), pa.array(ids)
+    ids = trace.stream_tokens(stream)["token_id"].to_numpy()
+    there = np.flatnonzero(np.bincount(ids))  # ids are 0 and above
+    code = np.empty(ids.max(initial=-1) + 1, np.int32)
+    code[there] = np.arange(len(there))
+    return code[ids], pa.array(there.astype(ids.dtype))

@@ -67,6 +67,17 @@ def reroute(experts, ranks, preference, order, starts, slots):
 
 
 @compiled
+def within(ranks, limit, of_row):
+    """bool [tokens, k]: ranks int32 [tokens, k], -1 = no expert, that are below the limit int64 [batches] of the row's batch."""
+    kept = np.empty(ranks.shape, np.bool_)
+    for i in range(ranks.shape[0]):
+        most = np.uint32(min(limit[of_row[i]], 2**31 - 1))
+        for s in range(ranks.shape[1]):
+            kept[i, s] = np.uint32(ranks[i, s]) < most  # -1 is the largest uint32
+    return kept
+
+
+@compiled
 def tally(experts, weights, kept, keys, n_keys):
     """Per key of a token, keys int32 [tokens] in 0..n_keys-1: (int64 [n_keys, 6], float64 [n_keys, 2]).
 
@@ -95,6 +106,64 @@ def tally(experts, weights, kept, keys, n_keys):
         row[5] += had > 0 and first_lost
         sums[keys[i], 0] += mass
         sums[keys[i], 1] += lost_mass
+    return counts, sums
+
+
+@compiled
+def tally_curve(experts, weights, ranks, order, starts, keys, n_keys, slots, places, row_of):
+    """``tally`` at every capacity in one pass: (int64 [n_keys, factors, 6], float64 [n_keys, factors, 2]).
+
+    slots, places, row_of as in queues.curve. What is lost at the first n of a batch's ascending capacities is counted under n.
+    """
+    n = slots.shape[1]
+    counts, sums = np.zeros((n_keys, n, 6), np.int64), np.zeros((n_keys, n, 2))
+    steps, lost = np.zeros((n_keys, n + 1, 4), np.int64), np.zeros((n_keys, n + 1))
+    whole, mass = np.zeros((n_keys, 2), np.int64), np.zeros(n_keys)
+    for b in range(len(starts) - 1):
+        rows, mine, top = order[starts[b] : starts[b + 1]], slots[row_of[b]], 0
+        for i in range(len(rows)):
+            for s in range(ranks.shape[1]):
+                top = max(top, ranks[rows[i], s] + 1)
+        lost_at, f = np.empty(top, np.int32), 0  # by rank: how many capacities are too small for it
+        for r in range(top):
+            while f < n and mine[f] <= r:
+                f += 1
+            lost_at[r] = f
+        for i in range(len(rows)):
+            row, key = rows[i], keys[rows[i]]
+            whole[key, 0] += 1
+            least, most, first, best = n + 1, 0, 0, np.float32(0)
+            for s in range(ranks.shape[1]):
+                if ranks[row, s] >= 0:
+                    f, w = lost_at[ranks[row, s]], weights[row, s]
+                    if least > n or w > best:
+                        best, first = w, f
+                    least, most = min(least, f), max(most, f)
+                    whole[key, 1] += 1
+                    mass[key] += w
+                    steps[key, f, 0] += 1
+                    lost[key, f] += w
+            if least <= n:
+                steps[key, least, 1] += 1
+                steps[key, most, 2] += 1
+                steps[key, first, 3] += 1
+        if b == len(starts) - 2 or (places[row_of[b]] != places[row_of[b + 1]]).any():
+            where = places[row_of[b]]
+            for key in range(n_keys):
+                for f in range(n - 1, -1, -1):
+                    if f < n - 1:
+                        steps[key, f + 1] += steps[key, f + 2]
+                        lost[key, f + 1] += lost[key, f + 2]
+                    row = counts[key, where[f]]
+                    row[2] += steps[key, f + 1, 0]
+                    row[3] += steps[key, f + 1, 1]
+                    row[4] += steps[key, f + 1, 2] - steps[key, f + 1, 1]
+                    row[5] += steps[key, f + 1, 3]
+                    sums[key, where[f], 1] += lost[key, f + 1]
+            steps[:] = 0
+            lost[:] = 0
+    for key in range(n_keys):
+        counts[key, :, 0], counts[key, :, 1], sums[key, :, 0] = whole[key, 0], whole[key, 1], mass[key]
     return counts, sums
 
 

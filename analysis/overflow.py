@@ -34,10 +34,11 @@ from .slots import PRESETS, Batches, CapacityError, CapacityRule, batch_loads, c
 from .trace import NO_EXPERT
 
 _KERNEL: Mapping[str, int] = MappingProxyType(
-    {"position": 0, "choice": 1, "probability": 2, "batch_priority": 3, "random": 2, "reroute": 0, "dropless": 0}
+    {"position": 0, "choice": 1, "probability": 2, "batch_priority": 3, "random": 4, "reroute": 0, "dropless": 0}
 )
 POLICIES = tuple(_KERNEL)
 BLOCK = 128
+_COUNTED = ("tokens", "assignments", "dropped", "fully_dropped", "partly_dropped", "top1_dropped")
 BAD_WEIGHT = "a gate weight is NaN or infinite"
 FACTORS = tuple(round(0.25 + 0.05 * i, 2) for i in range(76))
 
@@ -103,6 +104,28 @@ class Overflow:
         """Assignments executed by another expert than the one chosen."""
         return 0 if self.moved is None else int(((self.moved != self.experts) & (self.moved != NO_EXPERT)).sum())
 
+    @property
+    def capacity_range(self) -> tuple[int, int]:
+        """Least and largest number of slots of an expert in a batch; 0 where there is no batch."""
+        return (int(self.capacity.min()), int(self.capacity.max())) if self.capacity.size else (0, 0)
+
+    @property
+    def slots(self) -> np.ndarray:
+        """int64 [E]: slots of each expert over all batches."""
+        return np.asarray(self.capacity.sum(0))
+
+    @property
+    def idle(self) -> np.ndarray:
+        """int64 [E]: slots of each expert that hold no token."""
+        return self.slots - self.kept_load
+
+    @property
+    def dropped_load(self) -> np.ndarray:
+        """int64 [E]: assignments that chose each expert and are executed by none."""
+        if self.moved is None:
+            return self.loads.sum(0) - self.kept_load
+        return np.bincount(self.experts[self.dropped], minlength=self.loads.shape[1])
+
     @cached_property
     def kept_load(self) -> np.ndarray:
         """int64 [E]: assignments each expert executes."""
@@ -118,26 +141,22 @@ class Overflow:
         """
         from . import outcomes
 
-        if len(keys) != len(self.experts) or (len(keys) and not 0 <= int(keys.min()) <= int(keys.max()) < n_keys):
-            raise CapacityError(f"one key in 0..{n_keys - 1} is needed for each of the {len(self.experts)} tokens")
-        counts, sums = outcomes.tally(self.experts, self.weights, self.kept, np.ascontiguousarray(keys, np.int32), n_keys)
-        names = ("tokens", "assignments", "dropped", "fully_dropped", "partly_dropped", "top1_dropped")
-        return pa.table({**{name: counts[:, i] for i, name in enumerate(names)}, **self._mass(sums)})
+        counts, sums = outcomes.tally(self.experts, self.weights, self.kept, _keys(keys, n_keys, len(self.experts)), n_keys)
+        return pa.table({**{name: counts[:, i] for i, name in enumerate(_COUNTED)}, **self._mass(sums)})
 
     def by_expert(self) -> pa.Table:
         """One row per expert: assignments, dropped, kept (executed here), slots, idle, gate mass and what of it is lost."""
         from . import outcomes
 
         counts, sums = outcomes.tally_experts(self.experts, self.weights, self.kept, self.loads.shape[1])
-        kept, slots = self.kept_load, self.capacity.sum(0)
-        counted = {"assignments": counts[:, 0], "dropped": counts[:, 1], "kept": kept, "slots": slots, "idle": slots - kept}
-        return pa.table({"expert": np.arange(len(kept), dtype=np.int32), **counted, **self._mass(sums)})
+        counted = {"assignments": counts[:, 0], "dropped": counts[:, 1], "kept": self.kept_load, "slots": self.slots, "idle": self.idle}
+        return pa.table({"expert": np.arange(len(self.slots), dtype=np.int32), **counted, **self._mass(sums)})
 
     def total(self) -> dict[str, Any]:
         """The row of ``by`` over all tokens, with kept, rerouted, slots, idle, batches and the capacities' range."""
         row = self.by(np.zeros(len(self.experts), np.int32), 1).to_pylist()[0]
         slots, kept = int(self.capacity.sum()), int(self.kept_load.sum())
-        low, high = (int(self.capacity.min()), int(self.capacity.max())) if self.capacity.size else (0, 0)
+        low, high = self.capacity_range
         slot = {"kept": kept, "rerouted": self.rerouted, "slots": slots, "idle": slots - kept}
         return {**row, **slot, "batches": len(self.capacity), "least_capacity": low, "largest_capacity": high}
 
@@ -170,6 +189,8 @@ class Queues:
     def at(self, factor: float = 1.25, rule: CapacityRule = PRESETS["megatron"], *, slots: int | None = None,
            block: int = BLOCK) -> Overflow:  # fmt: skip
         """The answer at one factor, or at an absolute number of ``slots`` per expert. ``block`` is for "dropless" alone."""
+        from . import outcomes
+
         if self.policy == "dropless":
             return self._dropless(block)
         if slots is not None and not 0 <= slots <= 2**40:
@@ -178,13 +199,28 @@ class Queues:
         capacity = np.broadcast_to(each[:, None], self.loads.shape)
         if self.policy == "reroute":
             return self._rerouted(each, capacity)
-        limit = np.minimum(each, 2**31 - 1).astype(np.uint32)[self.batches.of_row]
-        return self._answer(self.ranks.view(np.uint32) < limit[:, None], capacity)  # rank -1 is the largest uint32
+        return self._answer(outcomes.within(self.ranks, each, self.batches.of_row), capacity)
 
     def curve(self, factors: Sequence[float] | np.ndarray = FACTORS, rule: CapacityRule = PRESETS["megatron"]) -> Curve:
         """Every factor in one pass. "reroute" and "dropless" have no thresholds: ask ``at`` for one factor at a time."""
         return drop_curve(self.experts, self.weights, self.loads.shape[1], self.batches, factors, self.policy, rule,
                           priority=self.priority, loads=self.loads, weights_known=self.weights_known)  # fmt: skip
+
+    def curve_by(self, keys: np.ndarray, n_keys: int, factors: Sequence[float] | np.ndarray = FACTORS,
+                 rule: CapacityRule = PRESETS["megatron"]) -> pa.Table:  # fmt: skip
+        """Overflow.by at every factor in one pass: one row per key and factor. "reroute" and "dropless" have no thresholds."""
+        from . import outcomes
+
+        _check_thresholds(self.policy)
+        factors, keys = np.asarray(factors, np.float64), _keys(keys, n_keys, len(self.experts))
+        most = self.loads.max(1, initial=0) if rule.zero == "max load" else None
+        slots, places, row_of, _ = _thresholds(self.batches, self.loads.shape[1], self.experts.shape[1], factors, rule, most)
+        counts, sums = outcomes.tally_curve(self.experts, self.weights, self.ranks, self.batches.order, self.batches.starts, keys, n_keys,
+                                            np.take_along_axis(slots, places, 1), places, row_of)  # fmt: skip
+        sums = sums if self.weights_known else np.full_like(sums, np.nan)
+        columns = {name: counts[:, :, i].ravel() for i, name in enumerate(_COUNTED)}
+        return pa.table({"key": np.repeat(np.arange(n_keys), len(factors)), "factor": np.tile(factors, n_keys), **columns,
+                         "gate_mass": sums[:, :, 0].ravel(), "gate_mass_lost": sums[:, :, 1].ravel()})  # fmt: skip
 
     def _slots(self, factor: float, rule: CapacityRule) -> np.ndarray:
         sizes, k = self.batches.sizes, self.experts.shape[1]
@@ -247,21 +283,17 @@ def drop_curve(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches
     """
     from . import queues
 
-    if policy in ("reroute", "dropless"):
-        raise CapacityError(f"policy {policy!r} has no curve by thresholds: ask for one factor at a time")
+    _check_thresholds(policy)
     experts, weights = _checked(experts, weights, batches, policy)
     k, factors = experts.shape[1], np.asarray(factors, np.float64)
-    sizes, row_of, count = np.unique(batches.sizes, return_inverse=True, return_counts=True)
     most = None
-    if rule.zero == "max load":  # every batch has its own capacity
+    if rule.zero == "max load":
         most = (batch_loads(experts, n_experts, batches) if loads is None else loads).max(1, initial=0)
-        sizes, row_of, count = batches.sizes, np.arange(len(most)), np.ones(len(most), np.int64)
-    slots = capacities(sizes, n_experts, k, factors, rule, most)
-    places = np.argsort(slots, axis=1, kind="stable")
-    bits = (weights if priority is None else priority).view(np.uint32)
+    slots, places, row_of, count = _thresholds(batches, n_experts, k, factors, rule, most)
+    bits = (weights if priority is None or policy != "random" else priority).view(np.uint32)
     dropped, fully, lost, totals, bad = queues.curve(
         experts, weights, bits, batches.order, batches.starts, n_experts, _KERNEL[policy], np.take_along_axis(slots, places, 1), places,
-        row_of.astype(np.int32).ravel())  # fmt: skip
+        row_of)  # fmt: skip
     if bad:
         raise CapacityError(f"an expert id is outside {NO_EXPERT}..{n_experts - 1}")
     if not np.isfinite(totals[1]):  # a sum of finite float32 is finite
@@ -316,6 +348,30 @@ def _checked(experts: np.ndarray, weights: np.ndarray, batches: Batches, policy:
         raise CapacityError(f"expert id {experts.max()} is out of range")
     narrow = np.int16 if experts.dtype in (np.int8, np.uint8, np.int16) else np.int32
     return np.ascontiguousarray(experts, narrow), np.ascontiguousarray(weights, np.float32)
+
+
+def _check_thresholds(policy: str) -> None:
+    if policy in ("reroute", "dropless"):
+        raise CapacityError(f"policy {policy!r} has no curve by thresholds: ask for one factor at a time")
+
+
+def _thresholds(batches: Batches, n_experts: int, k: int, factors: np.ndarray, rule: CapacityRule,
+                most: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """(slots [rows, factors], the factors in ascending order of slots [rows, factors], row int32 [batches], batches per row).
+
+    Batches of one size share a row; with ``most`` [batches], the load of each batch's fullest expert, each has its own.
+    """
+    sizes, row_of, count = np.unique(batches.sizes, return_inverse=True, return_counts=True)
+    if most is not None:
+        sizes, row_of, count = batches.sizes, np.arange(len(most)), np.ones(len(most), np.int64)
+    slots = capacities(sizes, n_experts, k, factors, rule, most)
+    return slots, np.argsort(slots, axis=1, kind="stable"), row_of.astype(np.int32).ravel(), count
+
+
+def _keys(keys: np.ndarray, n_keys: int, n: int) -> np.ndarray:
+    if len(keys) != n or (n and not 0 <= int(keys.min()) <= int(keys.max()) < n_keys):
+        raise CapacityError(f"one key in 0..{n_keys - 1} is needed for each of the {n} tokens")
+    return np.ascontiguousarray(keys, np.int32)
 
 
 def _random_priority(shape: tuple[int, ...], seed: int | Sequence[int]) -> np.ndarray:

@@ -20,8 +20,9 @@ from typing import Any
 import numba
 import numpy as np
 
-POSITION, CHOICE, SORTED, BATCH_PRIORITY = range(4)
+POSITION, CHOICE, SORTED, BATCH_PRIORITY, RANDOM = range(5)  # RANDOM is sorted by other bits than those of the weights
 NOBODY = np.int32(2**31 - 1)
+CELLS, FEW = 1024, 32
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,16 +41,26 @@ def key_of(bits):
 
 
 @compiled
-def sort_keyed(packed, scratch, n, low, high, different):
+def weight_of(key):
+    """The float32 whose bits have this key."""
+    bits = np.uint32(key)
+    return np.uint32(bits if bits >> np.uint32(31) else bits ^ np.uint32(0x7FFFFFFF)).view(np.float32)
+
+
+@compiled
+def sort_keyed(packed, scratch, n):
     """Stable ascending sort of packed[:n] (uint64, key in the high 32 bits) by key; returns the array that holds it.
 
-    low, high: least and largest key; different: the bits in which any two keys differ. Least significant digit first
-    over those bits: bfloat16 weights take one pass, float32 three.
+    Least significant digit first over the bits in which any two keys differ: bfloat16 weights take fewer passes than float32.
     """
+    low, high, some, every = np.uint64(2**32), np.uint64(0), np.uint64(0), ~np.uint64(0)
+    for i in range(n):
+        key = packed[i] >> np.uint64(32)
+        low, high, some, every = min(low, key), max(high, key), some | key, every & key
     if low >= high:
         return packed
     shift, bits = np.uint64(0), 0
-    while not (different >> shift) & np.uint64(1):
+    while not ((some ^ every) >> shift) & np.uint64(1):
         shift += np.uint64(1)
     while ((high - low) >> shift) >> np.uint64(bits):
         bits += 1
@@ -75,6 +86,56 @@ def sort_keyed(packed, scratch, n, low, high, different):
         packed, scratch = scratch, packed
         shift += width
     return packed
+
+
+@compiled
+def sort_few(packed, start, stop):
+    """Ascending insertion sort of packed[start:stop]."""
+    for i in range(start + 1, stop):
+        moving, at = packed[i], i
+        while at > start and packed[at - 1] > moving:
+            packed[at] = packed[at - 1]
+            at -= 1
+        packed[at] = moving
+
+
+@compiled
+def sort_at_cuts(packed, begin, end, scratch, places, cuts):
+    """Scratch[:end - begin] gets packed[begin:end] (distinct uint64) so that its first c are the c least, for every c of ``cuts``.
+
+    cuts ascend; places uint32 [CELLS]. One counting sort by leading bits puts cells in order; only a cell that a cut divides is
+    sorted within.
+    """
+    n, low, high = end - begin, ~np.uint64(0), np.uint64(0)
+    for i in range(begin, end):
+        low, high = min(low, packed[i]), max(high, packed[i])
+    shift = np.uint64(0)
+    while (high - low) >> shift >= np.uint64(len(places)):
+        shift += np.uint64(1)
+    places[:] = 0
+    for i in range(begin, end):
+        places[(packed[i] - low) >> shift] += np.uint32(1)
+    total = np.uint32(0)
+    for cell in range(len(places)):
+        places[cell], total = total, total + places[cell]
+    for i in range(begin, end):
+        cell = (packed[i] - low) >> shift
+        scratch[places[cell]] = packed[i]
+        places[cell] += np.uint32(1)  # comes to stand where the cell ends
+    done = 0
+    for c in range(len(cuts)):
+        cut = cuts[c]
+        if cut >= n:
+            break
+        if cut >= done:
+            cell = np.int64((scratch[cut] - low) >> shift)
+            start, stop = np.int64(places[cell - 1]) if cell else 0, np.int64(places[cell])
+            if start < cut:
+                if stop - start <= FEW:
+                    sort_few(scratch, start, stop)
+                else:
+                    scratch[start:stop] = sort_keyed(scratch[start:stop], packed[begin + start : begin + stop], stop - start)
+                done = stop
 
 
 @compiled
@@ -108,45 +169,67 @@ def serve_position(experts, rows, counts, ranks):
 
 
 @compiled
-def serve_sorted(experts, bits, rows, counts, ranks, local, packed, scratch):
-    """Every expert serves its assignments by descending priority; ties by token order, then slot order."""
-    k, n_experts, filled, at = experts.shape[1], np.int64(len(counts)), 0, np.uint64(0)
-    low, high, some, every = np.uint64(2**32), np.uint64(0), np.uint64(0), ~np.uint64(0)
-    flat = ranks.ravel()
+def part_by_expert(experts, bits, rows, low_bits, counts, ends, packed):
+    """Put every assignment into packed, expert by expert in token order: its key, then its row number << low_bits | slot.
+
+    Fills counts [E], which must be 0, and ends [E], where each expert's part of packed ends. True for a bad id.
+    """
+    n_experts = np.uint64(len(counts))
     for i in range(len(rows)):
-        for s in range(k):
-            e = np.int64(experts[rows[i], s])
-            local[at] = e
-            if e >= 0 and e < n_experts:
-                key = key_of(bits[rows[i], s])
-                low, high, some, every = min(low, key), max(high, key), some | key, every & key
-                packed[filled] = (key << np.uint64(32)) | at
-                filled += 1
-            elif e != -1:
+        row = rows[i]
+        for s in range(experts.shape[1]):
+            e = np.uint64(np.int64(experts[row, s]))
+            if e < n_experts:
+                counts[e] += 1
+            elif np.int64(e) != -1:
                 return True
-            else:
-                flat[at] = -1
-            at += np.uint64(1)
-    ordered = sort_keyed(packed, scratch, filled, low, high, some ^ every)
-    for j in range(filled):
-        at = ordered[j] & np.uint64(0xFFFFFFFF)
-        e = np.uint64(local[at])
-        r = counts[e]
-        flat[at], counts[e] = r, r + np.int32(1)
+    ends[0] = 0
+    for e in range(len(counts) - 1):
+        ends[e + 1] = ends[e] + counts[e]
+    for i in range(len(rows)):
+        row = rows[i]
+        for s in range(experts.shape[1]):
+            e = np.uint64(np.int64(experts[row, s]))
+            if e < n_experts:
+                place = np.uint64(ends[e])
+                packed[place] = key_of(bits[row, s]) << np.uint64(32) | np.uint64(i) << low_bits | np.uint64(s)
+                ends[e] = place + np.uint64(1)
     return False
+
+
+@compiled
+def serve_sorted(experts, bits, rows, counts, ranks, ends, packed, scratch):
+    """Every expert serves its assignments by descending priority; ties by token order, then slot order."""
+    low_bits = slot_bits(experts.shape[1])
+    if part_by_expert(experts, bits, rows, low_bits, counts, ends, packed):
+        return True
+    ranks[: len(rows)] = -1
+    for e in range(len(counts)):
+        ordered = sort_keyed(packed[ends[e] - counts[e] : ends[e]], scratch, counts[e])
+        for r in range(counts[e]):
+            at = ordered[r] & np.uint64(0xFFFFFFFF)
+            ranks[at >> low_bits, at & ((np.uint64(1) << low_bits) - np.uint64(1))] = r
+    return False
+
+
+@compiled
+def slot_bits(k):
+    """Bits that hold a slot number below k."""
+    bits = np.uint64(0)
+    while (k - 1) >> np.int64(bits):
+        bits += np.uint64(1)
+    return bits
 
 
 @compiled
 def serve_choices(experts, bits, rows, counts, ranks, slots, packed, scratch, by_priority):
     """All first choices, then all second choices; tokens in order, or by their best priority where by_priority."""
     n, n_experts = len(rows), np.int64(len(counts))
-    low, high, some, every = np.uint64(2**32), np.uint64(0), np.uint64(0), ~np.uint64(0)
     by_choice(bits, rows, slots)
     for i in range(n):
         key = key_of(bits[rows[i], slots[i, 0]]) if by_priority else np.uint64(0)
-        low, high, some, every = min(low, key), max(high, key), some | key, every & key
         packed[i] = (key << np.uint64(32)) | np.uint64(i)
-    ordered = sort_keyed(packed, scratch, n, low, high, some ^ every)
+    ordered = sort_keyed(packed, scratch, n)
     for c in range(experts.shape[1]):
         for j in range(n):
             i = np.int64(ordered[j] & np.uint64(0xFFFFFFFF))
@@ -165,30 +248,30 @@ def serve_choices(experts, bits, rows, counts, ranks, slots, packed, scratch, by
 @compiled
 def serve(experts, bits, rows, policy, counts, ranks, work):
     """Ranks of one batch by policy; True if an id is bad."""
-    slots, local, packed, scratch = work
+    slots, ends, packed, scratch = work
     if policy == POSITION:
         return serve_position(experts, rows, counts, ranks)
-    if policy == SORTED:
-        return serve_sorted(experts, bits, rows, counts, ranks, local, packed, scratch)
+    if policy in (SORTED, RANDOM):
+        return serve_sorted(experts, bits, rows, counts, ranks, ends, packed, scratch)
     return serve_choices(experts, bits, rows, counts, ranks, slots, packed, scratch, policy == BATCH_PRIORITY)
 
 
 @compiled
-def workspace(starts, k, policy):
-    """(ranks [n, k], (slots [n, k], local, packed, scratch)) for the largest batch of n tokens; empty where not needed."""
+def workspace(starts, k, n_experts, policy):
+    """(ranks [n, k], (slots [n, k], ends [E], packed, scratch)) for the largest batch of n tokens; empty where not needed."""
     n = 1
     for b in range(len(starts) - 1):
         n = max(n, starts[b + 1] - starts[b])
-    size = n * k if policy == SORTED else (0 if policy == POSITION else n)
+    size = n * k if policy in (SORTED, RANDOM) else (0 if policy == POSITION else n)
     choices = np.empty((n if policy in (CHOICE, BATCH_PRIORITY) else 0, k), np.int16)
-    local = np.empty(n * k if policy == SORTED else 0, np.int32)
-    return np.empty((n, k), np.int32), (choices, local, np.empty(size, np.uint64), np.empty(size, np.uint64))
+    ends = np.empty(n_experts, np.int64)
+    return np.empty((n, k), np.int32), (choices, ends, np.empty(size, np.uint64), np.empty(size, np.uint64))
 
 
 @compiled
 def rank_all(experts, bits, order, starts, n_experts, policy):
     """(ranks int32 [tokens, k] with -1 = no expert, loads int64 [batches, E], bad id)."""
-    ranks, work = workspace(starts, experts.shape[1], policy)
+    ranks, work = workspace(starts, experts.shape[1], n_experts, policy)
     out = np.full(experts.shape, np.int32(-1))
     loads = np.zeros((len(starts) - 1, n_experts), np.int64)
     counts = np.zeros(n_experts, np.int32)
@@ -239,6 +322,29 @@ def position_by_rank(experts, weights, order, start, stop, counts, tokens, mass)
 
 
 @compiled
+def sorted_by_rank(experts, bits, rows, cuts, counts, best, ends, packed, scratch, tokens, mass):
+    """serve_sorted and by_rank without ranks, and with no more order than the cuts need.
+
+    Ascending ``cuts``: a rank is only told against them, so sums of tokens and mass over ranks from a cut on are exact.
+    best int32 [n] is scratch. True for a bad id.
+    """
+    low_bits, places = slot_bits(experts.shape[1]), np.empty(CELLS, np.uint32)
+    if part_by_expert(experts, bits, rows, low_bits, counts, ends, packed):
+        return True
+    best[: len(rows)] = NOBODY
+    for e in range(len(counts)):
+        sort_at_cuts(packed, ends[e] - counts[e], ends[e], scratch, places, cuts)
+        for r in range(counts[e]):
+            i = (scratch[r] & np.uint64(0xFFFFFFFF)) >> low_bits
+            best[i] = min(best[i], np.int32(r))
+            mass[r] += weight_of(scratch[r] >> np.uint64(32))
+    for i in range(len(rows)):
+        if best[i] != NOBODY:
+            tokens[best[i]] += 1
+    return False
+
+
+@compiled
 def above_each(slots, places, counts, alive, tokens, mass, dropped, fully, lost):
     """Add to dropped, fully, lost [factors] what one batch has at ranks >= slots; clear the tallies.
 
@@ -278,7 +384,7 @@ def curve(experts, weights, bits, order, starts, n_experts, policy, slots, place
     """
     dropped, fully = np.zeros(slots.shape[1], np.int64), np.zeros(slots.shape[1], np.int64)
     lost, counts = np.zeros(slots.shape[1]), np.zeros(n_experts, np.int32)
-    ranks, work = workspace(starts, experts.shape[1], policy)
+    ranks, work = workspace(starts, experts.shape[1], n_experts, policy)
     alive, tokens, mass = np.zeros(len(ranks) + 1, np.int64), np.zeros(len(ranks) + 1, np.int64), np.zeros(len(ranks) + 1)
     assignments, total = 0, 0.0
     for b in range(len(starts) - 1):
@@ -286,6 +392,10 @@ def curve(experts, weights, bits, order, starts, n_experts, policy, slots, place
         counts[:] = 0
         if policy == POSITION:
             bad = position_by_rank(experts, weights, order, starts[b], starts[b + 1], counts, tokens, mass)
+        elif policy == SORTED:
+            _, ends, packed, scratch = work
+            cuts = slots[row_of[b]]
+            bad = sorted_by_rank(experts, bits, rows, cuts, counts, ranks.ravel(), ends, packed, scratch, tokens, mass)
         else:
             bad = serve(experts, bits, rows, policy, counts, ranks, work)
             if not bad:

@@ -31,12 +31,15 @@ def downloads(trace: Trace, tables: Sequence[str] = tuple(TABLES)) -> None:
     buttons(row, lambda kind: partial(export_bytes, trace, table, kind), charts.file_name(trace.name, table))
 
 
-def computed_downloads(trace: Trace, tables: Mapping[str, tuple[str, pa.Table]], settings: Mapping[str, Any]) -> None:
-    """The same for tables a page computed: name -> (what a row is, rows); ``settings`` go into the file."""
+def computed_downloads(
+    trace: Trace, tables: Mapping[str, tuple[str, pa.Table | Callable[[], pa.Table]]], settings: Mapping[str, Any]
+) -> None:
+    """The same for tables a page computed: name -> (what a row is, rows, or what makes them on the click); ``settings`` go into the file."""
     row = st.container(horizontal=True, vertical_alignment="bottom")
     table = row.selectbox("Table", list(tables), key="table", width=220, help="; ".join(f"{n}: {what}" for n, (what, _) in tables.items()))
     what, rows = tables[table]
-    buttons(row, lambda kind: partial(computed_bytes, trace, rows, what, settings, kind),
+    made = rows if callable(rows) else lambda: rows
+    buttons(row, lambda kind: lambda: computed_bytes(trace, made(), what, settings, kind),
             charts.file_name(trace.name, table.replace(" ", "-")))  # fmt: skip
 
 

@@ -90,6 +90,16 @@ def typed(key: str, label: str) -> str:
     return found
 
 
+def section(key: str, label: str) -> Any:
+    """A part of the page that opens on a click: an expander whose ``open`` stands in the URL as ``?key=open``, Back included."""
+    if st.session_state["_link"] is not None:
+        st.session_state[key] = st.query_params.get(key) == "open"
+    part = st.expander(label, key=key, on_change=acted)
+    if part.open:
+        st.session_state["_chosen"][key] = "open"
+    return part
+
+
 def acted() -> None:
     """Called where a run of the script answers a choice on the page, and not a link or the Back button."""
     st.session_state["_acted"] = st.session_state.get("_acted", 0) + 1

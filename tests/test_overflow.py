@@ -254,6 +254,19 @@ def test_curve_equals_one_factor_at_a_time(policy: str, preset: str, site: tuple
             assert row[mass] == pytest.approx(total[mass], rel=1e-12, abs=1e-9)
 
 
+@pytest.mark.parametrize("preset", ["megatron", "megablocks", "tutel"])
+@COMPILING
+@given(site=sites(), factors=st.lists(st.floats(0, 4), min_size=1, max_size=6))
+def test_the_curve_by_groups_equals_one_factor_at_a_time(preset: str, site: tuple, factors: list[float]) -> None:
+    experts, weights, n_experts, batches = site
+    queues, rule, keys = rank_site(experts, weights, n_experts, batches, "probability"), PRESETS[preset], np.arange(len(experts)) % 3
+    rows = queues.curve_by(keys, 4, factors, rule).to_pylist()
+    expected = [{"key": key, "factor": f, **queues.at(f, rule).by(keys, 4).to_pylist()[key]} for key in range(4) for f in factors]
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-12, abs=1e-9)
+
+
 @COMPILING
 @given(site=sites(), factor=st.floats(0, 3))
 def test_tables_against_counting_by_hand(site: tuple, factor: float) -> None:
@@ -280,6 +293,7 @@ def test_tables_against_counting_by_hand(site: tuple, factor: float) -> None:
         sent = experts == row["expert"]
         assert (row["assignments"], row["dropped"], row["kept"]) == (sent.sum(), (sent & ~over.kept).sum(), (sent & over.kept).sum())
         assert row["slots"] - row["kept"] == row["idle"] >= 0
+        assert (over.kept_load[row["expert"]], over.dropped_load[row["expert"]]) == (row["kept"], row["dropped"])
         assert row["gate_mass_lost"] == pytest.approx(weights[sent & ~over.kept].astype(float).sum(), abs=1e-9)
 
 

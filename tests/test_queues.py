@@ -23,9 +23,21 @@ COMPILING = settings(deadline=None)  # the first call of a kernel compiles it
 def test_sort_is_stable_and_ascending(keys: list[int]) -> None:
     key = np.array(keys, np.uint64)
     packed = (key << np.uint64(32)) | np.arange(len(keys), dtype=np.uint64)
-    some, every = np.bitwise_or.reduce(key), np.bitwise_and.reduce(key)
-    ordered = queues.sort_keyed(packed.copy(), np.empty_like(packed), len(keys), key.min(), key.max(), some ^ every)
+    ordered = queues.sort_keyed(packed.copy(), np.empty_like(packed), len(keys))
     assert np.array_equal(ordered & np.uint64(0xFFFFFFFF), np.argsort(key, kind="stable"))
+
+
+@COMPILING
+@given(st.lists(st.integers(0, 2**32 - 1) | st.integers(7, 9) | st.integers(0, 99).map(lambda x: x << 20), max_size=300),
+       st.lists(st.integers(0, 310), max_size=12))  # fmt: skip
+def test_the_first_c_are_the_c_least_for_every_cut(keys: list[int], cuts: list[int]) -> None:
+    packed = (np.array(keys, np.uint64) << np.uint64(32)) | np.arange(len(keys), dtype=np.uint64)
+    scratch, begin = np.zeros(len(keys), np.uint64), 5
+    held = np.concatenate([np.full(begin, 3, np.uint64), packed])
+    queues.sort_at_cuts(held, begin, len(held), scratch, np.empty(8, np.uint32), np.sort(np.array(cuts, np.int64)))
+    for c in cuts:
+        assert np.array_equal(np.sort(scratch[:c]), np.sort(packed)[:c])
+    assert np.array_equal(np.sort(scratch), np.sort(packed)) and (held[:begin] == 3).all()
 
 
 @COMPILING

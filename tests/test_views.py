@@ -142,6 +142,20 @@ def test_capacity_answers_as_the_engine_does(runs: Path) -> None:
     assert test.select_slider(key="cf").value == "1"
 
 
+def test_parts_of_the_capacity_page_stand_open_in_the_link_and_close_on_the_way_back(runs: Path) -> None:
+    test = shown("capacity", "demo-run")
+    test.query_params.update({"lesson": "open", "compare": "open"})
+    test.run()
+    assert any("Six tokens, three experts" in m.value for m in test.markdown) and "policies" in test.selectbox(key="table").options
+    assert test.query_params["lesson"] in ("open", ["open"]) and "cost" not in test.query_params
+    test.select_slider(key="cf").set_value("2").run()
+    assert "policies" in test.selectbox(key="table").options and test.query_params["compare"] in ("open", ["open"])
+    test.query_params.pop("lesson")
+    test.query_params.pop("compare")
+    test.run()
+    assert not any("Six tokens" in m.value for m in test.markdown) and "policies" not in test.selectbox(key="table").options
+
+
 def test_what_if_answers_from_the_example_and_starts_again_with_another(runs: Path) -> None:
     test = shown("model", "demo-run")
     assert [m.value for m in test.metric][-3:] == ["1.76 T", "440.0 B", "25.0%"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
 from app.figures import show_figure
-from app.selection import choice, current_trace, document_picker, recording_id
+from app.selection import choice, current_trace, document_picker, recording_id, section
 
 SCOPES = {"documents": "micro-batches of documents", "document": "each document alone", "tokens": "micro-batches of tokens",
           "run": "the whole run at once"}  # fmt: skip
@@ -41,6 +42,14 @@ def curves(_trace: Trace, run: str, policy: str, scope: str, size: int | None, m
     return capacity_curves(_trace, FACTORS, asked, scope, size=size, mixed=mixed, preset=preset)
 
 
+@st.cache_resource(max_entries=12, show_spinner="Asking who pays …")
+def groups(
+    _trace: Trace, run: str, site: int, policy: str, scope: str, size: int | None, mixed: int | None, preset: str, by: str
+) -> pa.Table:
+    """One site's losses by label or position at every factor."""
+    return ranked(_trace, run, site, policy, scope, size, mixed).curves_by(by, FACTORS, preset)
+
+
 def who_pays(trace: Trace, applied: AppliedCapacity, site: int, mean: float) -> dict[str, tuple[str, pa.Table]]:
     """Charts and tables of the groups that lose, against the ``mean`` share; returns the tables for the downloads."""
     labelled = pc.count(trace.documents["label"]).as_py() > 0
@@ -52,8 +61,13 @@ def who_pays(trace: Trace, applied: AppliedCapacity, site: int, mean: float) -> 
     if asked == "token":
         rows = applied.by_token()
         return {"by token": ("one row per token id", token_table(trace, rows, mean))}
-    rows = applied.by_label() if asked == "label" else applied.by_position()
-    keys = rows["label" if asked == "label" else "first_position"].to_pylist()
+    by = "label" if asked == "label" else "first_position"
+    if exact:
+        rows = groups(trace, run, site, policy, scope, size, mixed, preset, by)
+        rows = rows.filter(pc.equal(rows["factor"], factor))
+    else:
+        rows = applied.by_label() if asked == "label" else applied.by_position()
+    keys = rows[by].to_pylist()
     names = [text.axis_name(k or "no label") if asked == "label" else f"{k:,}" for k in keys]
     show_figure(
         trace, charts.share_bars(names, rows["dropped_share"].to_numpy(), rows["assignments"].to_numpy(), mean,
@@ -133,7 +147,7 @@ st.markdown(
     "times a **capacity factor** (CF). What overflows is not processed by this layer; slots left empty are computed for nothing. "
     "This is a what-if on the recorded choices: the model itself ran without a limit unless it says so below."
 )
-lesson = st.expander("How it works: six tokens and three experts", on_change="rerun", key="lesson")
+lesson = section("lesson", "How it works: six tokens and three experts")
 if lesson.open:
     with lesson:
         explain()
@@ -160,7 +174,8 @@ def answer(policy: str) -> tuple[pa.Table, list[dict[str, Any]], int, AppliedCap
     """(curves of all layers, their rows at this factor, the site shown, capacity applied there) under a policy."""
     every = curves(trace, run, policy, scope, size, mixed, preset)
     here = every.filter(pc.equal(every["factor"], factor)).to_pylist()
-    worst = max(here, key=lambda row: row["dropped_share"])
+    # By the drops at one factor, so that the page stays at one layer while the slider moves.
+    worst = max(every.filter(pc.equal(every["factor"], 1.0)).to_pylist(), key=lambda row: row["dropped_share"])
     site = worst["site"] if shown_layer == "all" else next(x.index for x in trace.layers if x.title == shown_layer)
     return every, here, site, ranked(trace, run, site, policy, scope, size, mixed).at(factor, preset)
 
@@ -175,13 +190,15 @@ mine = every if shown_layer == "all" else every.filter(pc.equal(every["site"], s
 pooled = pool_curves(mine)
 now = pooled.filter(pc.equal(pooled["factor"], factor)).to_pylist()[0]
 exact = policy not in ("reroute", "dropless")
-total, layer = applied.by_layer().to_pylist()[0], trace.layers[site]
+over, layer = applied.sites[site], trace.layers[site]
+total = next(row for row in here if row["site"] == site) if exact else applied.by_layer().to_pylist()[0]
+batches, (least, largest) = len(over.capacity), over.capacity_range
 setting = (f"Capacity as in {PRESETS[preset].title}; served first: {policy.replace('_', ' ')}; {SCOPES[scope]}"
            + (f", {size:,} per batch, {ORDERS[order]}" if size else "") + ".")  # fmt: skip
 text.show_heading(in_words(now if exact and shown_layer == "all" else total, pooled, factor).replace("assignments", (
     "assignments over all layers" if exact and shown_layer == "all" else f"assignments at {trace.layers[site].title}"), 1) + ".")  # fmt: skip
 text.show_note(
-    f"n = {now['assignments']:,} assignments of {trace.n_tokens(layer.stream):,} tokens, in {total['batches']:,} batches. By chance, uniform"
+    f"n = {now['assignments']:,} assignments of {trace.n_tokens(layer.stream):,} tokens, in {batches:,} batches. By chance, uniform"
     f" routing in the same batches would drop {now['chance_dropped_share']:.2%}. Capacity: {PRESETS[preset].source}."
 )
 if not exact:
@@ -198,23 +215,20 @@ show_figure(
     n=f"{now['assignments']:,} assignments in {len(grid):,} layers",
 )  # fmt: skip
 
-text.show_heading(f"Expert by expert at {layer.title}" + (", the layer that drops most" if shown_layer == "all" else ""))
-experts = applied.by_expert()
+text.show_heading(f"Expert by expert at {layer.title}" + (", the layer that drops most at CF 1" if shown_layer == "all" else ""))
 show_figure(
-    trace, charts.slot_bars(*(experts[c].to_numpy() for c in ("kept", "dropped", "idle", "slots"))), f"slots-{layer.title}-{policy}-cf-{factor:g}",
+    trace, charts.slot_bars(over.kept_load, over.dropped_load, over.idle, over.slots), f"slots-{layer.title}-{policy}-cf-{factor:g}",
     key="slots", alt=f"Bars per expert of {layer.title}: processed, dropped and idle.",
-    definition=f"Assignments and slots of {layer.title} at capacity factor {factor:g}, summed over {total['batches']:,} batches of"
-    f" {total['least_capacity']:,} to {total['largest_capacity']:,} slots per expert. An expert can drop in one batch and idle in another, so both"
+    definition=f"Assignments and slots of {layer.title} at capacity factor {factor:g}, summed over {batches:,} batches of"
+    f" {least:,} to {largest:,} slots per expert. An expert can drop in one batch and idle in another, so both"
     f" may stand on one bar. {setting}",
     n=f"{total['assignments']:,} assignments",
 )  # fmt: skip
 text.show_heading(f"Who pays at {layer.title}?")
-tables = {"curves": ("one row per layer and capacity factor", every), "by layer": ("one row per layer", pa.Table.from_pylist(here)),
-          "by expert": ("one row per expert of the layer shown", experts), **who_pays(trace, applied, site, total["dropped_share"])}  # fmt: skip
+tables: dict[str, tuple[str, pa.Table | Callable[[], pa.Table]]] = {"curves": ("one row per layer and capacity factor", every), "by layer": ("one row per layer", pa.Table.from_pylist(here)),
+          "by expert": ("one row per expert of the layer shown", applied.by_expert), **who_pays(trace, applied, site, total["dropped_share"])}  # fmt: skip
 
-compare = st.expander(
-    "The same capacity under other policies: those that drop, drop as much, but not the same tokens", on_change="rerun", key="compare"
-)
+compare = section("compare", "The same capacity under other policies: those that drop, drop as much, but not the same tokens")
 if compare.open:
     with compare:
         rows = compare_policies(trace, factor, scope, size=size, mixed=mixed, preset=preset, layers=[site])
@@ -225,7 +239,7 @@ if compare.open:
             hide_index=True,
             column_config={c: st.column_config.NumberColumn(c.replace("_", " "), format="percent") for c in columns[1:-1]},
         )
-cost = st.expander("What the slots cost", on_change="rerun", key="cost")
+cost = section("cost", "What the slots cost")
 if cost.open:
     with cost:
         try:
