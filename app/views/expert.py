@@ -90,17 +90,17 @@ if not card.assignments:
     st.info("No token of this run uses this expert: there is nothing to tell. Choose another one, or a longer run.")
     st.stop()
 if card.labels:
-    st.subheader("Which texts use it?")
+    st.header("Which texts use it?")
     uses(card.labels, "label")
     text.show_note(f"log2 of the share of the label's tokens that use it over that of all others, n = {card.n:,} tokens in all; bars: 95 % interval over documents. Faded: no more"
                    f" than chance after correction. Test: {known.labels.method}.")  # fmt: skip
 if card.classes:
-    st.subheader("Which kinds of token?")
+    st.header("Which kinds of token?")
     uses(card.classes, "class")
     text.show_note(f"As above, for {len(card.classes)} classes of the layer's {card.n:,} tokens." + (
         f" Test: {known.classes.method}." if known.classes is not None else ""))  # fmt: skip
 if card.tokens:
-    st.subheader("Which tokens, most of all?")
+    st.header("Which tokens, most of all?")
     st.dataframe(
         pd.DataFrame([{"token": text.visible_token(t.text or "?"), "uses it": t.count, "of its occurrences": t.tokens, "share": t.share,
                        "lift": t.lift, "p at most": t.p} for t in card.tokens]),
@@ -112,9 +112,9 @@ if card.tokens:
         f"are dealt at random, {DRAWS:,} times; less than {1 / (DRAWS + 1):.3f} cannot show."
     )
 if trace.load_tokens is not None:
-    st.subheader("Where in the text?")
+    st.header("Where in the text?")
     show_passages()
-st.subheader("Whom does it work with?")
+st.header("Whom does it work with?")
 with st.container(horizontal=True):
     for rows, title in (
         (card.sources, "from expert (layer before)"),
@@ -127,7 +127,7 @@ with st.container(horizontal=True):
 st.caption("Lift: over what the experts' loads alone would give; 1 is no preference.")
 for sentence in card.missing:
     text.show_note(f"Not known: {sentence}.")
-st.subheader("Take the numbers")
+st.header("Take the numbers")
 tables = {}
 for name, uses_ in (("labels", card.labels), ("token classes", card.classes), ("tokens", card.tokens), ("partners", card.partners)):
     if uses_:

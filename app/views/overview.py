@@ -82,7 +82,7 @@ relative = [relative_load(stats.load(x.index)[: x.n_experts]) for x in layers]
 counts = [stats.n_tokens(x.index) for x in layers]
 each = f"{counts[0]:,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
 mark = (finding.site, finding.expert) if finding is not None else None
-st.subheader("Who carries the load? Each cell is one expert of one layer.")
+st.header("Who carries the load? Each cell is one expert of one layer.")
 st.plotly_chart(
     charts.load_map(relative, rows, theme(), mark),
     config=figure_config(trace, "load-map"),
@@ -94,7 +94,7 @@ text.show_note(
     f"by chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×. "
     "The framed cell is the finding above. Experts of different layers are unrelated, even with the same number."
 )
-st.subheader("Where to look next")
+st.header("Where to look next")
 links = st.columns(3)
 links[0].page_link("views/tokens.py", label="Which expert does each token go to?", query_params={"run": trace.name})
 links[1].page_link("views/load.py", label="How uneven is each layer?", query_params={"run": trace.name})
@@ -102,7 +102,7 @@ links[2].page_link("views/runs.py", label="Record your own text")
 st.download_button("Save this run as one HTML file", data=partial(report_bytes, trace), key="report", on_click="ignore", mime="text/html",
                    file_name=f"{charts.file_name(trace.name, 'report')}.html", icon=":material/download:",
                    help="The views above, balance, capacity and specialization: opens without a network, to keep or to send.")  # fmt: skip
-st.subheader("The model")
+st.header("The model")
 layer = layers[0]
 text.show_text(
     f"{card.name} ({card.architecture}): {card.parameters / 1e6:,.1f} million parameters, {card.active_parameters / 1e6:,.1f} million "

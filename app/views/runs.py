@@ -95,7 +95,7 @@ elif job is not None and job.state == "done":
 elif job is not None:
     text.show_error(job.message[:1].upper() + job.message[1:] + ".")
 
-st.subheader("Recorded runs")
+st.header("Recorded runs")
 runs = all_runs()
 st.dataframe(
     pd.DataFrame(
@@ -111,7 +111,7 @@ st.dataframe(
 if not runs:
     st.info("Nothing recorded yet: paste some text above.")
     st.stop()
-st.subheader("Take the numbers, or delete a run")
+st.header("Take the numbers, or delete a run")
 chosen = st.selectbox("Run to export or delete", list(runs), key="manage")
 run = runs[chosen]
 if run.complete:

@@ -91,7 +91,7 @@ if chosen is not None:
     st.dataframe(pd.DataFrame(table), hide_index=True)
     st.caption("Margin: selection score of the last chosen expert less that of the best rejected one; near 0 means the choice was close.")
 
-st.subheader("The same document, all layers at once")
+st.header("The same document, all layers at once")
 kind = choice(
     "map", "Show", {k: k for k in ("expert", "router entropy", "margin")}, "expert", draw=st.segmented_control, label_visibility="collapsed"
 )
@@ -114,7 +114,7 @@ if kind == "expert":
         " layer, grey for the rest. Experts of different layers are unrelated, even in one hue. Point for the number. Empty: no expert."
     )
 
-st.subheader("How this document loads the experts")
+st.header("How this document loads the experts")
 loads = [np.bincount(r.experts[r.experts >= 0], minlength=x.n_classes)[: x.n_experts] for x, (r, _) in zip(sites, read, strict=True)]
 st.plotly_chart(
     charts.load_map([relative_load(n) for n in loads], titles, theme()),
