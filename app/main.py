@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 from streamlit.runtime.scriptrunner import StopException
 
-from app import jobs
+from app import jobs, tour
 from app.selection import header, publish
 from app.text import tighten
 
@@ -28,6 +28,7 @@ page = st.navigation(
 tighten()
 header()
 try:
+    tour.show(page.url_path)
     page.run()
 except StopException:  # a page that has said all it can still stands in the URL
     publish()

@@ -15,7 +15,7 @@ from analysis.vocabulary import DRAWS
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads, figure_config
-from app.selection import choice, current_trace, layer_picker, recording_id
+from app.selection import choice, current_trace, expert_search, layer_picker, recording_id
 
 
 @st.cache_resource(max_entries=32, show_spinner="Testing what this layer's experts are used for …")
@@ -70,6 +70,7 @@ with st.container(horizontal=True):
     names = {str(e): f"expert {e}" + (" (no weights)" if e >= layer.n_experts else "") for e in range(layer.n_classes)}
     busiest = int(np.argmax(trace.stats.load(site)[: layer.n_experts]))
     expert = int(choice("expert", "Expert", names, str(busiest), width=160))
+    expert_search(trace)
 known = evidence(trace, run, site)
 card = expert_card(trace, site, expert, known)
 text.show_heading(f"{card.title[:1].upper()}{card.title[1:]}: {card.description}")

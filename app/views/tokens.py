@@ -20,6 +20,7 @@ st.title("Which expert does each token go to?")
 trace = current_trace()
 if trace.load_tokens is None:
     st.info("This run holds statistics only. The Load page shows them; capture the text again to see tokens.")
+    st.page_link("views/load.py", label="To the Load page", query_params={"run": trace.name})
     st.stop()
 pickers = st.container(horizontal=True)
 with pickers:
@@ -50,9 +51,9 @@ shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylis
 breaks = ["\n" in (t or "") for t in rows["token"].to_pylist()]
 titles = [x.title for x in sites]
 here = [x.index for x in sites].index(site)
-st.caption(
-    f"{len(shown):,} tokens. Colour: the expert with the largest gate weight at the layer shown; the 8 busiest have a hue, the rest are "
-    "grey. · is a space, ⏎ a line end; (1/2) marks a character that several tokens share. Arrow keys: ← → tokens, ↑ ↓ layers."
+text.show_note(
+    f"{text.counted(len(shown), 'token')}. Colour: the expert with the largest gate weight at the layer shown; the 8 busiest have a hue, the rest"
+    " are grey. · is a space, ⏎ a line end; (1/2) marks a character that several tokens share. Arrow keys: ← → tokens, ↑ ↓ layers."
 )
 
 

@@ -215,7 +215,7 @@ def test_paste_record_open_delete(page: Page, address: str, runs: Path) -> None:
     page.get_by_text("Open it on the Tokens page").click()
     expect(page.locator(".text .token").first).to_contain_text("The")
     page.goto(f"{address}/runs")
-    choice = page.get_by_role("combobox", name="Run to export or delete")
+    choice = page.get_by_role("combobox", name="Run to delete")
     choice.click()
     choice.press_sequentially("pasted")
     page.get_by_role("option", name="pasted").wait_for()
