@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 from streamlit.runtime.scriptrunner import StopException
 
-from app import figures, jobs
+from app import figures, jobs, tour
 from app.selection import header, publish
 from app.text import tighten
 
@@ -29,6 +29,7 @@ tighten()
 header()
 figures.begin()
 try:
+    tour.show(page.url_path)
     page.run()
 except StopException:  # a page that has said all it can still gives its figures and stands in the URL
     figures.take_figures()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from analysis.trace import Trace
 
 from .components.theme_probe import probed_theme, theme_probe
 from .runs_folder import all_runs
-from .text import show_error, show_note
+from .text import counted, plain, show_error, show_note
 
 TYPED = 64  # characters of a search
 
@@ -94,7 +95,7 @@ def section(key: str, label: str) -> Any:
     """A part of the page that opens on a click: an expander whose ``open`` stands in the URL as ``?key=open``, Back included."""
     if st.session_state["_link"] is not None:
         st.session_state[key] = st.query_params.get(key) == "open"
-    part = st.expander(label, key=key, on_change=acted)
+    part = st.expander(plain(label), key=key, on_change=acted)
     if part.open:
         st.session_state["_chosen"][key] = "open"
     return part
@@ -145,21 +146,24 @@ def header() -> None:
     shapes = {(x.n_experts, x.top_k) for x in trace.layers}
     shape = f"{next(iter(shapes))[0]} experts, top-{next(iter(shapes))[1]}" if len(shapes) == 1 else "of several shapes"
     with row.container(width="stretch"):
-        show_note(f"{trace.model.name} · {len(trace.layers)} routed layers · {shape} · {runs[name].n_tokens:,} tokens"
-                         f" of {runs[name].n_documents:,} documents")  # fmt: skip
+        show_note(f"{trace.model.name} · {counted(len(trace.layers), 'routed layer')} · {shape} · {counted(runs[name].n_tokens, 'token')}"
+                         f" of {counted(runs[name].n_documents, 'document')}")  # fmt: skip
 
 
 def current_trace() -> Trace:
     """The Trace of the header's run. Stops the page with a sentence where there is none."""
     runs = _complete()
     if not runs:
-        st.info("No run is recorded yet. Record one on the Runs page, or make the demo run with `make demo-run`.")
+        st.info("No run is recorded yet. Record your own text on the Runs page, or make the demo run with `make demo-run`.")
+        st.page_link("views/runs.py", label="Record your own text")
         st.stop()
     run = runs[st.session_state["_chosen"]["run"]]
     try:
         return open_named(run.folder, run.created)
     except RunError as error:
         show_error(str(error))
+        st.markdown("Choose another run above. The Runs page can delete a run that cannot be read; record its text again there.")
+        st.page_link("views/runs.py", label="To the Runs page")
         st.stop()
 
 
@@ -177,6 +181,27 @@ def layer_picker(trace: Trace) -> int:
     """Choose a site (``?layer=``); returns LayerInfo.index."""
     titles = [x.title for x in trace.layers]
     return titles.index(choice("layer", "Layer", {t: t for t in titles}, titles[-1], width=160))
+
+
+def expert_search(trace: Trace) -> None:
+    """Type ``L3 E5`` and press Enter: that layer and expert are chosen; what names none is said."""
+
+    def jump() -> None:
+        acted()
+        asked = st.session_state["jump"].strip()
+        named = re.fullmatch(r"\D*(\d{1,6})\D+(\d{1,6})\D*", asked)
+        sites = [x for x in trace.layers if named and x.layer == int(named[1]) and int(named[2]) < x.n_classes]
+        st.session_state["_no_expert"] = asked if asked and len(sites) != 1 else ""
+        if named and len(sites) == 1:
+            set_choice("layer", sites[0].title)
+            set_choice("expert", str(int(named[2])))
+        st.session_state["jump"] = ""
+
+    st.text_input("Go to", key="jump", placeholder="L3 E5", on_change=jump, max_chars=TYPED, width=120)
+    if lost := st.session_state.pop("_no_expert", ""):
+        show_error(
+            f"{lost} names no single expert of this run: type a layer and an expert, such as L{trace.layers[-1].layer} E0, or choose them."
+        )
 
 
 def document_picker(trace: Trace, stream: str) -> int:

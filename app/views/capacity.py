@@ -204,7 +204,7 @@ text.show_note(
 if not exact:
     text.show_note(f"The curves below are those of first come, first served: {policy} has no threshold per assignment.")
 
-st.subheader("Drops against idle slots")
+st.header("Drops against idle slots")
 grid = [mine.filter(pc.equal(mine["site"], s)) for s in dict.fromkeys(mine["site"].to_pylist())]
 show_figure(
     trace, charts.overflow_curves(np.array(FACTORS), np.stack([g["dropped_share"].to_numpy() for g in grid]),
@@ -253,5 +253,5 @@ if cost.open:
             )
         except CapacityError as error:
             text.show_note(str(error))
-st.subheader("Take the numbers")
+st.header("Take the numbers")
 computed_downloads(trace, tables, {"factor": factor, "preset": preset, "policy": policy, "scope": scope, "size": size, "order": order})

@@ -16,7 +16,7 @@ from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
 from app.figures import show_figure
-from app.selection import choice, current_trace, layer_picker, recording_id
+from app.selection import choice, current_trace, expert_search, layer_picker, recording_id
 
 
 @st.cache_resource(max_entries=32, show_spinner="Testing what this layer's experts are used for …")
@@ -75,6 +75,7 @@ with st.container(horizontal=True):
     names = {str(e): f"expert {e}" + (" (no weights)" if e >= layer.n_experts else "") for e in range(layer.n_classes)}
     busiest = int(np.argmax(trace.stats.load(site)[: layer.n_experts]))
     expert = int(choice("expert", "Expert", names, str(busiest), width=160))
+    expert_search(trace)
 known = evidence(trace, run, site)
 card = expert_card(trace, site, expert, known)
 text.show_heading(f"{card.title[:1].upper()}{card.title[1:]}: {card.description}")
@@ -95,13 +96,13 @@ if not card.assignments:
     st.info("No token of this run uses this expert: there is nothing to tell. Choose another one, or a longer run.")
     st.stop()
 if card.labels:
-    st.subheader("Which texts use it?")
+    st.header("Which texts use it?")
     uses(card.labels, "label", f" Test: {known.labels.method}.")
 if card.classes:
-    st.subheader("Which kinds of token?")
+    st.header("Which kinds of token?")
     uses(card.classes, "class", f" Test: {known.classes.method}." if known.classes is not None else "")
 if card.tokens:
-    st.subheader("Which tokens, most of all?")
+    st.header("Which tokens, most of all?")
     st.dataframe(
         pd.DataFrame([{"token": text.visible_token(t.text or "?"), "uses it": t.count, "of its occurrences": t.tokens, "share": t.share,
                        "lift": t.lift, "p at most": t.p} for t in card.tokens]),
@@ -113,9 +114,9 @@ if card.tokens:
         f"are dealt at random, {DRAWS:,} times; less than {1 / (DRAWS + 1):.3f} cannot show."
     )
 if trace.load_tokens is not None:
-    st.subheader("Where in the text?")
+    st.header("Where in the text?")
     show_passages()
-st.subheader("Whom does it work with?")
+st.header("Whom does it work with?")
 with st.container(horizontal=True):
     for rows, title in (
         (card.sources, "from expert (layer before)"),
@@ -128,7 +129,7 @@ with st.container(horizontal=True):
 st.caption("Lift: over what the experts' loads alone would give; 1 is no preference.")
 for sentence in card.missing:
     text.show_note(f"Not known: {sentence}.")
-st.subheader("Take the numbers")
+st.header("Take the numbers")
 tables = {}
 for name, uses_ in (("labels", card.labels), ("token classes", card.classes), ("tokens", card.tokens), ("partners", card.partners)):
     if uses_:

@@ -102,7 +102,7 @@ def show_pooled(pooled: PooledBalance | None, auxiliary: float) -> None:
 
 def show_batches() -> tuple[str, pa.Table]:
     """MaxVio of the run and of its batches at a size chosen on the page; returns the table for the downloads."""
-    st.subheader("How stable is it from batch to batch?")
+    st.header("How stable is it from batch to batch?")
     size = choice("batch", "A batch is", BATCHES, "1024", width=180)
     rows = batches(trace, run, int(size))
     what = "one row per layer: MaxVio over the run and per batch, with chance"
@@ -155,12 +155,12 @@ def column(name: str) -> Any:
 
 def show_numbers(table: pa.Table, over: pa.Table) -> None:
     """Every layer, and percentiles over layers."""
-    st.subheader("Every layer in numbers")
+    st.header("Every layer in numbers")
     n = st.column_config.NumberColumn("n (tokens)", help="tokens that passed the layer")
     st.dataframe(table.select(["layer", "stack", "n", *SHOWN]).to_pandas(), hide_index=True,
                  column_config={"n": n, **{m: column(m) for m in SHOWN}})  # fmt: skip
     st.caption("Point at a column's title for its definition, its source and what chance would give.")
-    st.subheader("Over layers")
+    st.header("Over layers")
     shown = over.to_pandas()
     shown.insert(1, "by chance, in each layer", [METRICS[m].chance for m in shown["metric"]])
     shown["metric"] = [f"{METRICS[m].title} ({METRICS[m].unit})" for m in shown["metric"]]
@@ -197,7 +197,7 @@ if chosen.native_capacity is not None:
     )
 pieces = show_pieces(site, table["max_over_mean"][site].as_py())
 show_numbers(table, over)
-st.subheader("Take the numbers")
+st.header("Take the numbers")
 load = ("one row per layer and expert: assignments, share, load relative to an even share", load_table(trace))
 tables = {"load": load, "balance": ("one row per layer: every balance metric", table), "batches": batched, **pieces,
           "percentiles": ("one row per metric: percentiles over layers", over)}  # fmt: skip

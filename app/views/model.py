@@ -72,7 +72,7 @@ numbers.metric(
 text.show_text(
     f"{card.name}: a {card.architecture} of family {card.family}, weights in {card.dtype}, {card.vocab_size:,} tokens in its vocabulary."
 )
-st.subheader("Its routers")
+st.header("Its routers")
 st.dataframe(pd.DataFrame(router_rows(trace.layers)), hide_index=True)
 st.caption(
     "Scores: what turns router logits into comparable numbers. Chosen by: the rule that picks the top-k from them. Weights on: where the "
@@ -82,6 +82,6 @@ for note in dict.fromkeys(x.note for x in trace.layers if x.note):
     text.show_note(note)
 for warning in card.warnings:
     text.show_note(warning)
-st.subheader("What if? Experts and top-k of a model")
+st.header("What if? Experts and top-k of a model")
 what_if()
 st.caption("`python -m analysis params CONFIG` counts any model from its config alone, before a weight is downloaded.")

@@ -12,7 +12,7 @@ from analysis.findings import Finding, first_finding
 from analysis.metrics import METRICS
 from analysis.stability import dead_experts
 from analysis.trace import Trace
-from app import charts, text
+from app import charts, text, tour
 from app.components.token_strip import token_strip
 from app.figures import show_figure
 from app.report import report_bytes
@@ -48,9 +48,15 @@ st.markdown(
     "In a mixture-of-experts model, every layer has several small networks, the *experts*. For each token a **router** "
     "picks a few of them; only those compute. Below is what the router of one model chose, token by token, as executed."
 )
+tour.start_link(trace)
 if finding is not None:
     text.show_heading(finding.claim)
     text.show_note(finding.evidence)
+    of_finding = {"run": trace.name, "layer": layers[finding.site].title, "expert": str(finding.expert)}
+    with st.container(horizontal=True):
+        st.page_link("views/expert.py", label="Everything about this expert", query_params=of_finding, width="content")
+        st.page_link("views/specialization.py", label="All experts of its layer, tested", width="content",
+                     query_params={k: v for k, v in of_finding.items() if k != "expert"})  # fmt: skip
     if trace.load_tokens is not None:
         first_lines(trace, finding)
 
@@ -63,11 +69,12 @@ at = int(np.nanargmax(worst["value"]))
 numbers = st.container(horizontal=True)
 numbers.metric("Tokens", f"{tokens:,}", border=True, help="Tokens recorded in this run, padding excluded.")
 numbers.metric("Routing decisions", f"{decisions:,}", border=True, help="Tokens x layers x experts per token (top-k).")
+busiest = int(np.argmax(stats.load(layers[at].index)[: layers[at].n_experts]))
 numbers.metric(
-    "Busiest expert",
+    f"Busiest expert: L{layers[at].layer} E{busiest}",
     f"{worst['value'][at]:.2f} ×",
     border=True,
-    help=f"Largest expert load over the mean load of its layer ({layers[at].title}); 1 is an even share."
+    help=f"Largest expert load over the mean load of its layer ({layers[at].title}, expert {busiest}); 1 is an even share."
     f" n = {worst['n'][at]:,} tokens; chance alone gives at most about {chance['value'][at]:.2f}.",
 )
 numbers.metric(
@@ -77,12 +84,15 @@ numbers.metric(
     help=f"Of {dead.experts:,} experts over all layers, those that received no token of this run. Uniform routing would leave {dead.chance:.1f}.",
 )
 
+st.page_link("views/expert.py", label="What is the busiest expert for?", width="content",
+             query_params={"run": trace.name, "layer": layers[at].title, "expert": str(busiest)})  # fmt: skip
+
 rows = [x.title for x in layers]
 relative = [relative_load(stats.load(x.index)[: x.n_experts]) for x in layers]
 counts = [stats.n_tokens(x.index) for x in layers]
 each = f"{counts[0]:,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
 mark = (finding.site, finding.expert) if finding is not None else None
-st.subheader("Who carries the load? Each cell is one expert of one layer.")
+st.header("Who carries the load? Each cell is one expert of one layer.")
 show_figure(
     trace, charts.load_map(relative, rows, theme(), mark), "load-map", key="load_map",
     alt=f"Heatmap of {len(rows)} layers by {len(relative[0])} experts: load relative to an even share.",
@@ -91,7 +101,7 @@ show_figure(
     + (f" Framed: {finding.claim}" if finding is not None else "") + " Experts of different layers are unrelated, even with the same number.",
     n=f"{each} tokens per layer",
 )  # fmt: skip
-st.subheader("Where to look next")
+st.header("Where to look next")
 links = st.columns(3)
 links[0].page_link("views/tokens.py", label="Which expert does each token go to?", query_params={"run": trace.name})
 links[1].page_link("views/load.py", label="How uneven is each layer?", query_params={"run": trace.name})
@@ -99,7 +109,7 @@ links[2].page_link("views/runs.py", label="Record your own text")
 st.download_button("Save this run as one HTML file", data=partial(report_bytes, trace), key="report", on_click="ignore", mime="text/html",
                    file_name=f"{charts.file_name(trace.name, 'report')}.html", icon=":material/download:",
                    help="The views above, balance, capacity and specialization: opens without a network, to keep or to send.")  # fmt: skip
-st.subheader("The model")
+st.header("The model")
 layer = layers[0]
 text.show_text(
     f"{card.name} ({card.architecture}): {card.parameters / 1e6:,.1f} million parameters, {card.active_parameters / 1e6:,.1f} million "

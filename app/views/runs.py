@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pandas as pd
 import streamlit as st
 
-from analysis.store import RunError, delete_run, valid_run_name
+from analysis.store import RunError, RunSummary, delete_run, valid_run_name
 from analysis.untrusted import Limits, Prompt, UploadError, read_prompts
 from app import text
 from app.downloads import downloads
@@ -16,6 +16,7 @@ from app.runs_folder import DEMO, all_runs, allowed_models, runs_root
 from app.selection import open_named
 
 LIMITS = Limits()
+CSV_ROW = 142  # bytes of one row of decisions as CSV, measured on the demo run
 session = session_id()
 
 
@@ -44,7 +45,7 @@ def start(model: str, pasted: str, uploads: list, wanted: str) -> None:
     worker().submit(Job(session, allowed_models()[model], prompts, runs_root() / name))
 
 
-st.title("Record your own text")
+st.title("What does the router do with your own text?")
 models = allowed_models()
 st.text_area("Text to route", height=140, key="pasted", placeholder="Paste any text: prose, code, another language …")
 st.file_uploader(
@@ -54,6 +55,13 @@ st.file_uploader(
 options = st.columns(2)
 options[0].selectbox("Model", list(models), key="model")
 options[1].text_input("Name of the run (optional)", key="run_name", placeholder="a-z, 0-9, . _ -")
+
+
+def state(run: RunSummary) -> str:
+    """How a listed run is, and what to do where it is not complete."""
+    if run.complete:
+        return "complete"
+    return "damaged: delete it" if run.model == "damaged" else "unfinished: repeat the command to resume, or delete it"
 
 
 def record() -> None:
@@ -71,37 +79,47 @@ if "_refused" in st.session_state:
     text.show_error(st.session_state["_refused"])
 
 
-@st.fragment(run_every=0.5)
 def watch() -> None:
-    """The session's capture under way; reruns itself until it is over."""
+    """The session's capture: its progress, then how it ended. The page runs anew once at the end, for the lists that show the run."""
     job = worker().of_session(session)
-    if job is None or job.over:
-        st.rerun()
+    if job is None:
         return
-    total = len(job.prompts)
-    rate = f", {job.tokens / job.seconds:,.0f} tokens/s" if job.seconds else ""
-    left = f", about {job.seconds / job.documents * (total - job.documents):.0f} s left" if job.documents else ""
-    st.progress(job.documents / total, f"{job.state}: {job.documents} of {total} prompts, {job.tokens:,} tokens{rate}{left}")
-    if st.button("Cancel", key="cancel"):
-        job.stop.set()
+    if not job.over:
+        st.session_state["_watched"] = job.id
+        total = len(job.prompts)
+        rate = f", {job.tokens / job.seconds:,.0f} tokens/s" if job.seconds else ""
+        left = f", about {job.seconds / job.documents * (total - job.documents):.0f} s left" if job.documents else ""
+        st.progress(
+            job.documents / total,
+            f"{job.state}: {job.documents} of {text.counted(total, 'prompt')}, {text.counted(job.tokens, 'token')}{rate}{left}",
+        )
+        if st.button("Cancel", key="cancel"):
+            job.stop.set()
+        return
+    if st.session_state.pop("_watched", None) == job.id:
+        st.rerun()
+    if job.state == "done":
+        st.success(f"Recorded in {job.seconds:.1f} s.")
+        text.show_text(f"{text.counted(job.tokens, 'token')} of {text.counted(job.documents, 'prompt')}.")
+        st.page_link("views/tokens.py", label="Open it on the Tokens page", query_params={"run": job.out.name})
+    elif job.state == "cancelled":
+        st.info("The capture was cancelled and nothing of it is kept. What you gave is still above: press Record to start again.")
+    else:
+        text.show_error(job.message[:1].upper() + job.message[1:] + ".")
+        st.caption("Nothing of it is kept. What you gave is still above: change it and press Record again.")
 
 
+# Mounted whether or not a capture is under way: a browser's late question for a fragment that is gone would fill the log.
 job = worker().of_session(session)
-if job is not None and not job.over:
-    watch()
-elif job is not None and job.state == "done":
-    st.success(f"Recorded {job.tokens:,} tokens of {job.documents:,} prompts in {job.seconds:.1f} s.")
-    st.page_link("views/tokens.py", label="Open it on the Tokens page", query_params={"run": job.out.name})
-elif job is not None:
-    text.show_error(job.message[:1].upper() + job.message[1:] + ".")
+st.fragment(watch, run_every=0.5 if job is not None and not job.over else None)()
 
-st.subheader("Recorded runs")
+st.header("Recorded runs")
 runs = all_runs()
 st.dataframe(
     pd.DataFrame(
         [
             {"run": r.name, "model": r.model, "tokens": r.n_tokens, "documents": r.n_documents, "MB": r.bytes / 1e6,
-             "recorded (UTC)": r.created[:16].replace("T", " "), "state": "complete" if r.complete else "unfinished"}
+             "recorded (UTC)": r.created[:16].replace("T", " "), "state": state(r)}
             for r in runs.values()
         ]
     ),
@@ -111,17 +129,25 @@ st.dataframe(
 if not runs:
     st.info("Nothing recorded yet: paste some text above.")
     st.stop()
-st.subheader("Take the numbers, or delete a run")
-chosen = st.selectbox("Run to export or delete", list(runs), key="manage")
-run = runs[chosen]
-if run.complete:
+st.header("Take the numbers of the run chosen above")
+here = runs.get(st.session_state["_chosen"].get("run", ""))
+if here is None:
+    st.caption("No run is complete yet, so there is nothing to export.")
+else:
     try:
-        downloads(open_named(run.folder, run.created))
+        trace = open_named(here.folder, here.created)
+        downloads(trace)
+        rows = sum(trace.stats.n_tokens(x.index) for x in trace.layers)
+        st.caption(f"The table of decisions has {rows:,} rows, one per token and layer. Its file is made on the click, and the browser shows nothing"
+                   f" until it is done: as CSV about {rows * CSV_ROW / 1e6:,.1f} MB; Parquet is a fifth of that.")  # fmt: skip
     except RunError as error:
         text.show_error(str(error))
-if chosen == DEMO:
-    st.caption("The demo run ships with the project and stays.")
+st.header("Delete a run")
+own = [n for n in runs if n != DEMO]
+if not own:
+    st.caption("The demo run ships with the project and stays; there is no other.")
 else:
+    chosen = st.selectbox("Run to delete", own, key="manage")
     sure = st.checkbox("Yes, delete this run and its text for good", key=f"sure-{chosen}")
     if st.button("Delete", key="delete", disabled=not sure):
         delete_run(runs_root(), chosen)

@@ -84,7 +84,7 @@ def open_expert(event: object) -> None:
 def show_layers() -> None:
     """How much label and expert tell about each other, layer by layer, beside what shuffled labels give."""
     found = informations(trace, run)
-    st.subheader("In which layers do experts follow the labels?")
+    st.header("In which layers do experts follow the labels?")
     show_figure(
         trace, charts.information_bars([x.title for x in trace.layers], np.array([i.corrected for i in found]), np.array([i.floor for i in found])),
         "label-information", key="information", alt="Bars of the mutual information of expert and label per layer.",
@@ -165,7 +165,7 @@ elif kind == "pairs":
 else:
     tables["flow"] = "one row per pair of experts", show_pairs(flow(trace, site), kind)
     repeats = [repetition(trace, x.index) for x in trace.layers]
-    st.subheader("Do neighbouring tokens share an expert?")
+    st.header("Do neighbouring tokens share an expert?")
     st.dataframe(
         pd.DataFrame([{"layer": trace.layers[r.site].title, "same first choice": r.first, "by chance": r.chance_first,
                        "by chance at these loads": r.chance_first_given_load, "any in common": r.shared, "by chance ": r.chance_shared,
@@ -173,5 +173,5 @@ else:
         hide_index=True, column_config={c: st.column_config.NumberColumn(format="percent") for c in (
             "same first choice", "by chance", "by chance at these loads", "any in common", "by chance ")},
     )  # fmt: skip
-st.subheader("Take the numbers")
+st.header("Take the numbers")
 computed_downloads(trace, tables, {"layer": trace.layers[site].title, "kind": kind})

@@ -26,6 +26,7 @@ st.title("Which expert does each token go to?")
 trace = current_trace()
 if trace.load_tokens is None:
     st.info("This run holds statistics only. The Load page shows them; capture the text again to see tokens.")
+    st.page_link("views/load.py", label="To the Load page", query_params={"run": trace.name})
     st.stop()
 pickers = st.container(horizontal=True)
 with pickers:
@@ -56,9 +57,9 @@ shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylis
 breaks = ["\n" in (t or "") for t in rows["token"].to_pylist()]
 titles = [x.title for x in sites]
 here = [x.index for x in sites].index(site)
-st.caption(
-    f"{len(shown):,} tokens. Colour: the expert with the largest gate weight at the layer shown; the 8 busiest have a hue, the rest are "
-    "grey. · is a space, ⏎ a line end; (1/2) marks a character that several tokens share. Arrow keys: ← → tokens, ↑ ↓ layers."
+text.show_note(
+    f"{text.counted(len(shown), 'token')}. Colour: the expert with the largest gate weight at the layer shown; the 8 busiest have a hue, the rest"
+    " are grey. · is a space, ⏎ a line end; (1/2) marks a character that several tokens share. Arrow keys: ← → tokens, ↑ ↓ layers."
 )
 
 
@@ -97,7 +98,7 @@ if chosen is not None:
     st.dataframe(pd.DataFrame(table), hide_index=True)
     st.caption("Margin: selection score of the last chosen expert less that of the best rejected one; near 0 means the choice was close.")
 
-st.subheader("The same document, all layers at once")
+st.header("The same document, all layers at once")
 kind = choice(
     "map", "Show", {k: k for k in ("expert", "router entropy", "margin")}, "expert", draw=st.segmented_control, label_visibility="collapsed"
 )
@@ -113,7 +114,7 @@ show_figure(
     alt=f"Heatmap of {len(titles)} layers by {len(shown)} tokens showing the {kind}.", definition=MAPS[kind], n=f"{len(shown):,} tokens",
 )  # fmt: skip
 
-st.subheader("How this document loads the experts")
+st.header("How this document loads the experts")
 loads = [np.bincount(r.experts[r.experts >= 0], minlength=x.n_classes)[: x.n_experts] for x, (r, _) in zip(sites, read, strict=True)]
 show_figure(
     trace, charts.load_map([relative_load(n) for n in loads], titles, theme()), f"load-document-{document + 1}", key="document_load",

@@ -127,13 +127,13 @@ def test_a_link_opens_the_same_view_and_back_undoes(page: Page, address: str) ->
 
 def test_a_search_of_the_glossary_is_a_link_and_back_undoes_it(page: Page, address: str) -> None:
     page.goto(f"{address}/glossary?term=maxvio")
-    expect(page.locator("h3")).to_have_text(["MaxVio", "MaxVio per document"])
+    expect(page.locator("h2")).to_have_text(["MaxVio", "MaxVio per document"])
     page.get_by_role("textbox").first.fill("gini")
     page.get_by_role("textbox").first.press("Enter")
-    expect(page.locator("h3")).to_have_text(["Gini"])
+    expect(page.locator("h2")).to_have_text(["Gini"])
     page.wait_for_url("**/glossary?*term=gini*")
     page.go_back()
-    expect(page.locator("h3")).to_have_text(["MaxVio", "MaxVio per document"])
+    expect(page.locator("h2")).to_have_text(["MaxVio", "MaxVio per document"])
     expect(page.get_by_role("textbox").first).to_have_value("maxvio")
 
 
@@ -214,7 +214,7 @@ def test_paste_record_open_delete(page: Page, address: str, runs: Path) -> None:
     page.get_by_text("Open it on the Tokens page").click()
     expect(page.locator(".text .token").first).to_contain_text("The")
     page.goto(f"{address}/runs")
-    choice = page.get_by_role("combobox", name="Run to export or delete")
+    choice = page.get_by_role("combobox", name="Run to delete")
     choice.click()
     choice.press_sequentially("pasted")
     page.get_by_role("option", name="pasted").wait_for()

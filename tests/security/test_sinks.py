@@ -18,6 +18,8 @@ def literal(node: ast.expr) -> bool:
         return True
     if isinstance(node, ast.BinOp):
         return literal(node.left) and literal(node.right)
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func) in ("plain", "text.plain")
     if isinstance(node, ast.JoinedStr):
         return all(isinstance(v, ast.Constant) or numeric(v) for v in node.values)
     return False

@@ -42,7 +42,9 @@ export default function ({ data, parentElement, setStateValue }) {
   const find = element("input", "find", undefined, bar);
   find.type = "search";
   find.placeholder = "find a token";
-  find.setAttribute("aria-label", "find a token");
+  find.setAttribute("aria-label", "find a token; Enter steps to the next, Shift and Enter to the one before");
+  const count = element("span", "hint count", "", bar);
+  count.setAttribute("role", "status");
   const legend = element("div", "legend", undefined, root);
   const text = element("div", "text", undefined, root);
   text.tabIndex = 0;
@@ -150,12 +152,20 @@ export default function ({ data, parentElement, setStateValue }) {
     };
     if (moves[event.key]) { event.preventDefault(); moves[event.key](); }
   };
-  find.oninput = () => {
+  let hits = [], hit = 0;
+  function seek(by) {
     const wanted = find.value.toLowerCase();
-    const found = data.texts.map((t) => wanted !== "" && t.toLowerCase().includes(wanted));
-    spans.forEach((pieces, i) => pieces.forEach((s) => s.classList.toggle("found", found[i])));
-    if (found.includes(true)) spans[found.indexOf(true)][0].scrollIntoView({ block: "nearest" });
-  };
+    const all = wanted === "" ? [] : data.texts.flatMap((t, i) => (t.toLowerCase().includes(wanted) ? [i] : []));
+    hit = by && all.length ? (hit + by + all.length) % all.length : 0;
+    hits = all;
+    const found = new Set(hits);
+    spans.forEach((pieces, i) => pieces.forEach((s) => s.classList.toggle("found", found.has(i))));
+    spans.forEach((pieces, i) => pieces.forEach((s) => s.classList.toggle("at", i === hits[hit])));
+    count.textContent = wanted === "" ? "" : hits.length ? `${hit + 1} of ${hits.length}, Enter for the next` : "no token has it";
+    if (hits.length) spans[hits[hit]][0].scrollIntoView({ block: "nearest" });
+  }
+  find.oninput = () => seek(0);
+  find.onkeydown = (event) => { if (event.key === "Enter") seek(event.shiftKey ? -1 : 1); };
   draw();
   if (chosen >= 0) spans[chosen][0].scrollIntoView({ block: "nearest" });
 }

@@ -1,0 +1,107 @@
+"""The interface as a product in real Chromium: WCAG by axe on every page, the tour, and the keyboard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect
+
+from .screenshots import PAGES
+from .served import served
+
+LOOKS = [(theme, width) for theme in ("light", "dark") for width in (1280, 390)]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    runs = tmp_path_factory.mktemp("product") / "runs"
+    runs.mkdir()
+    (runs / "damaged").mkdir()
+    (runs / "damaged" / "run.json").write_text('{"schema')
+    with served(runs) as url:
+        yield url
+
+
+def opened(browser: Browser, address: str, page: str, theme: Any = "light", width: int = 1280) -> Page:
+    """A page at rest."""
+    it = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+    it.set_default_timeout(60_000)
+    it.goto(f"{address}/{page}")
+    it.get_by_test_id("stMainBlockContainer").locator("h1").first.wait_for()
+    it.locator("[data-test-script-state=notRunning]").first.wait_for()
+    return it
+
+
+@pytest.mark.parametrize(("theme", "width"), LOOKS)
+@pytest.mark.parametrize("page", [*PAGES, "load?tour=2", "load?run=gone"])
+def test_axe_finds_nothing_serious_and_nothing_runs_over(browser: Browser, address: str, page: str, theme: str, width: int) -> None:
+    it = opened(browser, address, "" if page == "overview" else page, theme, width)
+    it.wait_for_timeout(500)  # until text that faded in is opaque
+    found = Axe().run(it).response["violations"]
+    over = it.get_by_test_id("stMain").evaluate("e => e.scrollWidth - e.clientWidth")
+    it.close()
+    bad = [v for v in found if v["impact"] in ("serious", "critical") or v["id"] == "heading-order"]
+    assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in bad] == [] and over <= 0
+
+
+def test_the_tour_goes_through_five_pages_and_closes(browser: Browser, address: str) -> None:
+    page = opened(browser, address, "")
+    expect(page.locator(".st-key-tour")).to_have_count(0)
+    page.get_by_text("New here? Take the tour").click()
+    for step, where in enumerate(("tokens", "load", "expert", "capacity", "runs"), start=1):
+        expect(page.locator(".st-key-tour")).to_contain_text(f"Tour, {step} of 5")
+        page.wait_for_url(lambda url, w=where, s=step: f"/{w}?" in url and f"tour={s}" in url)
+        page.locator("[data-test-script-state=notRunning]").first.wait_for()
+        if step < 5:
+            page.get_by_role("link", name="Next →").click()
+    page.get_by_role("link", name="← Back").click()
+    expect(page.locator(".st-key-tour")).to_contain_text("Tour, 4 of 5")
+    page.get_by_role("button", name="Close the tour").click()
+    expect(page.locator(".st-key-tour")).to_have_count(0)
+    page.wait_for_url(lambda url: "tour=" not in url)
+    page.close()
+
+
+def test_an_expert_is_found_by_typing(browser: Browser, address: str) -> None:
+    page = opened(browser, address, "expert?run=demo-run")
+    box = page.get_by_label("Go to")
+    box.fill("L3 E5")
+    box.press("Enter")
+    expect(page.get_by_role("heading", name="Layer 3, expert 5")).to_be_visible()
+    page.wait_for_url(lambda url: "layer=layer+3" in url and "expert=5" in url)
+    box.fill("L99 E5")
+    box.press("Enter")
+    expect(page.get_by_text("names no single expert")).to_be_visible()
+    page.close()
+
+
+def test_find_in_the_strip_counts_and_steps(browser: Browser, address: str) -> None:
+    page = opened(browser, address, "tokens?run=demo-run")
+    box, told = page.locator(".find"), page.locator(".count")
+    box.fill("sqlite")
+    expect(told).to_contain_text("1 of ")
+    first = page.locator(".token.at").first.get_attribute("data-at")
+    box.press("Enter")
+    expect(told).to_contain_text("2 of ")
+    assert page.locator(".token.at").first.get_attribute("data-at") != first
+    box.press("Shift+Enter")
+    expect(told).to_contain_text("1 of ")
+    box.fill("no such token here")
+    expect(told).to_have_text("no token has it")
+    page.close()
+
+
+def test_a_damaged_run_is_listed_as_such_and_can_be_deleted(browser: Browser, address: str) -> None:
+    page = opened(browser, address, "runs")
+    expect(page.get_by_role("combobox", name="Run to delete")).to_have_value("damaged")
+    page.close()
+
+
+def test_singular_and_plural() -> None:
+    from app.text import counted
+
+    assert [counted(n, "token") for n in (0, 1, 2_300)] == ["0 tokens", "1 token", "2,300 tokens"]
+    assert counted(2, "entry", "entries") == "2 entries"
