@@ -1,15 +1,17 @@
 """How far do tokens themselves explain where they are sent? By token id, by kind of token.
 
-Input ids come from the statistics; next ids need the recorded tokens and one pass over a site's decisions; the token
-the model itself predicted next is not recorded by a capture (see PREDICTED_NEXT). Definitions: OLMoE (arXiv
-2409.02060) eq. 8 for vocabulary specialization, OpenMoE (arXiv 2402.01739) for context independence.
+Input ids come from the statistics; next ids, and those the model itself predicted next, need the recorded tokens and one
+pass over a site's decisions. Definitions: OLMoE (arXiv 2409.02060) eq. 8 for vocabulary specialization, OpenMoE (arXiv
+2402.01739) for context independence.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +23,10 @@ from .trace import Trace, TraceError
 
 LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"
 DRAWS = 199  # shuffles of a token's test: no p below 1 / (DRAWS + 1) can show
-PREDICTED_NEXT = "A capture records routing and loss, not the model's output: the predicted next token is not known. Use the next token."
+PREDICTED_NEXT = (
+    "The predicted next token is not known here: the model has no language head, or the run was recorded before predictions were."
+    " Use the next token, or record the run again."
+)
 CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
            "special tokens", "empty tokens")  # fmt: skip
 _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:pad|unk|bos|eos|mask)>|\[(?:CLS|SEP|PAD|MASK|UNK)\]", re.I)
@@ -84,7 +89,7 @@ class TokenCounts:
 
     ids     int64 [V], ascending.  tokens  int64 [V]: N_x, occurrences of the id.
     row, expert, count  int64 [cells]: index into ids, expert, assignments.
-    classes  ids an expert can have.  kind  "input token" or "next token".
+    classes  ids an expert can have.  kind  "input token", "next token" or "predicted next token".
     """
 
     site: int
@@ -113,13 +118,44 @@ def input_tokens(trace: Trace, site: int) -> TokenCounts:
 
 def next_tokens(trace: Trace, site: int) -> TokenCounts:
     """By the token that follows in the document; last tokens are left out. One pass; TraceError without decisions."""
-    layer = trace.layers[site]
-    table = trace.stream_tokens(layer.stream)
+    table = trace.stream_tokens(trace.layers[site].stream)
     document, recorded = table["document"].to_numpy(), table["token_id"].to_numpy().astype(np.int64)
     follows = np.append(document[1:] == document[:-1], np.zeros(min(len(document), 1), bool))
     ids, code = np.unique(recorded, return_inverse=True)
-    code = np.where(follows, np.append(code[1:], 0)[: len(code)], -1)
-    parts = []
+    return _counted(trace, site, "next token", ids, np.where(follows, np.append(code[1:], 0)[: len(code)], -1))
+
+
+def predicts(trace: Trace, stream: str = "decoder") -> bool:
+    """Whether the run knows what the model predicted next for any token of the stream."""
+    if trace.tokens is None:
+        return False
+    predicted = trace.stream_tokens(stream)["predicted"]
+    return bool(predicted.null_count < len(predicted))
+
+
+def predicted_tokens(trace: Trace, site: int) -> TokenCounts:
+    """By the token the model predicts next, the id of its largest logit; tokens without a prediction are left out.
+
+    One pass. TraceError without decisions, or where nothing was predicted: PREDICTED_NEXT.
+    """
+    stream = trace.layers[site].stream
+    predicted = trace.stream_tokens(stream)["predicted"]
+    if not predicts(trace, stream):
+        raise TraceError(PREDICTED_NEXT)
+    ids, code = np.unique(predicted.drop_null().to_numpy().astype(np.int64), return_inverse=True)
+    known = np.full(len(predicted), -1)
+    known[predicted.is_valid().to_numpy()] = code
+    return _counted(trace, site, "predicted next token", ids, known)
+
+
+VARIANTS: Mapping[str, Callable[[Trace, int], TokenCounts]] = MappingProxyType(
+    {"input": input_tokens, "next": next_tokens, "predicted": predicted_tokens}
+)  # OLMoE's three
+
+
+def _counted(trace: Trace, site: int, kind: str, ids: np.ndarray, code: np.ndarray) -> TokenCounts:
+    """Counts of a site by ``code`` [tokens of its stream] into ``ids``, -1 for a token to leave out."""
+    layer, parts = trace.layers[site], []
     for start, experts in blocks(trace, layer):
         mine = code[start : start + len(experts), None]
         kept = (experts >= 0) & (mine >= 0)
@@ -127,12 +163,7 @@ def next_tokens(trace: Trace, site: int) -> TokenCounts:
     cell, at = np.unique(np.concatenate([c for c, _ in parts]), return_inverse=True)
     count = np.bincount(at, np.concatenate([n for _, n in parts]), len(cell)).astype(np.int64)
     tokens = np.bincount(code[code >= 0], minlength=len(ids))
-    return TokenCounts(site, "next token", layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count)
-
-
-def predicted_tokens(trace: Trace, site: int) -> TokenCounts:
-    """Always raises TraceError: what is missing is said in PREDICTED_NEXT. Here so that nobody takes next for predicted."""
-    raise TraceError(PREDICTED_NEXT)
+    return TokenCounts(site, kind, layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count)
 
 
 def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) -> Information:

@@ -14,14 +14,15 @@ from analysis.specialization import label_information
 from analysis.trace import SiteRouting, Trace, TraceError
 from analysis.vocabulary import (
     CLASSES,
+    VARIANTS,
     TokenCounts,
     by_class,
     class_codes,
     context_independence,
     input_tokens,
     label_information_given_token,
-    next_tokens,
     predicted_tokens,
+    predicts,
     token_class,
     token_texts,
     top_tokens,
@@ -89,13 +90,14 @@ def test_texts_of_ids() -> None:
 
 
 @pytest.mark.parametrize("layers", [PLAIN, MANY, TWO_STREAMS], ids=["plain", "many", "streams"])
-def test_counts_by_input_and_next_token_are_those_of_the_decisions(layers: tuple) -> None:
+def test_counts_by_input_next_and_predicted_token_are_those_of_the_decisions(layers: tuple) -> None:
     trace = make_trace(layers)
     for layer in layers:
         table = trace.stream_tokens(layer.stream).to_pandas()
         experts = trace.experts(layer.index)
         following = table.token_id.shift(-1).where(table.document.eq(table.document.shift(-1)))
-        for counts, ids in ((input_tokens(trace, layer.index), table.token_id), (next_tokens(trace, layer.index), following)):
+        assert list(VARIANTS) == ["input", "next", "predicted"]
+        for counts, ids in zip((f(trace, layer.index) for f in VARIANTS.values()), (table.token_id, following, table.predicted), strict=True):
             cells: dict[tuple[int, int], int] = {}
             for token, row in zip(ids, experts, strict=True):
                 for e in row[row >= 0] if token == token else ():
@@ -106,9 +108,13 @@ def test_counts_by_input_and_next_token_are_those_of_the_decisions(layers: tuple
             assert seen == {int(t): int(n) for t, n in ids.dropna().value_counts().items()}
 
 
-def test_the_predicted_token_is_said_to_be_missing() -> None:
+def test_a_run_without_predictions_says_so() -> None:
+    part = make_part(PLAIN, [9])
+    column = part.tokens.schema.get_field_index("predicted")
+    trace = make_trace(PLAIN, [replace(part, tokens=part.tokens.set_column(column, "predicted", pa.nulls(9, pa.int32())))])
+    assert predicts(make_trace()) and not predicts(trace) and not predicts(replace(trace, load_tokens=None))
     with pytest.raises(TraceError, match="predicted next token is not known"):
-        predicted_tokens(make_trace(), 0)
+        predicted_tokens(trace, 0)
 
 
 def test_dropped_assignments_without_tokens_leave_occurrences_unknown() -> None:
