@@ -118,6 +118,26 @@ def maxvio_lines(
     return _sized(figure, 320)
 
 
+def layer_lines(rows: Sequence[str], lines: Sequence[tuple[str, np.ndarray, np.ndarray | None]], what: str) -> go.Figure:
+    """Shares per layer: (name, values [L], interval [2, L] of low and high or None) per line; a name that holds "chance" is dotted grey."""
+    figure, colours = go.Figure(), iter((palette.AMOUNT["light"][3], palette.DEAD, palette.EXPERTS[0]))
+    for name, y, around in lines:
+        chance = "chance" in name
+        colour = "#9a9a9a" if chance else next(colours)
+        bars = (
+            None
+            if around is None
+            else {"type": "data", "symmetric": False, "array": around[1] - y, "arrayminus": y - around[0], "thickness": 1}
+        )
+        figure.add_scatter(x=list(rows), y=y, name=name, mode="markers+lines", error_y=bars, marker={"size": 8, "color": colour},
+                           line={"color": colour, "dash": "dot" if chance else "solid", "width": 1.5},
+                           hovertemplate="%{x}: %{y:.1%} " + name + "<extra></extra>")  # fmt: skip
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(title=what, tickformat=".0%", rangemode="tozero")
+    return _sized(figure, 320)
+
+
 def piece_bars(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray, whole: float, what: str) -> go.Figure:
     """Max / mean of pieces of a run [n], a dark mark at what chance gives for so many tokens, a line at the whole run's."""
     figure = go.Figure(go.Bar(x=list(names), y=ratio, name="max / mean", customdata=n, marker_color=palette.AMOUNT["light"][2],

@@ -229,7 +229,9 @@ def test_a_run_of_version_1_opens_without_predictions(tmp_path: Path) -> None:
     stored(tmp_path / "run")
     older(tmp_path / "run")
     trace = open_run(tmp_path / "run")
-    assert differences(make_trace(), trace) == ["tokens.predicted"] and verify_run(tmp_path / "run") == () and list_runs(tmp_path)[0].complete
+    assert (
+        differences(make_trace(), trace) == ["tokens.predicted"] and verify_run(tmp_path / "run") == () and list_runs(tmp_path)[0].complete
+    )
     assert trace.tokens.schema.equals(TOKENS) and trace.tokens["predicted"].null_count == len(trace.tokens)
 
 

@@ -14,6 +14,7 @@ from analysis.glossary import TERMS
 from analysis.metrics import METRICS
 from analysis.store import open_run
 from analysis.trace import LayerInfo, SiteRouting
+from analysis.vocabulary import VARIANTS, context_independence
 from analysis.writing import RunWriter
 from app.text import plain, visible_token
 
@@ -239,3 +240,42 @@ def test_load_of_counts_without_documents_says_so(runs: Path, monkeypatch: pytes
 
 def test_a_model_without_capacity_says_none_in_words(runs: Path) -> None:
     assert shown("model", "demo-run").dataframe[0].value["native capacity"].tolist() == ["none"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two checkpoints of a model over the same texts, and of one of them over others."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    texts = ["def f(x): return x" * 3, "Il pleut." * 5, "选择文件 🎉 now"]
+    for name, seed, mine in (("early", 0, texts), ("final", 1, texts), ("elsewhere", 1, [t.upper() + "." for t in texts])):
+        model = tiny.build("olmoe", seed=seed)
+        capture(model, tiny.tokenizer(), mine, labels=["code", "french", "chinese"], out=folder / name)
+    return folder
+
+
+def test_two_runs_are_compared_where_they_are_over_the_same_tokens(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from analysis.paths import saturation
+
+    monkeypatch.setenv("ROUTERSCOPE_RUNS", str(checkpoints))
+    monkeypatch.chdir(ROOT)
+    test = shown("specialization", "early")
+    test.segmented_control(key="by").set_value("runs").run()
+    assert test.selectbox(key="vs").options == ["final"] and test.query_params["vs"] in ("final", ["final"])
+    rows = saturation(open_run(checkpoints / "early"), open_run(checkpoints / "final")).to_pylist()
+    least = min(rows, key=lambda r: r["saturation"])
+    said = plain(f"agree least at layer {least['layer']}: of the experts a token is sent to, {least['saturation']:.0%} are")
+    assert any(said in m.value for m in test.markdown) and not test.exception
+    offered = [t.segmented_control(key="by").options for t in (test, shown("specialization", "elsewhere"))]
+    assert ["two runs" in str(o) for o in offered] == [True, False]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_specialization_by_token_is_that_of_the_token_asked_for(runs: Path, variant: str) -> None:
+    trace = open_run(ROOT / "data" / "demo-run")
+    test = shown("specialization", "demo-run")
+    test.query_params.update({"by": "token", "token_is": variant, "layer": "layer 5"})
+    test.run()
+    alone = context_independence(VARIANTS[variant](trace, 5))
+    share = plain(f"alone explains {alone.share_of(alone.entropy_y):.0%} of which")
+    assert any(share in m.value for m in test.markdown) and not test.exception
+    assert len({round(context_independence(f(trace, 5)).share_of(alone.entropy_y), 2) for f in VARIANTS.values()}) == 3

@@ -103,13 +103,15 @@ if card.tokens:
     st.subheader("Which tokens, most of all?")
     st.dataframe(
         pd.DataFrame([{"token": text.visible_token(t.text or "?"), "uses it": t.count, "of its occurrences": t.tokens, "share": t.share,
-                       "lift": t.lift, "p at most": t.p} for t in card.tokens]),
+                       "lift": t.lift, "leaning documents": t.leaning, "of documents": t.documents, "p (by token)": t.p} for t in card.tokens]),
         hide_index=True, column_config={"share": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1),
-                                        "lift": st.column_config.NumberColumn(format="%.1f"), "p at most": st.column_config.NumberColumn(format="%.3f")},
+                                        "lift": st.column_config.NumberColumn(format="%.1f"), "p (by token)": st.column_config.NumberColumn(format="%.3f")},
     )  # fmt: skip
     st.caption(
-        f"By lift: the token's share over the expert's share of all {card.n:,} tokens. p: that any token stands out as much when assignments "
-        f"are dealt at random, {DRAWS:,} times; less than {1 / (DRAWS + 1):.3f} cannot show."
+        f"By lift: the token's share over the expert's share of all {card.n:,} tokens. Leaning documents: those that hold the token and in which it "
+        "uses the expert more often than the document's tokens do; by chance about half or fewer. p: that any token stands out as much when "
+        f"assignments are dealt at random, {DRAWS:,} times; less than {1 / (DRAWS + 1):.3f} cannot show. The unit of this p is the token, not the "
+        "document: repeats within one text count as independent, so a word of one document can look certain."
     )
 if trace.load_tokens is not None:
     st.subheader("Where in the text?")
