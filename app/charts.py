@@ -118,19 +118,34 @@ def maxvio_lines(
     return _sized(figure, 320)
 
 
+def document_scatter(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray) -> go.Figure:
+    """Max / mean over tokens, a dot per document [n]; the line is what chance stays below for so many tokens. customdata[0] is the place."""
+    order = np.argsort(n, kind="stable")
+    figure = go.Figure(go.Scatter(x=n, y=ratio, text=list(names), customdata=np.arange(len(n))[:, None], mode="markers", name="a document",
+                                  marker={"size": 8, "color": palette.AMOUNT["light"][3], "opacity": 0.75},
+                                  hovertemplate="%{text}<br>%{y:.2f} × the mean load, n = %{x:,} tokens<extra></extra>"))  # fmt: skip
+    figure.add_scatter(x=n[order], y=chance[order], mode="lines", name="by chance, at most about", line={"color": "#9a9a9a", "dash": "dot", "width": 2},
+                       hovertemplate="by chance at most about %{y:.2f} for %{x:,} tokens<extra></extra>")  # fmt: skip
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(title="tokens of the document", type="log", tickformat=",")
+    figure.update_yaxes(title="max / mean load", rangemode="tozero")
+    return _sized(figure, 340)
+
+
 def layer_lines(rows: Sequence[str], lines: Sequence[tuple[str, np.ndarray, np.ndarray | None]], what: str) -> go.Figure:
-    """Shares per layer: (name, values [L], interval [2, L] of low and high or None) per line; a name that holds "chance" is dotted grey."""
-    figure, colours = go.Figure(), iter((palette.AMOUNT["light"][3], palette.DEAD, palette.EXPERTS[0]))
+    """Shares per layer: (name, values [L], interval [2, L] of low and high or None) per line; one whose name holds "chance" is grey, up to two of them."""
+    figure, dashes = go.Figure(), iter(("dot", "dash"))
+    colours = iter((palette.AMOUNT["light"][3], palette.DEAD, palette.EXPERTS[0]))
     for name, y, around in lines:
         chance = "chance" in name
-        colour = "#9a9a9a" if chance else next(colours)
+        colour, dash = ("#9a9a9a", next(dashes)) if chance else (next(colours), "solid")
         bars = (
             None
             if around is None
             else {"type": "data", "symmetric": False, "array": around[1] - y, "arrayminus": y - around[0], "thickness": 1}
         )
         figure.add_scatter(x=list(rows), y=y, name=name, mode="markers+lines", error_y=bars, marker={"size": 8, "color": colour},
-                           line={"color": colour, "dash": "dot" if chance else "solid", "width": 1.5},
+                           line={"color": colour, "dash": dash, "width": 1.5},
                            hovertemplate="%{x}: %{y:.1%} " + name + "<extra></extra>")  # fmt: skip
     figure.update_layout(legend=_ABOVE)
     figure.update_xaxes(type="category")

@@ -64,7 +64,12 @@ def axis_label(text: str, limit: int = 14) -> str:
 
 def axis_name(text: str, limit: int = 22) -> str:
     """As ``axis_label`` for names and labels: plain spaces stay plain."""
-    return _for_plotly("".join(c if c == " " else visible_token(c) for c in text) or "⟨empty⟩", limit)
+    return _for_plotly(visible_name(text) or "⟨empty⟩", limit)
+
+
+def visible_name(text: str) -> str:
+    """A name or label for a table's cell: plain spaces stay plain, all else as ``visible_token``."""
+    return "".join(c if c == " " else visible_token(c) for c in text)
 
 
 def _for_plotly(shown: str, limit: int) -> str:

@@ -197,13 +197,16 @@ def test_load_names_layers_that_hide_behind_the_sum(runs: Path) -> None:
 
 @pytest.mark.parametrize("pieces", ["label", "position"])
 @pytest.mark.parametrize("batch", ["1", "4096"])
-def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, pieces: str) -> None:
+@pytest.mark.parametrize("filled", ["mixed", "recorded"])
+def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, pieces: str, filled: str) -> None:
     from analysis.stability import maxvio_table
 
     test = shown("load", "demo-run")
-    test.query_params.update({"batch": batch, "pieces": pieces})
+    test.query_params.update({"batch": batch, "pieces": pieces, "filled": filled})
     test.run()
-    first = maxvio_table(open_run(ROOT / "data" / "demo-run"), int(batch)).to_pylist()[0]
+    rows = maxvio_table(open_run(ROOT / "data" / "demo-run"), int(batch), 0 if filled == "mixed" else None).to_pylist()
+    first, worst = rows[0], max(rows, key=lambda r: r["batch"])
+    assert any(plain(f"MaxVio {worst['batch']:.2f} in a batch") in m.value for m in test.markdown)
     assert any(f"n = {first['batches']} batches of {first['batch_n']:,.0f} tokens" in c.value for c in test.caption)
     assert any(f"in {9 if pieces == 'label' else 11} pieces" in c.value for c in test.caption) and not test.exception
 
@@ -233,7 +236,9 @@ def test_load_of_counts_without_documents_says_so(runs: Path, monkeypatch: pytes
 
     store(runs / "counts-alone", PLAIN, [9, 9])
     table = stability.maxvio_table
-    monkeypatch.setattr(stability, "maxvio_table", lambda trace, n: table(replace(trace, documents=trace.documents.slice(0, 0)), n))
+    monkeypatch.setattr(
+        stability, "maxvio_table", lambda trace, n, mixed: table(replace(trace, documents=trace.documents.slice(0, 0)), n, mixed)
+    )
     test = shown("load", "counts-alone")
     assert not test.exception and any("cannot be cut into batches" in c.value for c in test.caption)
 

@@ -144,7 +144,9 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         e: [f"{text.visible_token(shown(t))} {t.lift:.1f}x ({t.leaning} of {t.documents})" for t in uses] for e, uses in found.items()
     }
     st.dataframe(
-        pd.DataFrame([{"expert": e, "tokens it is used for most, by lift": "   ".join(t)} for e, t in by_expert.items()]), hide_index=True
+        pd.DataFrame([{"expert": e, "tokens it is used for most, by lift": "   ".join(t)} for e, t in by_expert.items()]),
+        hide_index=True,
+        column_config={"expert": st.column_config.NumberColumn(width="small")},
     )
     st.caption(
         f"Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
