@@ -157,12 +157,12 @@ def export_bytes(trace: Trace, table: str, format: str) -> bytes:
     return buffer.getvalue()
 
 
-def computed_bytes(trace: Trace, rows: pa.Table, what: str, settings: Mapping[str, Any], format: str) -> bytes:
-    """A table computed for a page, as the bytes of a file; ``what`` says what a row is, ``settings`` what it depends on."""
+def computed_bytes(trace: Trace | None, rows: pa.Table, what: str, settings: Mapping[str, Any], format: str) -> bytes:
+    """A table computed for a page, as the bytes of a file; ``what`` says what a row is, ``settings`` what it depends on; no run, no ``trace``."""
     if format not in FORMATS:
         raise ExportError(f"no format {format!r}: formats are {', '.join(FORMATS)}")
     named = METRICS if "metric" in rows.column_names else rows.column_names
-    about = _about(trace) | {"row": what, "settings": dict(settings), "definitions": _definitions(named)}
+    about = ({} if trace is None else _about(trace)) | {"row": what, "settings": dict(settings), "definitions": _definitions(named)}
     buffer = io.BytesIO()
     {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format](iter([rows]), about, buffer)
     return buffer.getvalue()

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .checkpoints import ModelError, find_checkpoint, hub_name, read_config
+from .checkpoints import ModelError, find_checkpoint, hub_name, read_config, weights_digest
 from .files import folder_digest
 from .routers import BIASES, Site, find_sites
 from .trace import ModelCard
@@ -147,7 +147,7 @@ def model_card(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         dtype=str(model.dtype).removeprefix("torch."),
         layers=tuple(s.info for s in sites),
         max_tokens=getattr(config, "max_position_embeddings", None),
-        digest=folder_digest(folder, "*.safetensors", "config.json") if folder else _weights_digest(model),
+        digest=weights_digest(folder) if folder else _weights_digest(model),
         tokenizer_digest=folder_digest(folder, "tokenizer*") if folder else "",
         revision=commit,
     )

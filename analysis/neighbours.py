@@ -17,11 +17,9 @@ from types import MappingProxyType
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .files import folder_digest
 from .trace import LayerInfo
 
 CHUNK = 1 << 22  # numbers held at a time
-WEIGHTS = ("*.safetensors", "config.json")  # what a card's digest covers
 _TYPES: Mapping[str, str] = MappingProxyType({"F32": "<f4", "F16": "<f2", "BF16": "<u2"})
 _SINGLE = re.compile(r"(?:.*\.)?experts\.(?:expert_)?(\d+)\.(.+?)(?:\.weight)?")
 _STACKED = re.compile(r"(?:(?:.*\.)?experts\.)?(.+?)(?:\.weight)?")
@@ -71,11 +69,6 @@ class _Stored:
         """float32 [stop - start] of the tensor's numbers in order."""
         raw = np.memmap(self.path, _TYPES[self.type], "r", self.at, int(np.prod(self.shape)))[start:stop]
         return np.asarray((raw.astype(np.uint32) << 16).view(np.float32) if self.type == "BF16" else raw.astype(np.float32))
-
-
-def is_model(folder: Path, digest: str) -> bool:
-    """Whether ``folder`` holds the very files that a card's ``digest`` is of. Reads them all."""
-    return bool(digest) and folder_digest(folder, *WEIGHTS) == digest
 
 
 def expert_similarities(folder: Path, layer: LayerInfo) -> Similarities:

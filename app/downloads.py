@@ -46,6 +46,11 @@ def computed_downloads(trace: Trace, tables: Mapping[str, tuple[str, pa.Table]],
              charts.file_name(trace.name, table.replace(" ", "-")))  # fmt: skip
 
 
+def table_downloads(name: str, what: str, rows: pa.Table) -> None:
+    """The buttons for a table of no run; ``what`` says what a row is."""
+    _buttons(st.container(horizontal=True), lambda kind: partial(computed_bytes, None, rows, what, {}, kind), name)
+
+
 def _buttons(row: Any, data: Callable[[str], Callable[[], bytes]], name: str) -> None:
     """One button per format: nothing reruns between choosing a format and the click, which would lose the file."""
     for kind in FORMATS:

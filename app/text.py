@@ -9,7 +9,8 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlencode
 
 import streamlit as st
 
@@ -104,6 +105,12 @@ def show_text(text: str) -> None:
 def show_note(text: str) -> None:
     """A caption made of data text."""
     st.caption(plain(text))
+
+
+def show_definitions(run: str, terms: Mapping[str, str]) -> None:
+    """A caption that leads to entries of the glossary: ``terms`` maps an entry's name to its title."""
+    links = (f"[{plain(title)}](glossary?{urlencode({'run': run, 'term': name})})" for name, title in terms.items())
+    st.caption("What is meant: " + " · ".join(links))
 
 
 def show_error(text: str) -> None:

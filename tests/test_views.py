@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from analysis.capture import capture
-from analysis.glossary import TERMS
+from analysis.glossary import TERMS, search
 from analysis.metrics import METRICS
+from analysis.neighbours import expert_similarities
 from analysis.store import open_run
 from analysis.trace import LayerInfo, SiteRouting
 from analysis.vocabulary import VARIANTS, context_independence
@@ -284,3 +286,27 @@ def test_specialization_by_token_is_that_of_the_token_asked_for(runs: Path, vari
     share = plain(f"alone explains {alone.share_of(alone.entropy_y):.0%} of which")
     assert any(share in m.value for m in test.markdown) and not test.exception
     assert len({round(context_independence(f(trace, 5)).share_of(alone.entropy_y), 2) for f in VARIANTS.values()}) == 3
+
+
+def test_weights_are_compared_where_the_model_of_the_run_is_here(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = shown("expert", "demo-run")
+    test.query_params.update({"layer": "layer 2", "expert": "7"})
+    test.run()
+    found = expert_similarities(ROOT / "data" / "demo-model", open_run(ROOT / "data" / "demo-run").layers[2])
+    others = np.delete(np.arange(16), 7)
+    nearest = others[np.argsort(-found.whole[7, others])][:8]
+    table = next(d.value for d in test.dataframe if "all its weights" in d.value)
+    assert table["expert"].tolist() == nearest.tolist() and table["all its weights"].tolist() == found.whole[7, nearest].tolist()
+    assert list(table.columns[2:]) == list(found.matrices) and any(plain(f"{found.mean:.4f}") in c.value for c in test.caption)
+    other = tmp_path / "changed"
+    shutil.copytree(ROOT / "data" / "demo-model", other)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    monkeypatch.setenv("ROUTERSCOPE_MODELS", f"changed={other}")
+    test.run()
+    assert any("is not among the models of this machine" in c.value for c in test.caption) and not test.exception
+
+
+@pytest.mark.parametrize("page", ["load", "specialization", "expert"])
+def test_numbers_lead_to_their_entries_in_the_glossary(runs: Path, page: str) -> None:
+    found = [x for c in shown(page, "demo-run").caption for x in re.findall(r"\]\(glossary\?run=demo-run&term=(\w+)\)", c.value)]
+    assert len(found) >= 4 and all(search(name)[0].name == name for name in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,12 +11,18 @@ import pyarrow as pa
 import streamlit as st
 
 from analysis.cards import GroupUse, Neighbour, Passage, SiteEvidence, expert_card, passages, site_evidence
-from analysis.trace import Trace
+from analysis.checkpoints import weights_digest
+from analysis.glossary import GLOSSARY
+from analysis.neighbours import Similarities, WeightsError, expert_similarities
+from analysis.trace import LayerInfo, Trace
 from analysis.vocabulary import DRAWS
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads, figure_config
+from app.runs_folder import model_folder
 from app.selection import choice, current_trace, layer_picker, recording_id
+
+NEAREST = 8  # neighbours in weights shown
 
 
 @st.cache_resource(max_entries=32, show_spinner="Testing what this layer's experts are used for …")
@@ -42,6 +49,59 @@ def neighbours(rows: Sequence[Neighbour], title: str) -> None:
         pd.DataFrame([{title: n.expert, "share": n.share, "lift": n.lift, "count": n.count} for n in rows]), hide_index=True,
         column_config={"share": st.column_config.NumberColumn(format="percent"), "lift": st.column_config.NumberColumn(format="%.2f")},
     )  # fmt: skip
+
+
+@st.cache_resource(max_entries=16, show_spinner="Comparing the model's files with the run's …")
+def digest_of(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    """The digest of a model's folder; ``files`` are names, sizes and times of what it covers."""
+    return weights_digest(folder)
+
+
+@st.cache_resource(max_entries=16, show_spinner="Reading the weights of the layer's experts …")
+def similarities(folder: Path, digest: str, layer: LayerInfo) -> Similarities | str:
+    """Similarities of a site's experts, or why there are none."""
+    try:
+        return expert_similarities(folder, layer)
+    except WeightsError as error:
+        return str(error)
+
+
+def known_digest(folder: Path) -> str:
+    """The digest of a folder, taken again only where a file changed."""
+    files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+    return digest_of(folder, tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+
+
+def show_weights() -> pa.Table | None:
+    """Which experts of the layer have weights like this one's; only where the very model of the run is on this machine."""
+    st.subheader("Which experts have weights like its own?")
+    folder = model_folder(trace.model, known_digest)
+    if folder is None:
+        text.show_note(f"Not known: {trace.model.name}, as it was recorded, is not among the models of this machine (ROUTERSCOPE_MODELS).")
+        return None
+    found = similarities(folder, trace.model.digest, layer)
+    if isinstance(found, str):
+        text.show_note(f"Not known: {found}.")
+        return None
+    if expert >= layer.n_experts:
+        text.show_note("Not known: this class has no weights.")
+        return None
+    others = [int(e) for e in np.argsort(-np.nan_to_num(found.whole[expert], nan=-2.0), kind="stable") if e != expert]
+    table = pa.Table.from_pylist([{"expert": e, "cosine": found.whole[expert, e], **{m: found.each[i, expert, e] for i, m in enumerate(found.matrices)},
+                                   "parameters": sum(found.parameters), "chance_sd": found.chance, "layer_mean": found.mean} for e in others])  # fmt: skip
+    shown = table.slice(0, NEAREST).select(["expert", "cosine", *found.matrices]).to_pandas()
+    st.dataframe(shown.rename(columns={"cosine": "all its weights"}), hide_index=True, column_config={
+        c: st.column_config.NumberColumn(format="%.4f") for c in ("all its weights", *found.matrices)})  # fmt: skip
+    text.show_note(
+        f"Cosine similarity of the weights, the {len(shown):,} nearest of {len(others):,}; n = {sum(found.parameters):,} numbers per expert"
+        f" ({', '.join(found.matrices)}). Mean over all pairs of {layer.title}: {found.mean:.4f}. Independent random weights would lie within"
+        f" {2 * found.chance:.4f} of 0 (two standard deviations, 1 / sqrt n each)."
+    )
+    st.caption(
+        "This says little of what experts do: the neurons of an expert can stand in any order, so two experts that compute the same may show 0. "
+        "High values tell of a common origin, such as experts copied from one dense layer before training."
+    )
+    return table
 
 
 def show_passages() -> None:
@@ -127,12 +187,17 @@ with st.container(horizontal=True):
             with st.container(width=340):
                 neighbours(rows, title)
 st.caption("Lift: over what the experts' loads alone would give; 1 is no preference.")
+weights = show_weights()
 for sentence in card.missing:
     text.show_note(f"Not known: {sentence}.")
+text.show_definitions(trace.name, {n: GLOSSARY[n].title for n in (
+    "expert_load", "gate_weight", "log2_enrichment", "lift", "leaning_documents", "co_activation", "flow", "weight_similarity")})  # fmt: skip
 st.subheader("Take the numbers")
 tables = {}
 for name, uses_ in (("labels", card.labels), ("token classes", card.classes), ("tokens", card.tokens), ("partners", card.partners)):
     if uses_:
         tables[name] = f"one row of {name} of this expert", pa.Table.from_pylist([dict(vars(u)) for u in uses_])
+if weights is not None:
+    tables["weights"] = "one row per other expert of the layer: cosine similarity of weights", weights
 if tables:
     computed_downloads(trace, tables, {"layer": layer.title, "expert": expert})

@@ -11,6 +11,7 @@ import pyarrow as pa
 import streamlit as st
 
 from analysis.balance import relative_load
+from analysis.glossary import GLOSSARY
 from analysis.metrics import METRICS, balance_table, load_table, percentile_table
 from analysis.stability import (
     COLLAPSED,
@@ -179,6 +180,7 @@ def show_documents() -> dict[str, tuple[str, pa.Table]]:
         f"The {len(top):,} documents of {len(rows):,} that lie furthest above chance for their length; the download has them all. A document on one "
         "subject may well use few experts: that is specialization, and what a batch of many documents evens out."
     )
+    text.show_definitions(trace.name, {n: GLOSSARY[n].title for n in ("document_balance", "max_over_mean", "chance_max_over_mean")})
     return {"documents": ("one row per document: balance at the layer chosen, with n and chance", rows)}
 
 
@@ -196,6 +198,7 @@ def show_numbers(table: pa.Table, over: pa.Table) -> None:
     st.dataframe(table.select(["layer", "stack", "n", *SHOWN]).to_pandas(), hide_index=True,
                  column_config={"n": n, **{m: column(m) for m in SHOWN}})  # fmt: skip
     st.caption("Point at a column's title for its definition, its source and what chance would give.")
+    text.show_definitions(trace.name, {m: METRICS[m].title for m in SHOWN})
     st.subheader("Over layers")
     shown = over.to_pandas()
     shown.insert(1, "by chance, in each layer", [METRICS[m].chance for m in shown["metric"]])

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
+from analysis.glossary import GLOSSARY
 from analysis.information import Information
 from analysis.paths import PairCounts, coactivation, flow, repetition, saturation
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
@@ -40,6 +41,10 @@ KINDS = {
     "flow": "from layer to layer",
     "runs": "two runs",
 }
+_TESTED = ("log2_enrichment", "lift", "false_discovery_rate")
+MEANT = {"label": (*_TESTED, "label_information"), "class": _TESTED, "position": _TESTED, "pairs": ("co_activation",), "flow": ("flow",),
+         "token": ("token_information", "vocabulary_specialization", "predicted_next_token", "lift", "leaning_documents"),
+         "runs": ("router_saturation",)}  # fmt: skip
 TOKEN = {"input": "it reads", "next": "that follows", "predicted": "the model predicts next"}
 SUBJECT = {"input": "the token", "next": "the token that follows", "predicted": "the token the model predicts next"}
 CLEAR = 1.5  # lift from which a significant preference is called one in the headline
@@ -269,6 +274,7 @@ else:
         hide_index=True, column_config={c: st.column_config.NumberColumn(format="percent") for c in (
             "same first choice", "by chance", "by chance at these loads", "any in common", "by chance ")},
     )  # fmt: skip
+text.show_definitions(trace.name, {n: GLOSSARY[n].title for n in MEANT[kind]})
 st.subheader("Take the numbers")
 chosen = st.session_state["_chosen"]
 computed_downloads(trace, tables, {"layer": trace.layers[site].title, **{k: chosen[k] for k in ("by", "token_is", "vs") if k in chosen}})
