@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from types import MappingProxyType
 
 import numpy as np
@@ -48,6 +49,11 @@ class Similarities:
     def chance(self) -> float:
         """Standard deviation of ``whole`` between experts of independent random weights."""
         return float(1 / np.sqrt(sum(self.parameters)))
+
+    @property
+    def most_by_chance(self) -> float:
+        """What the largest of an expert's E - 1 similarities stays below, of either sign, in 19 of 20 sets of independent random weights."""
+        return self.chance * NormalDist().inv_cdf(1 - 0.025 / max(len(self.whole) - 1, 1))
 
     @property
     def mean(self) -> float:

@@ -87,6 +87,12 @@ def show_weights() -> pa.Table | None:
         text.show_note("Not known: this class has no weights.")
         return None
     others = [int(e) for e in np.argsort(-np.nan_to_num(found.whole[expert], nan=-2.0), kind="stable") if e != expert]
+    if not others:
+        text.show_note("Not known: the layer has no other expert.")
+        return None
+    nearest = found.whole[expert, others[0]]
+    verdict = "more than random weights would show" if nearest > found.most_by_chance else "no more than random weights would show"
+    text.show_text(f"The nearest is expert {others[0]}, with a cosine similarity of {nearest:.4f}: {verdict}.")
     table = pa.Table.from_pylist([{"expert": e, "cosine": found.whole[expert, e], **{m: found.each[i, expert, e] for i, m in enumerate(found.matrices)},
                                    "parameters": sum(found.parameters), "chance_sd": found.chance, "layer_mean": found.mean} for e in others])  # fmt: skip
     shown = table.slice(0, NEAREST).select(["expert", "cosine", *found.matrices]).to_pandas()
@@ -94,8 +100,8 @@ def show_weights() -> pa.Table | None:
         c: st.column_config.NumberColumn(format="%.4f") for c in ("all its weights", *found.matrices)})  # fmt: skip
     text.show_note(
         f"Cosine similarity of the weights, the {len(shown):,} nearest of {len(others):,}; n = {sum(found.parameters):,} numbers per expert"
-        f" ({', '.join(found.matrices)}). Mean over all pairs of {layer.title}: {found.mean:.4f}. Independent random weights would lie within"
-        f" {2 * found.chance:.4f} of 0 (two standard deviations, 1 / sqrt n each)."
+        f" ({', '.join(found.matrices)}). Mean over all pairs of {layer.title}: {found.mean:.4f}. Independent random weights give 0 with standard"
+        f" deviation 1 / sqrt n = {found.chance:.4f}; the largest of an expert's {len(others):,} then stays below {found.most_by_chance:.4f} in 19 of 20 cases."
     )
     st.caption(
         "This says little of what experts do: the neurons of an expert can stand in any order, so two experts that compute the same may show 0. "

@@ -177,7 +177,8 @@ def show_documents() -> dict[str, tuple[str, pa.Table]]:
                                         "tokens": st.column_config.LinkColumn(display_text="where they go")},
     )  # fmt: skip
     st.caption(
-        f"The {len(top):,} documents of {len(rows):,} that lie furthest above chance for their length; the download has them all. A document on one "
+        f"The {len(top):,} documents of {len(rows):,} that lie furthest above chance for their length; the download has them all. Max / mean is at most "
+        f"E / k = {trace.layers[site].n_experts / trace.layers[site].top_k:.1f}, where k experts take every token. A document on one "
         "subject may well use few experts: that is specialization, and what a batch of many documents evens out."
     )
     text.show_definitions(trace.name, {n: GLOSSARY[n].title for n in ("document_balance", "max_over_mean", "chance_max_over_mean")})
