@@ -6,8 +6,10 @@ The hooks are in recorder.py; here documents become batches, and what was record
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from .trace import (
 from .writing import RunWriter
 
 PART_TOKENS = 65_536
+UNKNOWN = -1  # where the model predicted nothing
 
 
 class PromptTooLong(CaptureError):
@@ -67,12 +70,15 @@ class _Document:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One document of one stream as recorded: ids and per-token columns; per site routing, scores, sums of probabilities."""
+    """One document of one stream as recorded: ids and per-token columns (``predicted`` int32, UNKNOWN for none); per site routing, scores,
+    sums of probabilities.
+    """
 
     document: _Document
     stream: str
     ids: np.ndarray
     loss: np.ndarray
+    predicted: np.ndarray
     n_prefill: int
     routing: tuple[SiteRouting | None, ...]
     scores: tuple[SiteScores | None, ...]
@@ -242,12 +248,15 @@ def _forward(model: Any, recorder: Recorder, batch: Sequence[_Document], _: int,
         for stream in ("encoder", "decoder") if two_streams else ("decoder",):
             tokens = start if stream == "decoder" and two_streams else document.ids
             width = 1 if stream == "decoder" and two_streams else longest
-            loss = np.full(len(tokens), np.nan, np.float32)
+            loss, predicted = np.full(len(tokens), np.nan, np.float32), np.full(len(tokens), UNKNOWN, np.int32)
+            if logits is not None and stream == "decoder":
+                predicted[:] = logits[row, : len(tokens)].argmax(-1).cpu().numpy()
             if logits is not None and not two_streams and len(tokens) > 1:
                 target = ids[row, 1 : len(tokens)].to(logits.device)
                 loss[:-1] = F.cross_entropy(logits[row, : len(tokens) - 1].float(), target, reduction="none").cpu().numpy()
             wanted = slice(row * width, row * width + len(tokens))
-            pieces.append(_piece(document, stream, tokens, loss, len(tokens), recorder.sites, routed, wanted, probabilities))
+            columns = loss, predicted
+            pieces.append(_piece(document, stream, tokens, columns, len(tokens), recorder.sites, routed, wanted, probabilities))
     return pieces
 
 
@@ -276,17 +285,39 @@ def _generate(model: Any, recorder: Recorder, batch: Sequence[_Document], new: i
     pieces = []
     for document in batch:
         ids = torch.tensor([document.ids], device=_device(model))
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, num_beams=1)
+        with _last_predictions(model) as last:
+            made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, num_beams=1)
         taken = recorder.take(None)
         routed = [_joined(forwards) for forwards in taken]
         fed = made[0, : routed[0].ids.shape[0]].tolist()
         _check_rows(recorder.sites, routed, {"decoder": len(fed)})
         if fed[: len(document.ids)] != document.ids or len(fed) != made.shape[1] - 1:
             raise CaptureError(f"{document.name}: generation fed {len(fed)} tokens of {made.shape[1]}; use plain greedy search")
-        loss = np.full(len(fed), np.nan, np.float32)
-        pieces.append(_piece(document, "decoder", fed, loss, len(document.ids), recorder.sites, routed,
+        columns = np.full(len(fed), np.nan, np.float32), np.full(len(fed), UNKNOWN, np.int32)
+        columns[1][len(fed) - len(last) :] = [int(i) for i in last]
+        pieces.append(_piece(document, "decoder", fed, columns, len(document.ids), recorder.sites, routed,
                              slice(0, len(fed)), probabilities))  # fmt: skip
     return pieces
+
+
+@contextmanager
+def _last_predictions(model: Any) -> Iterator[list[Tensor]]:
+    """Collects the id of the largest logit at the last position of every forward that this thread runs; [] without language head.
+
+    generate computes no logits before the prompt's last token, and what it picks may be bent by the model's generation settings.
+    """
+    found: list[Tensor] = []
+    mine, head = threading.get_ident(), model.get_output_embeddings() is not None
+
+    def keep(_module: Any, _given: Any, output: Any) -> None:
+        if head and threading.get_ident() == mine:
+            found.append(output.logits[0, -1].argmax())
+
+    hook = model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def _joined(forwards: Sequence[Routed]) -> Routed:
@@ -301,9 +332,9 @@ def _joined(forwards: Sequence[Routed]) -> Routed:
     )
 
 
-def _piece(document: _Document, stream: str, ids: Sequence[int], loss: np.ndarray, n_prefill: int, sites: Sequence[Site],
+def _piece(document: _Document, stream: str, ids: Sequence[int], columns: tuple[np.ndarray, np.ndarray], n_prefill: int, sites: Sequence[Site],
            routed: Sequence[Routed], rows: slice, probabilities: bool) -> _Piece:  # fmt: skip
-    """Tables of one document. Probabilities are summed at once and kept only if asked for: they are wide."""
+    """Tables of one document; ``columns`` are loss and predicted. Probabilities are summed at once and kept only if asked for: they are wide."""
     routing: list[SiteRouting | None] = []
     scores: list[SiteScores | None] = []
     sums: list[np.ndarray | None] = []
@@ -314,7 +345,7 @@ def _piece(document: _Document, stream: str, ids: Sequence[int], loss: np.ndarra
         shares = None if scored is None else scored.probabilities
         sums.append(None if shares is None else shares.sum(0, dtype=np.float64))
         scores.append(scored if scored is None or probabilities else replace(scored, probabilities=None))
-    return _Piece(document, stream, np.array(ids, np.int32), loss, n_prefill, tuple(routing), tuple(scores), tuple(sums))
+    return _Piece(document, stream, np.array(ids, np.int32), *columns, n_prefill, tuple(routing), tuple(scores), tuple(sums))
 
 
 def _routing(info: LayerInfo, routed: Routed, rows: slice) -> SiteRouting:
@@ -372,7 +403,7 @@ def _token_rows(stream: str, pieces: Sequence[_Piece], texts: Pieces) -> pa.Tabl
     lengths = [len(p.ids) for p in pieces]
     ids = np.concatenate([p.ids for p in pieces])
     text, raw = texts.columns(ids)
-    loss = np.concatenate([p.loss for p in pieces])
+    loss, predicted = (np.concatenate([getattr(p, c) for p in pieces]) for c in ("loss", "predicted"))
     phase = np.concatenate([np.arange(len(p.ids)) >= p.n_prefill for p in pieces])
     columns = {
         "stack": pa.array([stream] * len(ids)),
@@ -384,6 +415,7 @@ def _token_rows(stream: str, pieces: Sequence[_Piece], texts: Pieces) -> pa.Tabl
         "label": pa.array(np.repeat(np.array([p.document.label for p in pieces], object), lengths), pa.string()),
         "loss": pa.array(loss, from_pandas=True),
         "phase": pa.array(np.where(phase, "decode", "prefill")),
+        "predicted": pa.array(predicted, mask=predicted == UNKNOWN),
     }
     return pa.table({n: pa.array(c).cast(TOKENS.field(n).type) if not isinstance(c, pa.Array) else c.cast(TOKENS.field(n).type)
                      for n, c in columns.items()}, schema=TOKENS)  # fmt: skip

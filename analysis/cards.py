@@ -16,7 +16,18 @@ import numpy as np
 from .paths import PairCounts, coactivation, flow
 from .specialization import ROWS, Preferences, by_label, effects
 from .trace import Trace
-from .vocabulary import CLASSES, LEAST, TokenCounts, TokenUse, by_class, class_codes, input_tokens, top_tokens
+from .vocabulary import (
+    CLASSES,
+    LEAST,
+    DocumentUse,
+    TokenCounts,
+    TokenUse,
+    by_class,
+    class_codes,
+    document_use,
+    input_tokens,
+    top_tokens,
+)  # fmt: skip
 
 LEAST_LIFT = 1.5  # a preference below it may be significant, but is no description
 NONE = "no significant preference"
@@ -35,6 +46,7 @@ class SiteEvidence:
     classes: Preferences | None
     crossed: Preferences | None
     tokens: TokenCounts | None
+    token_use: DocumentUse | None
     partners: PairCounts
     into: PairCounts | None
     onward: PairCounts | None
@@ -102,7 +114,7 @@ def site_evidence(trace: Trace, site: int) -> SiteEvidence:
     layer, labels = trace.layers[site], by_label(trace, site)
     before = [i for i, after in enumerate(trace.stats.following) if after == site]
     missing = [] if labels.groups else ["labels: the run has none"]
-    classes = crossed = tokens = None
+    classes = crossed = tokens = token_use = None
     if trace.source is None or trace.tokens is None:
         missing.append("token classes, texts and passages: the run holds statistics only")
     else:
@@ -110,13 +122,14 @@ def site_evidence(trace: Trace, site: int) -> SiteEvidence:
         crossed = _crossed(trace, site, labels.groups, classes)
     if trace.tokens is not None or trace.stats.load(site).sum() == trace.stats.n_tokens(site) * layer.top_k:
         tokens = input_tokens(trace, site)
+        token_use = document_use(trace, tokens)
     else:
         missing.append("top tokens: assignments were dropped, and without tokens an id's occurrences are unknown")
     if not before:
         missing.append("where its tokens come from: this is the first routed layer")
     if trace.stats.following[site] is None:
         missing.append("where its tokens go to: this is the last routed layer")
-    return SiteEvidence(site, labels, classes, crossed, tokens, coactivation(trace, site), flow(trace, before[0]) if before else None,
+    return SiteEvidence(site, labels, classes, crossed, tokens, token_use, coactivation(trace, site), flow(trace, before[0]) if before else None,
                         flow(trace, site) if trace.stats.following[site] is not None else None, tuple(missing))  # fmt: skip
 
 
@@ -133,7 +146,7 @@ def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | N
         site, expert, f"{layer.title}, expert {expert}", describe(known, expert), n, used, used / n if n else float("nan"),
         layer.top_k / layer.n_classes, float(used / mean) if mean else float("nan"), int(stats.first_choice_load(site)[expert]),
         float(stats.gate_mass(site)[expert] / used) if used else float("nan"), labels, classes,
-        top_tokens(trace, known.tokens, expert) if known.tokens is not None else (),
+        top_tokens(trace, known.tokens, expert, use=known.token_use) if known.tokens is not None else (),
         _neighbours(known.partners, expert, True), _neighbours(known.into, expert, False, column=True),
         _neighbours(known.onward, expert, False), known.missing,
     )  # fmt: skip

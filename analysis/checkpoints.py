@@ -1,6 +1,6 @@
 """Where a checkpoint is, and whether it may be handed to transformers: a local folder, or one commit of a hub model.
 
-Looks at names, sizes and JSON only; reads no weights and does not know torch. Nothing is fetched unless a caller says
+Looks at names, sizes and JSON only, but for ``weights_digest``; does not know torch. Nothing is fetched unless a caller says
 ``download``; then only configuration, tokenizer and safetensors files of one pinned commit, never code or pickles.
 """
 
@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .files import folder_digest
 
 CONFIG_LIMIT = 4_000_000
 INDEX = "model.safetensors.index.json"
@@ -45,6 +47,11 @@ def find_checkpoint(path: str | Path, *, hub: bool = False, revision: str | None
     folder = _cached(name, revision) or (_fetched(name, revision) if download else _absent(name, revision))
     check_folder(folder)
     return folder
+
+
+def weights_digest(folder: Path) -> str:
+    """As ModelCard.digest: sha256 hex over a folder's weights and configuration. Reads them all."""
+    return folder_digest(folder, "*.safetensors", "config.json")
 
 
 def hub_name(folder: Path) -> tuple[str, str]:

@@ -111,9 +111,9 @@ def describe(trace: Trace, table: str) -> dict[str, Any]:
     return _about(trace) | {"table": table, "row": TABLES[table].definition, "definitions": _definitions(METRICS)}
 
 
-def describe_computed(trace: Trace, what: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for what a page computed: the run, its model, n, what is shown and what it depends on."""
-    return _about(trace) | {"row": what, "settings": dict(settings)}
+def describe_computed(trace: Trace | None, what: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for what a page computed: the run, its model and n where it is of a run, what is shown and what it depends on."""
+    return ({} if trace is None else _about(trace)) | {"row": what, "settings": dict(settings)}
 
 
 def _definitions(names: Iterable[str]) -> dict[str, str]:
@@ -163,8 +163,8 @@ def export_bytes(trace: Trace, table: str, format: str) -> bytes:
     return buffer.getvalue()
 
 
-def computed_bytes(trace: Trace, rows: pa.Table, what: str, settings: Mapping[str, Any], format: str) -> bytes:
-    """A table computed for a page, as the bytes of a file; ``what`` says what a row is, ``settings`` what it depends on."""
+def computed_bytes(trace: Trace | None, rows: pa.Table, what: str, settings: Mapping[str, Any], format: str) -> bytes:
+    """A table computed for a page, as the bytes of a file; ``what`` says what a row is, ``settings`` what it depends on; no run, no ``trace``."""
     if format not in FORMATS:
         raise ExportError(f"no format {format!r}: formats are {', '.join(FORMATS)}")
     named = METRICS if "metric" in rows.column_names else rows.column_names

@@ -50,3 +50,13 @@ def sweep(folder: Path) -> None:
     """Remove temporary files that a killed writer left below ``folder``."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def folder_digest(folder: Path, *patterns: str) -> str:
+    """sha256 hex over names and contents of the files of a folder that match any pattern."""
+    whole = hashlib.sha256()
+    for path in sorted(p for pattern in patterns for p in folder.glob(pattern)):
+        whole.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
+
+import pyarrow as pa
 
 from .metrics import METRICS, Metric
 
@@ -60,6 +62,20 @@ TERMS = (
           " uniform routing gives (k - 1) / (E - 1)", "OLMoE, arXiv 2409.02060, eq. 6"),
     Entry("flow", "Flow", "how many tokens go from expert i at one site to expert j at the next, beside what the two loads alone would give",
           "Routerscope; metrics of pairs"),
+    Entry("predicted_next_token", "Predicted next token", "the id of the largest logit the model gives after a token, whatever token follows in the text;"
+          " recorded with every token of a language model, but for the prompt of a generation before its last token", "OLMoE, arXiv 2409.02060, eq. 8"),
+    Entry("vocabulary_specialization", "Vocabulary specialization", "mean over token ids of the largest share any expert has of the id's tokens, the"
+          " id being the token read, the next or the predicted next; ids seen once score 1 whatever the router does, so that ids seen at least 10 times"
+          " are shown beside the same assignments dealt again to the tokens", "OLMoE, arXiv 2409.02060, eq. 8"),
+    Entry("router_saturation", "Router saturation", "of the k experts a token is sent to in one run, the share it is also sent to in another over the same"
+          " tokens, mean over tokens; uniform routing gives k / E, turning the tokens of each document keeps what their texts share",
+          "OLMoE, arXiv 2409.02060, eq. 5"),
+    Entry("leaning_documents", "Leaning documents", "of the documents that hold a token, those in which it uses the expert more often than the document's"
+          " tokens do; by chance about half or fewer", "Routerscope; a sign test's count"),
+    Entry("document_balance", "Document balance", "max / mean of the loads of one document's tokens at a site, beside what uniform routing of so few"
+          " tokens stays below", "arXiv 2408.15664, its batch being a document"),
+    Entry("weight_similarity", "Weight similarity", "cosine of two experts' weight matrices, each expert flattened to one vector of n numbers; independent"
+          " random weights give 0 with standard deviation 1 / sqrt n. Neurons may stand in any order, so it says little of function", "common"),
     Entry("lift", "Lift", "share of a group's tokens that use an expert, over the expert's share of all tokens; 1 is no preference",
           "association rules, Brin et al. 1997"),
     Entry("log2_enrichment", "log2 enrichment", "log2 of the share of a group's tokens that use an expert over the share of all other tokens; 0 is"
@@ -74,6 +90,11 @@ def _of_metric(m: Metric) -> Entry:
 
 
 GLOSSARY: Mapping[str, Entry] = MappingProxyType({e.name: e for e in (*TERMS, *map(_of_metric, METRICS.values()))})
+
+
+def glossary_table() -> pa.Table:
+    """One row per entry: name, title, definition, range, unit, chance, source; range, unit and chance are "" for terms."""
+    return pa.Table.from_pylist([asdict(e) for e in GLOSSARY.values()])
 
 
 def search(words: str) -> list[Entry]:

@@ -28,7 +28,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .checkpoints import ModelError, find_checkpoint, hub_name, read_config
+from .checkpoints import ModelError, find_checkpoint, hub_name, read_config, weights_digest
+from .files import folder_digest
 from .routers import BIASES, Site, find_sites
 from .trace import ModelCard
 
@@ -146,8 +147,8 @@ def model_card(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         dtype=str(model.dtype).removeprefix("torch."),
         layers=tuple(s.info for s in sites),
         max_tokens=getattr(config, "max_position_embeddings", None),
-        digest=_digest(folder, "*.safetensors", "config.json") if folder else _weights_digest(model),
-        tokenizer_digest=_digest(folder, "tokenizer*") if folder else "",
+        digest=weights_digest(folder) if folder else _weights_digest(model),
+        tokenizer_digest=folder_digest(folder, "tokenizer*") if folder else "",
         revision=commit,
     )
 
@@ -160,15 +161,6 @@ def unused_parameters(site: Site, p: Tensor) -> int:
 
 def _expert_parameters(site: Site) -> int:
     return sum(p.numel() - unused_parameters(site, p) for p in site.experts.parameters())
-
-
-def _digest(folder: Path, *patterns: str) -> str:
-    whole = hashlib.sha256()
-    for path in sorted(p for pattern in patterns for p in folder.glob(pattern)):
-        whole.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
 
 
 def _weights_digest(model: PreTrainedModel) -> str:

@@ -7,7 +7,7 @@ Definitions: co-activation and router saturation OLMoE (arXiv 2409.02060) eq. 6 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import comb
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from .significance import bootstrap_sums, interval
 from .specialization import MOST_UNITS, blocks
 from .trace import Trace, TraceError
 
+TURNS, TURNS_BUDGET = (19, 199), 200_000_000  # shuffles of two runs' agreement, as many as so many looked-up choices allow
 # text -> layers 0, 15, 31: (first choice repeated %, first or second in common %); Mixtral 8x7B, its Table 5
 MIXTRAL_REPETITION: Mapping[str, tuple[tuple[float, float], ...]] = MappingProxyType({
     "ArXiv": ((14.0, 46.5), (27.9, 62.3), (22.7, 52.9)),
@@ -146,15 +147,18 @@ def saturation(a: Trace, b: Trace) -> pa.Table:
     """How far two runs over the same tokens agree, one row per site: mean over tokens of |chosen by both| / k.
 
     Columns site, layer, n (tokens), saturation (0 to 1), low, high (95 % bootstrap over documents; NaN below 2),
-    chance (k / E), chance_given_loads (independent choices at the two runs' loads). OLMoE eq. 5 with b the final
+    chance (k / E), chance_given_loads (independent choices at the two runs' loads); shuffled: mean over ``draws`` where
+    the tokens of b are turned round within each document (by random steps, the last following on the first), which
+    keeps what documents and stretches of text have in common; p: that a turn agrees as much. OLMoE eq. 5 with b the final
     checkpoint. One pass over both runs. Raises TraceError where texts, tokenization or sites differ.
     """
-    _check_comparable(a, b)
+    check_comparable(a, b)
     rows = [_site_saturation(a, b, x.index) for x in a.layers]
     return pa.Table.from_pylist(rows)
 
 
-def _check_comparable(a: Trace, b: Trace) -> None:
+def check_comparable(a: Trace, b: Trace) -> None:
+    """Raise TraceError, which says what differs, unless both runs recorded the same tokens at sites of the same shapes."""
     shapes = [[(x.stream, x.n_classes, x.top_k) for x in t.layers] for t in (a, b)]
     if shapes[0] != shapes[1]:
         raise TraceError(f"runs {a.name!r} and {b.name!r} have other sites, experts or top-k: they cannot be compared token by token")
@@ -168,15 +172,32 @@ def _site_saturation(a: Trace, b: Trace, site: int) -> dict[str, object]:
     lengths = [r["n_tokens"] for r in a.documents.to_pylist() if r["stack"] == layer.stream]
     units = max(min(len(lengths), MOST_UNITS), 1)
     unit = np.repeat(np.arange(len(lengths)) * units // max(len(lengths), 1), lengths)
-    agreed = np.zeros(units)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    draws = int(np.clip(TURNS_BUDGET // max(n * layer.top_k, 1), *TURNS))
+    agreed, turned, rng = np.zeros(units), np.zeros(draws), np.random.default_rng(site)
     for start, mine in blocks(a, layer):
-        other = b.routing(site, start, start + len(mine)).experts
-        both = ((mine[:, :, None] == other[:, None, :]) & (mine >= 0)[:, :, None]).sum((1, 2))
-        agreed += np.bincount(unit[start : start + len(mine)], both, units)
+        rows = slice(start, start + len(mine))
+        other = b.routing(site, start, rows.stop).experts.astype(np.int64)
+        chosen = np.zeros((len(mine), layer.n_classes + 1), bool)  # a class more, that nothing chooses: -1, no expert
+        np.put_along_axis(chosen, mine, True, 1)
+        chosen[:, -1] = False
+        agreed += np.bincount(unit[rows], np.take_along_axis(chosen, other, 1).sum(1), units)
+        turned += [np.take_along_axis(chosen, other[at], 1).sum() for at in _turns(document[rows], draws, rng)]
     sizes = np.bincount(unit, minlength=units)
     drawn = bootstrap_sums(np.column_stack([agreed, sizes]), np.zeros(units, np.int64))[:, 0]
     low, high = interval(drawn[:, 0] / drawn[:, 1] / layer.top_k) if len(lengths) > 1 else (np.nan, np.nan)
     given = (a.stats.load(site) * b.stats.load(site)).sum() / n**2 / layer.top_k if n else float("nan")
     value = agreed.sum() / (n * layer.top_k) if n else float("nan")
     return {"site": site, "layer": layer.layer, "n": n, "saturation": float(value), "low": float(low), "high": float(high),
-            "chance": layer.top_k / layer.n_classes, "chance_given_loads": float(given)}  # fmt: skip
+            "chance": layer.top_k / layer.n_classes, "chance_given_loads": float(given),
+            "shuffled": float(turned.mean() / (n * layer.top_k)) if n else float("nan"),
+            "p": float(((turned >= agreed.sum()).sum() + 1) / (draws + 1)) if n else float("nan"), "draws": draws}  # fmt: skip
+
+
+def _turns(document: np.ndarray, draws: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """``draws`` times the rows [n] in another order: each document's rows (side by side) turned round by a random step."""
+    first = np.flatnonzero(np.append(True, document[1:] != document[:-1]))[: len(document)]
+    length = np.diff(np.append(first, len(document)))
+    place, start, size = np.arange(len(document)) - np.repeat(first, length), np.repeat(first, length), np.repeat(length, length)
+    for _ in range(draws):
+        yield start + (place + np.repeat(rng.integers(0, length), length)) % size

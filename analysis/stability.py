@@ -49,15 +49,19 @@ def batch_maxvio(trace: Trace, site: int, batch_tokens: int = 1) -> float:
     return float((loads.max(1) / loads.mean(1) - 1).mean()) if len(loads) else float("nan")
 
 
-def maxvio_table(trace: Trace, batch_tokens: int = 1) -> pa.Table:
+def maxvio_table(trace: Trace, batch_tokens: int = 1, mixed: int | None = None) -> pa.Table:
     """MaxVio of every site over the run and per batch, beside what uniform random routing would give at that batch size.
 
     site, n (tokens), batches, batch_n (tokens of a batch, mean), run, chance_run; batch (as ``batch_maxvio``), least and
-    most of a batch, chance_batch: mean over batches of the upper bound of balance.chance_max_over_mean, less 1.
+    most of a batch, chance_batch: mean over batches of the upper bound of balance.chance_max_over_mean, less 1. ``mixed`` is a
+    seed by which documents are shuffled before they fill batches; None keeps the order recorded, which may follow labels.
     """
     rows = []
     for layer in trace.layers:
         sizes, counts = _documents(trace, layer.index)
+        if mixed is not None:
+            order = np.random.default_rng(mixed).permutation(len(sizes))  # one order for every site of a stream
+            sizes, counts = sizes[order], counts[order]
         starts = _batches(sizes, batch_tokens)
         n, loads = (np.add.reduceat(x, starts, axis=0) if len(starts) else x for x in (sizes, counts[:, : layer.n_experts]))
         ran = loads.sum(1) > 0
@@ -113,6 +117,23 @@ def label_balance(trace: Trace, site: int) -> pa.Table:
     tokens = trace.stats.label_tokens(site)
     table = _described(trace.layers[site], np.array([tokens[x] for x in labels], np.int64), loads)
     return table.add_column(0, "label", pa.array(labels, pa.string()))
+
+
+def document_balance(trace: Trace, site: int) -> pa.Table:
+    """Balance of every document, the most uneven for its length first: document, name, label, the columns of ``batch_balance``, excess.
+
+    excess = max_over_mean / chance_max_over_mean of so many tokens: above 1 is more than chance. Documents without an
+    assignment are left out.
+    """
+    stream = trace.layers[site].stream
+    rows = trace.documents.filter(pc.equal(trace.documents["stack"], stream)).sort_by("document").select(["document", "name", "label"])
+    sizes, counts = _documents(trace, site)
+    ran = counts[:, : trace.layers[site].n_experts].sum(1) > 0
+    table = _described(trace.layers[site], sizes[ran], counts[ran])
+    for column in reversed(rows.column_names):
+        table = table.add_column(0, column, rows[column].filter(pa.array(ran)))
+    table = table.append_column("excess", pc.divide(table["max_over_mean"], table["chance_max_over_mean"]))
+    return table.sort_by([("excess", "descending"), ("document", "ascending")])
 
 
 def _described(layer: LayerInfo, n: np.ndarray, loads: np.ndarray) -> pa.Table:

@@ -34,6 +34,7 @@ from .stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, following_sites, mer
 from .trace import (
     DOCUMENTS,
     SCHEMA_VERSION,
+    TOKENS,
     LayerInfo,
     ModelCard,
     Part,
@@ -47,6 +48,7 @@ from .trace import (
 )  # fmt: skip
 
 MANIFEST = "run.json"
+READABLE = (1, SCHEMA_VERSION)
 STATISTICS = (("stats.parquet", CORE), ("token_stats.parquet", BY_TOKEN), ("document_stats.parquet", BY_DOCUMENT))
 _Piece = TypeVar("_Piece", SiteRouting, SiteScores)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -113,12 +115,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         try:
             manifest = json.load(file)
             version = manifest["schema_version"]
-            if version == SCHEMA_VERSION:
+            if version in READABLE:
                 _check_manifest(manifest)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RunError(f"{folder.name}/{MANIFEST} is damaged: restore it, or capture the run again") from None
-    if version != SCHEMA_VERSION:
-        raise RunError(f"{folder.name} has schema version {version}, this program reads {SCHEMA_VERSION}")
+    if version not in READABLE:
+        raise RunError(f"{folder.name} has schema version {version}, this program reads {' and '.join(map(str, READABLE))}")
     return dict(manifest)
 
 
@@ -146,7 +148,10 @@ def open_run(folder: str | Path) -> Trace:
         tables = []
         for name in (f"tokens/part-{p['index']:05d}.parquet" for p in parts):
             with _naming(folder, name):
-                tables.append(pq.read_table(folder / name, page_checksum_verification=True))
+                rows = pq.read_table(folder / name, page_checksum_verification=True)
+                if manifest["schema_version"] == 1:
+                    rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
+                tables.append(rows.select(TOKENS.names))
         return pa.concat_tables(tables).unify_dictionaries()
 
     options = {**manifest["options"], "created": manifest["created"]}

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 if TYPE_CHECKING:
     from .stats import Statistics
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # since 2 tokens have `predicted`; runs of version 1 open, with it null
 NO_EXPERT = -1
 STREAMS = ("encoder", "decoder")
 
@@ -42,6 +42,7 @@ TOKENS = pa.schema(
         ("label", _TEXT),
         ("loss", pa.float32()),  # nats of predicting the next token; null where there is none
         ("phase", _TEXT),  # "prefill" or "decode"
+        ("predicted", pa.int32()),  # id of the largest logit: the next token as the model would have it; null where it gave none
     ]
 )
 DOCUMENTS = pa.schema(

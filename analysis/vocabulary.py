@@ -1,15 +1,17 @@
 """How far do tokens themselves explain where they are sent? By token id, by kind of token.
 
-Input ids come from the statistics; next ids need the recorded tokens and one pass over a site's decisions; the token
-the model itself predicted next is not recorded by a capture (see PREDICTED_NEXT). Definitions: OLMoE (arXiv
-2409.02060) eq. 8 for vocabulary specialization, OpenMoE (arXiv 2402.01739) for context independence.
+Input ids come from the statistics; next ids, and those the model itself predicted next, need the recorded tokens and one
+pass over a site's decisions. Definitions: OLMoE (arXiv 2409.02060) eq. 8 for vocabulary specialization, OpenMoE (arXiv
+2402.01739) for context independence.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +23,10 @@ from .trace import Trace, TraceError
 
 LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"
 DRAWS = 199  # shuffles of a token's test: no p below 1 / (DRAWS + 1) can show
-PREDICTED_NEXT = "A capture records routing and loss, not the model's output: the predicted next token is not known. Use the next token."
+PREDICTED_NEXT = (
+    "The predicted next token is not known here: the model has no language head, or the run was recorded before predictions were."
+    " Use the next token, or record the run again."
+)
 CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
            "special tokens", "empty tokens")  # fmt: skip
 _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:pad|unk|bos|eos|mask)>|\[(?:CLS|SEP|PAD|MASK|UNK)\]", re.I)
@@ -84,7 +89,7 @@ class TokenCounts:
 
     ids     int64 [V], ascending.  tokens  int64 [V]: N_x, occurrences of the id.
     row, expert, count  int64 [cells]: index into ids, expert, assignments.
-    classes  ids an expert can have.  kind  "input token" or "next token".
+    classes  ids an expert can have.  kind  "input token", "next token" or "predicted next token".
     """
 
     site: int
@@ -113,13 +118,52 @@ def input_tokens(trace: Trace, site: int) -> TokenCounts:
 
 def next_tokens(trace: Trace, site: int) -> TokenCounts:
     """By the token that follows in the document; last tokens are left out. One pass; TraceError without decisions."""
-    layer = trace.layers[site]
-    table = trace.stream_tokens(layer.stream)
-    document, recorded = table["document"].to_numpy(), table["token_id"].to_numpy().astype(np.int64)
+    return _counted(trace, site, "next token")
+
+
+def predicts(trace: Trace, stream: str = "decoder") -> bool:
+    """Whether the run knows what the model predicted next for any token of the stream."""
+    if trace.tokens is None:
+        return False
+    predicted = trace.stream_tokens(stream)["predicted"]
+    return bool(predicted.null_count < len(predicted))
+
+
+def predicted_tokens(trace: Trace, site: int) -> TokenCounts:
+    """By the token the model predicts next, the id of its largest logit; tokens without a prediction are left out.
+
+    One pass. TraceError without decisions, or where nothing was predicted: PREDICTED_NEXT.
+    """
+    if not predicts(trace, trace.layers[site].stream):
+        raise TraceError(PREDICTED_NEXT)
+    return _counted(trace, site, "predicted next token")
+
+
+VARIANTS: Mapping[str, Callable[[Trace, int], TokenCounts]] = MappingProxyType(
+    {"input": input_tokens, "next": next_tokens, "predicted": predicted_tokens}
+)  # OLMoE's three
+
+
+def _coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """(ids ascending, int64 [tokens of the stream] into ids, -1 for a token that has none of this kind)."""
+    table = trace.stream_tokens(stream)
+    if kind == "predicted next token":
+        predicted = table["predicted"]
+        known = np.full(len(predicted), -1)
+        ids, known[predicted.is_valid().to_numpy()] = np.unique(predicted.drop_null().to_numpy().astype(np.int64), return_inverse=True)
+        return ids, known
+    ids, code = np.unique(table["token_id"].to_numpy().astype(np.int64), return_inverse=True)
+    if kind == "input token":
+        return ids, code
+    document = table["document"].to_numpy()
     follows = np.append(document[1:] == document[:-1], np.zeros(min(len(document), 1), bool))
-    ids, code = np.unique(recorded, return_inverse=True)
-    code = np.where(follows, np.append(code[1:], 0)[: len(code)], -1)
-    parts = []
+    return ids, np.where(follows, np.append(code[1:], 0)[: len(code)], -1)
+
+
+def _counted(trace: Trace, site: int, kind: str) -> TokenCounts:
+    """One pass over a site's decisions."""
+    layer, parts = trace.layers[site], []
+    ids, code = _coded(trace, layer.stream, kind)
     for start, experts in blocks(trace, layer):
         mine = code[start : start + len(experts), None]
         kept = (experts >= 0) & (mine >= 0)
@@ -127,12 +171,7 @@ def next_tokens(trace: Trace, site: int) -> TokenCounts:
     cell, at = np.unique(np.concatenate([c for c, _ in parts]), return_inverse=True)
     count = np.bincount(at, np.concatenate([n for _, n in parts]), len(cell)).astype(np.int64)
     tokens = np.bincount(code[code >= 0], minlength=len(ids))
-    return TokenCounts(site, "next token", layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count)
-
-
-def predicted_tokens(trace: Trace, site: int) -> TokenCounts:
-    """Always raises TraceError: what is missing is said in PREDICTED_NEXT. Here so that nobody takes next for predicted."""
-    raise TraceError(PREDICTED_NEXT)
+    return TokenCounts(site, kind, layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count)
 
 
 def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) -> Information:
@@ -258,12 +297,29 @@ def _top_shares(counts: TokenCounts, row: np.ndarray, count: np.ndarray, least: 
             float((share * n).sum() / n.sum()) if len(n) else nothing)  # fmt: skip
 
 
+def vocabulary_table(trace: Trace, least: int = LEAST) -> pa.Table:
+    """One row per site and variant the run can tell ("input", "next", "predicted"): site, layer, token (the variant), n (tokens), ids, then
+    VocabularySpecialization's figures with their chance. One pass per site and variant; TraceError without tokens.
+    """
+    rows = []
+    for layer in trace.layers:
+        for variant, count in VARIANTS.items():
+            if variant == "predicted" and not predicts(trace, layer.stream):
+                continue
+            found = asdict(vocabulary_specialization(count(trace, layer.index), least))
+            key = {"site": layer.index, "layer": layer.layer, "token": variant}
+            rows.append(key | {"n": found.pop("n_tokens"), "ids": found.pop("n_ids")} | found)
+    return pa.Table.from_pylist(rows)
+
+
 @dataclass(frozen=True)
 class TokenUse:
     """One token id at one expert. share = count / tokens; lift = share over the expert's share of all tokens.
 
     ``p``: probability that any id seen at least ``least`` times stands out as much when the expert's assignments are
-    dealt at random to the tokens. The unit is the token: repeats within one document count as independent.
+    dealt at random to the tokens. Its unit is the token: repeats within one document count as independent, so it is
+    certain of a word that one document repeats. Documents tell: the id occurs in ``documents``, and in ``leaning`` of them
+    it uses the expert more often than that document's tokens do (by chance in at most about half); None where unknown.
     """
 
     token_id: int
@@ -273,13 +329,51 @@ class TokenUse:
     share: float
     lift: float
     p: float
+    documents: int | None
+    leaning: int | None
+
+
+@dataclass(frozen=True)
+class DocumentUse:
+    """Per row of a TokenCounts: ``documents`` int64 [V] that hold the id; ``leaning`` int64 [V, classes], see TokenUse."""
+
+    documents: np.ndarray
+    leaning: np.ndarray
+
+
+def document_use(trace: Trace, counts: TokenCounts) -> DocumentUse | None:
+    """In how many documents ids lean to experts. One pass over the site; None for a run without decisions or tokens."""
+    if trace.source is None or trace.tokens is None:
+        return None
+    layer = trace.layers[counts.site]
+    ids, code = _coded(trace, layer.stream, counts.kind)
+    owner = np.unique(trace.stream_tokens(layer.stream)["document"].to_numpy(), return_inverse=True)[1]
+    known = code >= 0
+    n_documents, width = int(owner.max(initial=-1)) + 1, layer.n_classes
+    place = code * n_documents + owner
+    pairs, occurs = np.unique(place[known], return_counts=True)
+    size, load = np.bincount(owner[known], minlength=n_documents), np.zeros(n_documents * width, np.int64)
+    cells, n = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for start, experts in blocks(trace, layer):
+        rows = slice(start, start + len(experts))
+        kept = (experts >= 0) & known[rows, None]
+        load += np.bincount((owner[rows, None] * width + experts)[kept], minlength=len(load))
+        found = np.unique((place[rows, None] * width + experts)[kept], return_counts=True)
+        cells, n = [*cells, found[0]], [*n, found[1]]
+    cell, at = np.unique(np.concatenate(cells), return_inverse=True)
+    count = np.bincount(at, np.concatenate(n), len(cell))
+    pair, expert = cell // width, cell % width
+    document = pair % n_documents if n_documents else pair
+    leans = count * size[document] > load[document * width + expert] * occurs[np.searchsorted(pairs, pair)]
+    leaning = np.bincount((pair // max(n_documents, 1) * width + expert)[leans], minlength=len(ids) * width)
+    return DocumentUse(np.bincount(pairs // max(n_documents, 1), minlength=len(ids)), leaning.reshape(len(ids), width))
 
 
 def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAST, most: int = 20, draws: int = DRAWS,
-               seed: int = 0) -> tuple[TokenUse, ...]:  # fmt: skip
+               seed: int = 0, use: DocumentUse | None = None) -> tuple[TokenUse, ...]:  # fmt: skip
     """The expert's ids by falling lift, among those seen at least ``least`` times and used more often than elsewhere.
 
-    Ties by falling count, then by id. Empty where nothing is.
+    Ties by falling count, then by id. Empty where nothing is. ``use`` is ``document_use(trace, counts)``.
     """
     mine = counts.expert == expert
     used = np.bincount(counts.row[mine], counts.count[mine], len(counts.ids)).astype(np.int64)
@@ -297,7 +391,9 @@ def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAS
     maximum = ((null - expected) / spread).max(1)
     p = family_p((used[often] - expected) / spread, maximum, False)
     ids, count, tokens = counts.ids[often], used[often], counts.tokens[often]
+    documents, leaning = (None, None) if use is None else (use.documents[often].tolist(), use.leaning[often, expert].tolist())
     order = [i for i in np.lexsort((ids, -count, -lift)) if lift[i] > 1][:most]
     texts = token_texts(trace, ids[order], trace.layers[counts.site].stream)
-    return tuple(TokenUse(int(ids[i]), text, int(count[i]), int(tokens[i]), float(share[i]), float(lift[i]), float(p[i]))
+    return tuple(TokenUse(int(ids[i]), text, int(count[i]), int(tokens[i]), float(share[i]), float(lift[i]), float(p[i]),
+                          documents and documents[i], leaning and leaning[i])
                  for i, text in zip(order, texts, strict=True))  # fmt: skip

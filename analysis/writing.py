@@ -140,13 +140,13 @@ class RunWriter:
 
 def _check_same_capture(path: Path, card: ModelCard, options: Mapping[str, Any]) -> None:
     """Record what is being captured, or compare with the record of the interrupted capture."""
-    mine = json.loads(json.dumps({"model": card.to_json(), "options": dict(options)}))
+    mine = json.loads(json.dumps({"model": card.to_json(), "options": dict(options), "schema_version": SCHEMA_VERSION}))
     if not path.exists():
         write_json(path, mine)
         return
     started = json.loads(path.read_text(encoding="utf-8"))
-    for what in ("model", "options"):
-        if started[what] != mine[what]:
+    for what in mine:
+        if started.get(what) != mine[what]:
             raise RunError(f"the interrupted capture in this folder used other {what}: use the same, or delete the run")
 
 

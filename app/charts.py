@@ -177,6 +177,42 @@ def maxvio_lines(
     return _sized(figure, 320)
 
 
+def document_scatter(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray) -> go.Figure:
+    """Max / mean over tokens, a dot per document [n]; the line is what chance stays below for so many tokens. customdata[0] is the place."""
+    order = np.argsort(n, kind="stable")
+    figure = go.Figure(go.Scatter(x=n, y=ratio, text=list(names), customdata=np.arange(len(n))[:, None], mode="markers", name="a document",
+                                  meta={"x": "tokens", "y": "max_over_mean", "customdata": ["place"]},
+                                  marker={"size": 8, "color": palette.AMOUNT["light"][3], "opacity": 0.75},
+                                  hovertemplate="%{text}<br>%{y:.2f} × the mean load, n = %{x:,} tokens<extra></extra>"))  # fmt: skip
+    figure.add_scatter(x=n[order], y=chance[order], mode="lines", name="by chance, at most about", line={"color": "#9a9a9a", "dash": "dot", "width": 2},
+                       meta={"x": "tokens", "y": "max_over_mean"}, hovertemplate="by chance at most about %{y:.2f} for %{x:,} tokens<extra></extra>")  # fmt: skip
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(title="tokens of the document", type="log", tickformat=",")
+    figure.update_yaxes(title="max / mean load", rangemode="tozero")
+    return _sized(figure, 340)
+
+
+def layer_lines(rows: Sequence[str], lines: Sequence[tuple[str, np.ndarray, np.ndarray | None]], what: str) -> go.Figure:
+    """Shares per layer: (name, values [L], interval [2, L] of low and high or None) per line; one whose name holds "chance" is grey, up to two of them."""
+    figure, dashes = go.Figure(), iter(("dot", "dash"))
+    colours = iter((palette.AMOUNT["light"][3], palette.DEAD, palette.EXPERTS[0]))
+    for name, y, around in lines:
+        chance = "chance" in name
+        colour, dash = ("#9a9a9a", next(dashes)) if chance else (next(colours), "solid")
+        bars = (
+            None
+            if around is None
+            else {"type": "data", "symmetric": False, "array": around[1] - y, "arrayminus": y - around[0], "thickness": 1}
+        )
+        figure.add_scatter(x=list(rows), y=y, name=name, mode="markers+lines", error_y=bars, marker={"size": 8, "color": colour}, meta={"x": "layer", "y": "share"},
+                           line={"color": colour, "dash": dash, "width": 1.5},
+                           hovertemplate="%{x}: %{y:.1%} " + name + "<extra></extra>")  # fmt: skip
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(title=what, tickformat=".0%", rangemode="tozero")
+    return _sized(figure, 320)
+
+
 def piece_bars(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray, whole: float, what: str) -> go.Figure:
     """Max / mean of pieces of a run [n], a dark mark at what chance gives for so many tokens, a line at the whole run's."""
     figure = go.Figure(go.Bar(x=list(names), y=ratio, name="max / mean", customdata=n, marker_color=palette.AMOUNT["light"][2],

@@ -43,6 +43,11 @@ def computed_downloads(
             charts.file_name(trace.name, table.replace(" ", "-")))  # fmt: skip
 
 
+def table_downloads(name: str, what: str, rows: pa.Table) -> None:
+    """The buttons for a table of no run; ``what`` says what a row is."""
+    buttons(st.container(horizontal=True), lambda kind: partial(computed_bytes, None, rows, what, {}, kind), name)
+
+
 def buttons(row: Any, data: Callable[[str], Callable[[], bytes]], name: str, kinds: Sequence[str] = FORMATS, key: str = "download") -> None:
     """One button per format: nothing reruns between choosing a format and the click, which would lose the file."""
     for kind in kinds:

@@ -6,9 +6,12 @@ The demo run ships with the project, is listed first, and cannot be deleted.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from analysis.checkpoints import ModelError, read_config
 from analysis.store import RunSummary, list_runs
+from analysis.trace import ModelCard
 
 HOME = Path(__file__).resolve().parent.parent
 DEMO = "demo-run"
@@ -26,6 +29,21 @@ def allowed_models() -> dict[str, Path]:
     given = os.environ.get("ROUTERSCOPE_MODELS") or f"demo model={HOME / 'data' / 'demo-model'}"
     pairs = (entry.partition("=") for entry in given.split(";") if "=" in entry)
     return {name.strip(): Path(folder.strip()) for name, _, folder in pairs}
+
+
+def model_folder(card: ModelCard, digests: Callable[[Path], str]) -> Path | None:
+    """The allowed model that a run was recorded with, to the byte; None where it is not on this machine.
+
+    ``digests`` gives the digest of a folder, which takes reading every weight: only models of the card's family are asked.
+    """
+    for folder in allowed_models().values():
+        try:
+            same = read_config(folder / "config.json").get("model_type") == card.family
+        except ModelError:
+            continue
+        if same and digests(folder) == card.digest:
+            return folder
+    return None
 
 
 def all_runs() -> dict[str, RunSummary]:

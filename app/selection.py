@@ -10,8 +10,9 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
+from analysis.paths import check_comparable
 from analysis.store import RunError, RunSummary, open_run
-from analysis.trace import Trace
+from analysis.trace import Trace, TraceError
 
 from .components.theme_probe import probed_theme, theme_probe
 from .runs_folder import all_runs
@@ -165,6 +166,22 @@ def current_trace() -> Trace:
         st.markdown("Choose another run above. The Runs page can delete a run that cannot be read; record its text again there.")
         st.page_link("views/runs.py", label="To the Runs page")
         st.stop()
+
+
+def comparable_runs(trace: Trace) -> dict[str, Trace]:
+    """The other runs over the very tokens of this one, at sites of the same shapes, by name."""
+    rows = trace.documents.select(["document", "n_tokens"])
+    size = sum(rows["n_tokens"].to_pylist()), len(set(rows["document"].to_pylist()))
+    found = {}
+    for name, run in _complete().items():
+        if name == trace.name or (run.n_tokens, run.n_documents) != size:
+            continue
+        try:
+            check_comparable(trace, other := open_named(run.folder, run.created))
+        except (RunError, TraceError):
+            continue
+        found[name] = other
+    return found
 
 
 def recording_id(trace: Trace) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlencode
 
 import streamlit as st
 
@@ -69,7 +70,7 @@ def axis_label(text: str, limit: int = 14) -> str:
 
 def axis_name(text: str, limit: int = 22) -> str:
     """As ``axis_label`` for names and labels: plain spaces stay plain."""
-    return _for_plotly("".join(c if c == " " else visible_token(c) for c in text) or "⟨empty⟩", limit)
+    return _for_plotly(visible_name(text) or "⟨empty⟩", limit)
 
 
 def _for_plotly(shown: str, limit: int) -> str:
@@ -108,6 +109,12 @@ def show_text(text: str) -> None:
 def show_note(text: str) -> None:
     """A caption made of data text."""
     st.caption(plain(text))
+
+
+def show_definitions(run: str, terms: Mapping[str, str]) -> None:
+    """A caption that leads to entries of the glossary: ``terms`` maps an entry's name to its title."""
+    links = (f"[{plain(title)}](glossary?{urlencode({'run': run, 'term': name})})" for name, title in terms.items())
+    st.caption("What is meant: " + " · ".join(links))
 
 
 def show_error(text: str) -> None:

@@ -60,6 +60,7 @@ def make_part(layers: Sequence[LayerInfo], lengths: Sequence[int], seed: int = 0
             "position": pa.array(np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)), "token_id": pa.array(ids),
             "token": pa.array(shown), "token_bytes": pa.array([n.encode("utf-8", "surrogatepass") for n in shown], pa.binary()),
             "label": pa.array(label, pa.string()), "loss": pa.array(loss, from_pandas=True), "phase": pa.array(["prefill"] * total),
+            "predicted": pa.array(np.roll(ids, -3), mask=rng.random(total) < 0.1),
         }  # fmt: skip
         tokens.append(pa.table({n: c.cast(TOKENS.field(n).type) for n, c in columns.items()}, schema=TOKENS))
         row = first_row

@@ -56,6 +56,37 @@ def test_loss_and_scores_against_the_logits() -> None:
         np.testing.assert_allclose(trace.stats.probability_sum(layer.index), whole.sum(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+def test_predicted_ids_are_the_largest_logits(family: str) -> None:
+    model = tiny.build(family)
+    trace = capture(model, TOKENIZER, TEXTS, batch_size=2)
+    rows = trace.stream_tokens("decoder").to_pandas()
+    for i, text in enumerate(TEXTS):
+        ids = torch.tensor(TOKENIZER([text])["input_ids"])
+        given = {"input_ids": ids}
+        if family == "switch_transformers":
+            given["decoder_input_ids"] = torch.full((1, 1), model.config.decoder_start_token_id or 0)
+        with torch.no_grad():
+            logits = model(**given).logits[0]
+        assert rows[rows.document == i].predicted.tolist() == logits.argmax(-1).tolist()
+    if family == "switch_transformers":
+        assert trace.stream_tokens("encoder")["predicted"].null_count == len(trace.stream_tokens("encoder"))
+
+
+def test_predicted_ids_of_a_generation_begin_at_its_first_new_token() -> None:
+    model = tiny.build("olmoe")
+    model.generation_config.suppress_tokens = list(range(200))  # generate picks other tokens than the largest logit
+    trace = capture(model, TOKENIZER, TEXTS[:2], new_tokens=6)
+    for i in range(2):
+        start, stop = trace.document_range(i)
+        rows = trace.tokens.slice(start, stop - start).to_pandas()
+        with torch.no_grad():
+            expected = model(torch.tensor([rows.token_id.tolist()])).logits[0].argmax(-1).tolist()
+        prompt = (rows.phase == "prefill").sum()
+        assert rows.predicted[: prompt - 1].isna().all() and rows.predicted[prompt - 1 :].tolist() == expected[prompt - 1 :]
+        assert rows.token_id[prompt:].tolist() != expected[prompt - 1 : -1]
+
+
 def test_parts_do_not_change_the_result() -> None:
     model = tiny.build("mixtral")
     texts = [f"text number {i} " * (1 + i % 4) for i in range(12)]

@@ -1,10 +1,12 @@
 """The glossary: every metric and every term once, complete, and found by its words."""
 
+import json
 import math
 
 import pytest
 
-from analysis.glossary import GLOSSARY, TERMS, search
+from analysis.export import computed_bytes
+from analysis.glossary import GLOSSARY, TERMS, glossary_table, search
 from analysis.metrics import METRICS
 from tests.synthetic import site
 
@@ -13,7 +15,7 @@ BOUNDS = {
     "ln E": (math.log(8), math.log(64)), "log2 E + 0.721": (3.7213475, 6.7213475), "infinity": (math.inf, math.inf),
 }  # fmt: skip
 NAMED = ("expert_load", "capacity_factor", "overflow", "dropped_token", "gate_weight", "router_logits", "top_k", "co_activation",
-         "shared_expert", "site")  # fmt: skip
+         "shared_expert", "site", "vocabulary_specialization", "router_saturation", "predicted_next_token", "weight_similarity")  # fmt: skip
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
@@ -44,3 +46,10 @@ def test_search() -> None:
     assert search("CV")[0].name == "cv" and "chance_cv" in {e.name for e in search("cv")}
     assert {e.name for e in search("expert load")} >= {"expert_load", "max_over_mean"} and search("Expert load")[0].name == "expert_load"
     assert all("switch" in (e.definition + e.source + e.title).casefold() for e in search("switch")) and len(search("switch")) > 3
+
+
+def test_the_table_holds_every_entry_and_goes_into_every_format() -> None:
+    rows = glossary_table().to_pylist()
+    assert [r["name"] for r in rows] == list(GLOSSARY) and all(r["definition"] == GLOSSARY[r["name"]].definition for r in rows)
+    stored = json.loads(computed_bytes(None, glossary_table(), "one row per entry", {}, "json"))
+    assert stored["rows"] == rows and computed_bytes(None, glossary_table(), "", {}, "csv").count(b"\n") == len(rows) + 1

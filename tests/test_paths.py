@@ -168,6 +168,26 @@ def test_saturation_at_its_ends_and_in_between() -> None:
     assert random["saturation"] == pytest.approx(np.mean(by_hand))
 
 
+def test_agreement_beyond_what_documents_share() -> None:
+    """Both runs send each document to experts of its own, but at random within it: far above k / E, no more than turning gives."""
+    part = make_part(PLAIN, [200] * 8, 1)
+    document = np.arange(1600) // 200
+
+    def near(seed: int) -> np.ndarray:
+        pairs = np.random.default_rng(seed).integers(0, 6, 1600)
+        sets = np.array([(i, j) for i in range(4) for j in range(i)])[pairs]  # 2 of 4 experts
+        return ((sets + document[:, None]) % 8).astype(np.int16)
+
+    weights = part.routing[0].weights
+    runs = [make_trace(PLAIN, [replace(part, routing=tuple(SiteRouting(e, weights, e) for e in (near(s), near(9))))]) for s in (0, 1)]
+    apart, equal = saturation(*runs).to_pylist()
+    assert apart["saturation"] == pytest.approx(0.5, abs=0.03) and apart["chance_given_loads"] < 0.3
+    loads = [[np.bincount(t.experts(0)[document == d].ravel(), minlength=8) for d in range(8)] for t in runs]
+    exact = sum((x * y).sum() / 200 for x, y in zip(*loads, strict=True)) / 3200  # the mean over all turns
+    assert apart["shuffled"] == pytest.approx(exact, abs=0.005) and apart["p"] > 0.01 and apart["draws"] == 199
+    assert equal["saturation"] == 1 and equal["p"] == 1 / 200 and equal["shuffled"] == pytest.approx(0.5, abs=0.03)
+
+
 def test_saturation_compares_only_what_is_comparable() -> None:
     a = make_trace()
     with pytest.raises(TraceError, match="same token ids"):

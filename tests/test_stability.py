@@ -14,6 +14,7 @@ from analysis.stability import (
     batch_balance,
     batch_maxvio,
     dead_experts,
+    document_balance,
     label_balance,
     maxvio_table,
     percentiles,
@@ -55,6 +56,40 @@ def test_columns() -> None:
     assert batch_balance(trace, 0).column_names == ["batch", "documents", *figures]
     assert position_balance(trace, 0).column_names == ["first", "last", *figures]
     assert label_balance(trace, 0).column_names == ["label", *figures]
+
+
+@pytest.mark.parametrize("layers", [PLAIN, TWO_STREAMS], ids=["plain", "streams"])
+def test_every_document_by_itself(layers: tuple) -> None:
+    trace = make_trace(layers)
+    for layer in layers:
+        found = document_balance(trace, layer.index).to_pylist()
+        assert sorted(r["document"] for r in found) == list(range(9))
+        assert [r["excess"] for r in found] == sorted((r["excess"] for r in found), reverse=True)
+        for row in found:
+            load = loads_of(trace, layer.index, [[row["document"]]])[0]
+            assert row["max_over_mean"] == pytest.approx(balance.max_over_mean(load)) and row["name"] == f"doc {row['document']}"
+            assert (row["label"], row["n"]) == ("ab"[row["document"] % 2], [5, 3, 9, 6, 3, 9, 7, 3, 9][row["document"]])
+            chance = balance.chance_max_over_mean(row["n"], layer.n_classes, layer.top_k)
+            assert row["chance_max_over_mean"] == chance and row["excess"] == pytest.approx(row["max_over_mean"] / chance)
+
+
+def test_documents_of_uniform_routing_lie_at_chance() -> None:
+    found = document_balance(make_trace(PLAIN, [make_part(PLAIN, [200] * 200)]), 0)
+    assert 0.8 < np.mean(found["excess"].to_numpy()) < 1 and (found["excess"].to_numpy() > 1).mean() < 0.35
+
+
+def test_shuffled_batches_of_sorted_texts_are_nearer_to_the_run() -> None:
+    """Documents 0 to 9 use experts 0 to 3, the others 4 to 7: in order every batch is of one kind."""
+    part = make_part(PLAIN, [20] * 20)
+    experts = ((part.routing[0].experts % 4) + 4 * (np.arange(400) >= 200)[:, None]).astype(np.int16)
+    trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
+    ordered, mixed = (maxvio_table(trace, 100, m).to_pylist()[0] for m in (None, 0))
+    assert ordered["least"] >= 1 and mixed["batch"] < 0.8 * ordered["batch"] and mixed["run"] == ordered["run"]
+    assert (mixed["batches"], mixed["batch_n"]) == (ordered["batches"], ordered["batch_n"]) and mixed == maxvio_table(
+        trace, 100, 0
+    ).to_pylist()[0]
+    order = np.random.default_rng(0).permutation(20).reshape(4, 5)
+    assert mixed["batch"] == pytest.approx(np.mean([balance.maxvio(x) for x in loads_of(trace, 0, order.tolist())]))
 
 
 def test_a_short_last_batch_joins_the_one_before() -> None:

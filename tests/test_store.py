@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.files import write_atomically
-from analysis.layout import GROUP_ROWS
+from analysis.files import stamp, write_atomically
+from analysis.layout import GROUP_ROWS, write_table
 from analysis.store import RunError, delete_run, list_runs, open_run, valid_run_name, verify_run
-from analysis.trace import LayerInfo, Part, SiteRouting, Trace
+from analysis.trace import TOKENS, LayerInfo, Part, SiteRouting, Trace
 from analysis.writing import RunWriter
 
 from .synthetic import MANY, PLAIN, TWO_STREAMS, card, differences, make_part, make_parts, make_trace, site
@@ -212,6 +212,45 @@ def test_a_file_appears_whole_and_synced_or_not_at_all(tmp_path: Path, monkeypat
     with pytest.raises(OSError, match="No space"):
         write_atomically(target, torn)
     assert target.read_text() == "whole" and os.listdir(tmp_path) == ["file"]
+
+
+def older(folder: Path) -> None:
+    """Make a stored run one of version 1: tokens without `predicted`."""
+    path = folder / "run.json"
+    manifest = json.loads(path.read_text()) | {"schema_version": 1}
+    for part in manifest["parts"]:
+        name = f"tokens/part-{part['index']:05d}.parquet"
+        write_table(pq.read_table(folder / name).drop_columns("predicted"), folder / name)
+        part["files"][name] = stamp(folder / name)
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_run_of_version_1_opens_without_predictions(tmp_path: Path) -> None:
+    stored(tmp_path / "run")
+    older(tmp_path / "run")
+    trace = open_run(tmp_path / "run")
+    assert (
+        differences(make_trace(), trace) == ["tokens.predicted"] and verify_run(tmp_path / "run") == () and list_runs(tmp_path)[0].complete
+    )
+    assert trace.tokens.schema.equals(TOKENS) and trace.tokens["predicted"].null_count == len(trace.tokens)
+
+
+def test_a_run_of_today_without_predictions_is_damaged(tmp_path: Path) -> None:
+    stored(tmp_path / "run")
+    older(tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.raises(RunError, match="tokens/part-00000.parquet is damaged"):
+        open_run(tmp_path / "run").tokens  # noqa: B018
+
+
+def test_a_capture_that_an_older_version_began_is_not_resumed(tmp_path: Path) -> None:
+    with RunWriter.open(tmp_path / "run", card(PLAIN), {"seed": 0}) as writer:
+        writer.write(make_parts(PLAIN)[0])
+    path = tmp_path / "run" / "progress" / "capture.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "schema_version"}))
+    with pytest.raises(RunError, match="other schema_version"):
+        RunWriter.open(tmp_path / "run", card(PLAIN), {"seed": 0})
 
 
 def test_resume_under_other_options_is_refused(tmp_path: Path) -> None:

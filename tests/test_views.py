@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from analysis.capture import capture
-from analysis.glossary import TERMS
+from analysis.glossary import TERMS, search
 from analysis.metrics import METRICS
+from analysis.neighbours import expert_similarities
 from analysis.store import open_run
 from analysis.trace import LayerInfo, SiteRouting
+from analysis.vocabulary import VARIANTS, context_independence
 from analysis.writing import RunWriter
 from app.text import plain, visible_token
 
@@ -203,15 +206,18 @@ def test_load_names_layers_that_hide_behind_the_sum(runs: Path) -> None:
 
 @pytest.mark.parametrize("pieces", ["label", "position"])
 @pytest.mark.parametrize("batch", ["1", "4096"])
-def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, pieces: str) -> None:
+@pytest.mark.parametrize("filled", ["mixed", "recorded"])
+def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, pieces: str, filled: str) -> None:
     from analysis.stability import maxvio_table
 
     test = shown("load", "demo-run")
-    test.query_params.update({"batch": batch, "pieces": pieces})
+    test.query_params.update({"batch": batch, "pieces": pieces, "filled": filled})
     test.run()
-    first = maxvio_table(open_run(ROOT / "data" / "demo-run"), int(batch)).to_pylist()[0]
-    assert any(f"n = {first['batches']} batches of {first['batch_n']:,.0f} tokens" in c.value for c in test.caption)
-    assert any(f"in {9 if pieces == 'label' else 11} pieces" in c.value for c in test.caption) and not test.exception
+    rows = maxvio_table(open_run(ROOT / "data" / "demo-run"), int(batch), 0 if filled == "mixed" else None).to_pylist()
+    first, worst = rows[0], max(rows, key=lambda r: r["batch"])
+    assert any(plain(f"MaxVio {worst['batch']:.2f} in a batch") in m.value for m in test.markdown)
+    assert any(plain(f"n = {first['batches']:,} batches of {first['batch_n']:,.0f} tokens") in c.value for c in test.caption)
+    assert any(plain(f"in {9 if pieces == 'label' else 11} pieces") in c.value for c in test.caption) and not test.exception
 
 
 def test_tokens_that_pay_are_named_by_their_own_text(runs: Path) -> None:
@@ -239,10 +245,75 @@ def test_load_of_counts_without_documents_says_so(runs: Path, monkeypatch: pytes
 
     store(runs / "counts-alone", PLAIN, [9, 9])
     table = stability.maxvio_table
-    monkeypatch.setattr(stability, "maxvio_table", lambda trace, n: table(replace(trace, documents=trace.documents.slice(0, 0)), n))
+    monkeypatch.setattr(
+        stability, "maxvio_table", lambda trace, n, mixed: table(replace(trace, documents=trace.documents.slice(0, 0)), n, mixed)
+    )
     test = shown("load", "counts-alone")
     assert not test.exception and any("cannot be cut into batches" in c.value for c in test.caption)
 
 
 def test_a_model_without_capacity_says_none_in_words(runs: Path) -> None:
     assert shown("model", "demo-run").dataframe[0].value["native capacity"].tolist() == ["none"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two checkpoints of a model over the same texts, and of one of them over others."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    texts = ["def f(x): return x" * 3, "Il pleut." * 5, "选择文件 🎉 now"]
+    for name, seed, mine in (("early", 0, texts), ("final", 1, texts), ("elsewhere", 1, [t.upper() + "." for t in texts])):
+        model = tiny.build("olmoe", seed=seed)
+        capture(model, tiny.tokenizer(), mine, labels=["code", "french", "chinese"], out=folder / name)
+    return folder
+
+
+def test_two_runs_are_compared_where_they_are_over_the_same_tokens(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from analysis.paths import saturation
+
+    monkeypatch.setenv("ROUTERSCOPE_RUNS", str(checkpoints))
+    monkeypatch.chdir(ROOT)
+    test = shown("specialization", "early")
+    test.segmented_control(key="by").set_value("runs").run()
+    assert test.selectbox(key="vs").options == ["final"] and test.query_params["vs"] in ("final", ["final"])
+    rows = saturation(open_run(checkpoints / "early"), open_run(checkpoints / "final")).to_pylist()
+    least = min(rows, key=lambda r: r["saturation"])
+    said = plain(f"agree least at layer {least['layer']}: of the experts a token is sent to, {least['saturation']:.0%} are")
+    assert any(said in m.value for m in test.markdown) and not test.exception
+    offered = [t.segmented_control(key="by").options for t in (test, shown("specialization", "elsewhere"))]
+    assert ["two runs" in str(o) for o in offered] == [True, False]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_specialization_by_token_is_that_of_the_token_asked_for(runs: Path, variant: str) -> None:
+    trace = open_run(ROOT / "data" / "demo-run")
+    test = shown("specialization", "demo-run")
+    test.query_params.update({"by": "token", "token_is": variant, "layer": "layer 5"})
+    test.run()
+    alone = context_independence(VARIANTS[variant](trace, 5))
+    share = plain(f"alone explains {alone.share_of(alone.entropy_y):.0%} of which")
+    assert any(share in m.value for m in test.markdown) and not test.exception
+    assert len({round(context_independence(f(trace, 5)).share_of(alone.entropy_y), 2) for f in VARIANTS.values()}) == 3
+
+
+def test_weights_are_compared_where_the_model_of_the_run_is_here(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = shown("expert", "demo-run")
+    test.query_params.update({"layer": "layer 2", "expert": "7"})
+    test.run()
+    found = expert_similarities(ROOT / "data" / "demo-model", open_run(ROOT / "data" / "demo-run").layers[2])
+    others = np.delete(np.arange(16), 7)
+    nearest = others[np.argsort(-found.whole[7, others])][:8]
+    table = next(d.value for d in test.dataframe if "all its weights" in d.value)
+    assert table["expert"].tolist() == nearest.tolist() and table["all its weights"].tolist() == found.whole[7, nearest].tolist()
+    assert list(table.columns[2:]) == list(found.matrices) and any(plain(f"{found.mean:.4f}") in c.value for c in test.caption)
+    other = tmp_path / "changed"
+    shutil.copytree(ROOT / "data" / "demo-model", other)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    monkeypatch.setenv("ROUTERSCOPE_MODELS", f"changed={other}")
+    test.run()
+    assert any("is not among the models of this machine" in c.value for c in test.caption) and not test.exception
+
+
+@pytest.mark.parametrize("page", ["load", "specialization", "expert"])
+def test_numbers_lead_to_their_entries_in_the_glossary(runs: Path, page: str) -> None:
+    found = [x for c in shown(page, "demo-run").caption for x in re.findall(r"\]\(glossary\?run=demo-run&term=(\w+)\)", c.value)]
+    assert len(found) >= 4 and all(search(name)[0].name == name for name in found)

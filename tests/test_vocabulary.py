@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -14,14 +15,16 @@ from analysis.specialization import label_information
 from analysis.trace import SiteRouting, Trace, TraceError
 from analysis.vocabulary import (
     CLASSES,
+    VARIANTS,
     TokenCounts,
     by_class,
     class_codes,
     context_independence,
+    document_use,
     input_tokens,
     label_information_given_token,
-    next_tokens,
     predicted_tokens,
+    predicts,
     token_class,
     token_texts,
     top_tokens,
@@ -89,13 +92,16 @@ def test_texts_of_ids() -> None:
 
 
 @pytest.mark.parametrize("layers", [PLAIN, MANY, TWO_STREAMS], ids=["plain", "many", "streams"])
-def test_counts_by_input_and_next_token_are_those_of_the_decisions(layers: tuple) -> None:
+def test_counts_by_input_next_and_predicted_token_are_those_of_the_decisions(layers: tuple) -> None:
     trace = make_trace(layers)
     for layer in layers:
         table = trace.stream_tokens(layer.stream).to_pandas()
         experts = trace.experts(layer.index)
         following = table.token_id.shift(-1).where(table.document.eq(table.document.shift(-1)))
-        for counts, ids in ((input_tokens(trace, layer.index), table.token_id), (next_tokens(trace, layer.index), following)):
+        assert list(VARIANTS) == ["input", "next", "predicted"]
+        for counts, ids in zip(
+            (f(trace, layer.index) for f in VARIANTS.values()), (table.token_id, following, table.predicted), strict=True
+        ):
             cells: dict[tuple[int, int], int] = {}
             for token, row in zip(ids, experts, strict=True):
                 for e in row[row >= 0] if token == token else ():
@@ -106,9 +112,13 @@ def test_counts_by_input_and_next_token_are_those_of_the_decisions(layers: tuple
             assert seen == {int(t): int(n) for t, n in ids.dropna().value_counts().items()}
 
 
-def test_the_predicted_token_is_said_to_be_missing() -> None:
+def test_a_run_without_predictions_says_so() -> None:
+    part = make_part(PLAIN, [9])
+    column = part.tokens.schema.get_field_index("predicted")
+    trace = make_trace(PLAIN, [replace(part, tokens=part.tokens.set_column(column, "predicted", pa.nulls(9, pa.int32())))])
+    assert predicts(make_trace()) and not predicts(trace) and not predicts(replace(trace, load_tokens=None))
     with pytest.raises(TraceError, match="predicted next token is not known"):
-        predicted_tokens(make_trace(), 0)
+        predicted_tokens(trace, 0)
 
 
 def test_dropped_assignments_without_tokens_leave_occurrences_unknown() -> None:
@@ -224,7 +234,9 @@ def test_top_tokens_of_an_expert_that_serves_two_ids() -> None:
     experts[served] = [5, 1]
     experts[:40:4] = np.where(served[:40:4, None], experts[:40:4], [5, 2])  # and a few others
     trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
-    found = top_tokens(trace, input_tokens(trace, 0), 5)
+    counts = input_tokens(trace, 0)
+    found = top_tokens(trace, counts, 5, use=document_use(trace, counts))
+    assert all((u.documents, u.leaning) == (10, 10) for u in found[:2]) and top_tokens(trace, counts, 5)[0].leaning is None
     assert {found[0].token_id, found[1].token_id} == {3, 17}
     for use in found[:2]:
         n = int((ids == use.token_id).sum())
@@ -243,6 +255,27 @@ def test_top_tokens_of_random_routing_are_no_more_than_chance() -> None:
         counts = input_tokens(make_trace(PLAIN, [make_part(PLAIN, [200] * 10, seed)]), 0)
         claims += sum(any(use.p <= 0.05 for use in top_tokens(make_trace(), counts, e)) for e in range(8))
     assert claims < 8
+
+
+@pytest.mark.parametrize("layers", [PLAIN, TWO_STREAMS], ids=["plain", "streams"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_documents_that_lean_by_hand(layers: tuple, variant: str) -> None:
+    trace = make_trace(layers, [make_part(layers, [60, 30, 40], seed=3)])
+    counts = VARIANTS[variant](trace, 0)
+    found = document_use(trace, counts)
+    table, experts = trace.stream_tokens(layers[0].stream).to_pandas(), trace.experts(0)
+    key = {"input": table.token_id, "next": table.token_id.shift(-1).where(table.document.eq(table.document.shift(-1))),
+           "predicted": table.predicted}[variant]  # fmt: skip
+    for row, token in enumerate(counts.ids):
+        holding = [d for d in range(3) if ((key == token) & (table.document == d)).any()]
+        assert found.documents[row] == len(holding)
+        for expert in range(layers[0].n_classes):
+            uses = pd.Series((experts == expert).any(1))
+            rate = [
+                (uses[(key == token) & (table.document == d)].mean(), uses[key.notna() & (table.document == d)].mean()) for d in holding
+            ]
+            assert found.leaning[row, expert] == sum(here > there + 1e-12 for here, there in rate)
+    assert document_use(replace(trace, load_tokens=None, source=None), counts) is None
 
 
 def test_top_tokens_of_an_unused_expert() -> None:

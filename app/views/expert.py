@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,13 +11,19 @@ import pyarrow as pa
 import streamlit as st
 
 from analysis.cards import GroupUse, Neighbour, Passage, SiteEvidence, expert_card, passages, site_evidence
-from analysis.trace import Trace
+from analysis.checkpoints import weights_digest
+from analysis.glossary import GLOSSARY
+from analysis.neighbours import Similarities, WeightsError, expert_similarities
+from analysis.trace import LayerInfo, Trace
 from analysis.vocabulary import DRAWS
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
 from app.figures import show_figure
+from app.runs_folder import model_folder
 from app.selection import choice, current_trace, expert_search, layer_picker, recording_id
+
+NEAREST = 8  # neighbours in weights shown
 
 
 @st.cache_resource(max_entries=32, show_spinner="Testing what this layer's experts are used for …")
@@ -47,6 +54,65 @@ def neighbours(rows: Sequence[Neighbour], title: str) -> None:
         pd.DataFrame([{title: n.expert, "share": n.share, "lift": n.lift, "count": n.count} for n in rows]), hide_index=True,
         column_config={"share": st.column_config.NumberColumn(format="percent"), "lift": st.column_config.NumberColumn(format="%.2f")},
     )  # fmt: skip
+
+
+@st.cache_resource(max_entries=16, show_spinner="Comparing the model's files with the run's …")
+def digest_of(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    """The digest of a model's folder; ``files`` are names, sizes and times of what it covers."""
+    return weights_digest(folder)
+
+
+@st.cache_resource(max_entries=16, show_spinner="Reading the weights of the layer's experts …")
+def similarities(folder: Path, digest: str, layer: LayerInfo) -> Similarities | str:
+    """Similarities of a site's experts, or why there are none."""
+    try:
+        return expert_similarities(folder, layer)
+    except WeightsError as error:
+        return str(error)
+
+
+def known_digest(folder: Path) -> str:
+    """The digest of a folder, taken again only where a file changed."""
+    files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+    return digest_of(folder, tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+
+
+def show_weights() -> pa.Table | None:
+    """Which experts of the layer have weights like this one's; only where the very model of the run is on this machine."""
+    st.header("Which experts have weights like its own?")
+    folder = model_folder(trace.model, known_digest)
+    if folder is None:
+        text.show_note(f"Not known: {trace.model.name}, as it was recorded, is not among the models of this machine (ROUTERSCOPE_MODELS).")
+        return None
+    found = similarities(folder, trace.model.digest, layer)
+    if isinstance(found, str):
+        text.show_note(f"Not known: {found}.")
+        return None
+    if expert >= layer.n_experts:
+        text.show_note("Not known: this class has no weights.")
+        return None
+    others = [int(e) for e in np.argsort(-np.nan_to_num(found.whole[expert], nan=-2.0), kind="stable") if e != expert]
+    if not others:
+        text.show_note("Not known: the layer has no other expert.")
+        return None
+    nearest = found.whole[expert, others[0]]
+    verdict = "more than random weights would show" if nearest > found.most_by_chance else "no more than random weights would show"
+    text.show_text(f"The nearest is expert {others[0]}, with a cosine similarity of {nearest:.4f}: {verdict}.")
+    table = pa.Table.from_pylist([{"expert": e, "cosine": found.whole[expert, e], **{m: found.each[i, expert, e] for i, m in enumerate(found.matrices)},
+                                   "parameters": sum(found.parameters), "chance_sd": found.chance, "layer_mean": found.mean} for e in others])  # fmt: skip
+    shown = table.slice(0, NEAREST).select(["expert", "cosine", *found.matrices]).to_pandas()
+    st.dataframe(shown.rename(columns={"cosine": "all its weights"}), hide_index=True, column_config={
+        c: st.column_config.NumberColumn(format="%.4f") for c in ("all its weights", *found.matrices)})  # fmt: skip
+    text.show_note(
+        f"Cosine similarity of the weights, the {len(shown):,} nearest of {len(others):,}; n = {sum(found.parameters):,} numbers per expert"
+        f" ({', '.join(found.matrices)}). Mean over all pairs of {layer.title}: {found.mean:.4f}. Independent random weights give 0 with standard"
+        f" deviation 1 / sqrt n = {found.chance:.4f}; the largest of an expert's {len(others):,} then stays below {found.most_by_chance:.4f} in 19 of 20 cases."
+    )
+    st.caption(
+        "This says little of what experts do: the neurons of an expert can stand in any order, so two experts that compute the same may show 0. "
+        "High values tell of a common origin, such as experts copied from one dense layer before training."
+    )
+    return table
 
 
 def show_passages() -> None:
@@ -105,13 +171,15 @@ if card.tokens:
     st.header("Which tokens, most of all?")
     st.dataframe(
         pd.DataFrame([{"token": text.visible_token(t.text or "?"), "uses it": t.count, "of its occurrences": t.tokens, "share": t.share,
-                       "lift": t.lift, "p at most": t.p} for t in card.tokens]),
+                       "lift": t.lift, "leaning documents": t.leaning, "of documents": t.documents, "p (by token)": t.p} for t in card.tokens]),
         hide_index=True, column_config={"share": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1),
-                                        "lift": st.column_config.NumberColumn(format="%.1f"), "p at most": st.column_config.NumberColumn(format="%.3f")},
+                                        "lift": st.column_config.NumberColumn(format="%.1f"), "p (by token)": st.column_config.NumberColumn(format="%.3f")},
     )  # fmt: skip
     st.caption(
-        f"By lift: the token's share over the expert's share of all {card.n:,} tokens. p: that any token stands out as much when assignments "
-        f"are dealt at random, {DRAWS:,} times; less than {1 / (DRAWS + 1):.3f} cannot show."
+        f"By lift: the token's share over the expert's share of all {card.n:,} tokens. Leaning documents: those that hold the token and in which it "
+        "uses the expert more often than the document's tokens do; by chance about half or fewer. p: that any token stands out as much when "
+        f"assignments are dealt at random, {DRAWS:,} times; less than {1 / (DRAWS + 1):.3f} cannot show. The unit of this p is the token, not the "
+        "document: repeats within one text count as independent, so a word of one document can look certain."
     )
 if trace.load_tokens is not None:
     st.header("Where in the text?")
@@ -127,12 +195,17 @@ with st.container(horizontal=True):
             with st.container(width=340):
                 neighbours(rows, title)
 st.caption("Lift: over what the experts' loads alone would give; 1 is no preference.")
+weights = show_weights()
 for sentence in card.missing:
     text.show_note(f"Not known: {sentence}.")
+text.show_definitions(trace.name, {n: GLOSSARY[n].title for n in (
+    "expert_load", "gate_weight", "log2_enrichment", "lift", "leaning_documents", "co_activation", "flow", "weight_similarity")})  # fmt: skip
 st.header("Take the numbers")
 tables = {}
 for name, uses_ in (("labels", card.labels), ("token classes", card.classes), ("tokens", card.tokens), ("partners", card.partners)):
     if uses_:
         tables[name] = f"one row of {name} of this expert", pa.Table.from_pylist([dict(vars(u)) for u in uses_])
+if weights is not None:
+    tables["weights"] = "one row per other expert of the layer: cosine similarity of weights", weights
 if tables:
     computed_downloads(trace, tables, {"layer": layer.title, "expert": expert})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import streamlit as st
 
-from analysis.glossary import GLOSSARY, search
+from analysis.glossary import GLOSSARY, glossary_table, search
 from app import text
+from app.downloads import table_downloads
 from app.selection import typed
 
 st.title("What does each number mean?")
@@ -21,3 +22,5 @@ for entry in found:
     text.show_heading(entry.title)
     text.show_text(f"{entry.definition[:1].upper()}{entry.definition[1:]}.")
     text.show_note(entry.facts)
+st.header("Take the glossary")
+table_downloads("routerscope-glossary", "one row per metric or term: definition, range, unit, chance, source", glossary_table())

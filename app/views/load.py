@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import streamlit as st
 
 from analysis.balance import relative_load
+from analysis.glossary import GLOSSARY
 from analysis.metrics import METRICS, balance_table, load_table, percentile_table
 from analysis.stability import (
     COLLAPSED,
     EVEN,
     PooledBalance,
     dead_experts,
+    document_balance,
     label_balance,
     maxvio_table,
     pooled_balance,
@@ -30,6 +34,8 @@ from app.selection import choice, current_trace, layer_picker, recording_id, the
 SHOWN = ("max_over_mean", "chance_max_over_mean", "maxvio", "cv", "chance_cv", "gini", "effective_experts", "dead", "cold")
 COUNTS = ("dead", "cold")
 BATCHES = {"1": "each document", **{str(n): f"{n:,} tokens" for n in (512, 1_024, 2_048, 4_096, 8_192, 16_384, 65_536)}}
+ORDERS = {"mixed": "documents shuffled (seed 0)", "recorded": "documents as recorded"}
+UNEVEN = 8  # documents named
 PIECES = {"label": "by label", "position": "along the text"}
 
 
@@ -41,9 +47,9 @@ def measured(_trace: Trace, run: str) -> tuple[pa.Table, pa.Table, PooledBalance
 
 
 @st.cache_resource(max_entries=32, show_spinner="Cutting the run into batches …")
-def batches(_trace: Trace, run: str, batch_tokens: int) -> pa.Table:
+def batches(_trace: Trace, run: str, batch_tokens: int, mixed: int | None) -> pa.Table:
     """MaxVio of every site over the run and per batch."""
-    return maxvio_table(_trace, batch_tokens)
+    return maxvio_table(_trace, batch_tokens, mixed)
 
 
 def show_map(relative: list[np.ndarray]) -> None:
@@ -103,8 +109,10 @@ def show_pooled(pooled: PooledBalance | None, auxiliary: float) -> None:
 def show_batches() -> tuple[str, pa.Table]:
     """MaxVio of the run and of its batches at a size chosen on the page; returns the table for the downloads."""
     st.header("How stable is it from batch to batch?")
-    size = choice("batch", "A batch is", BATCHES, "1024", width=180)
-    rows = batches(trace, run, int(size))
+    with st.container(horizontal=True):
+        size = choice("batch", "A batch is", BATCHES, "1024", width=180)
+        order = choice("filled", "Filled with", ORDERS, "mixed", width=260)
+    rows = batches(trace, run, int(size), 0 if order == "mixed" else None)
     what = "one row per layer: MaxVio over the run and per batch, with chance"
     if not any(rows["batches"].to_pylist()):
         text.show_note("This run has counts over all its text but no documents, so it cannot be cut into batches.")
@@ -115,8 +123,8 @@ def show_batches() -> tuple[str, pa.Table]:
     show_figure(
         trace, charts.maxvio_lines([x.title for x in trace.layers], *(value[n] for n in ("run", "batch", "least", "most", "chance_batch"))),
         f"maxvio-batch-{size}", key="maxvio", alt="MaxVio per layer: over the whole run, mean of its batches with their range, and by chance.",
-        definition="MaxVio: (largest load - mean) / mean; 0 is even (arXiv 2408.15664). Batches are whole documents in the order recorded:"
-        " sorted texts make batches of one kind. Whiskers: most to least even batch. By chance (uniform routing) at most about"
+        definition="MaxVio: (largest load - mean) / mean; 0 is even (arXiv 2408.15664). Batches are whole documents,"
+        f" {ORDERS[order]}; in recorded order, sorted texts make batches of one kind, shuffled they are like the run. Whiskers: most to least even batch. By chance (uniform routing) at most about"
         f" {first['chance_batch']:.3f} in such a batch and {first['chance_run']:.3f} over the run.",
         n=f"{first['batches']:,} batches of {first['batch_n']:,.0f} tokens on average at the first layer",
     )  # fmt: skip
@@ -146,6 +154,43 @@ def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
     return {PIECES[piece]: (f"one row per {piece}: balance at the layer chosen, with n and chance", rows)}
 
 
+def show_documents() -> dict[str, tuple[str, pa.Table]]:
+    """Balance of each document at the layer chosen; the most uneven are named and lead to the Tokens page."""
+    rows = document_balance(trace, site)
+    if len(rows) < 2:
+        return {}
+    st.header("Is it even within each document?")
+    ratio, n, chance = (rows[c].to_numpy() for c in ("max_over_mean", "n", "chance_max_over_mean"))
+    names = [text.axis_name(x or "") for x in rows["name"].to_pylist()]
+    show_figure(
+        trace, charts.document_scatter(names, ratio, n, chance), f"documents-{trace.layers[site].title}", key="documents",
+        alt="Max over mean load of every document by its number of tokens, with what chance stays below.",
+        definition=f"Largest load over mean load of {trace.layers[site].title} within each document, by its length; the line is what uniform routing"
+        " of so many tokens stays below on average.",
+        n=f"{int(n.sum()):,} tokens in {len(n):,} documents",
+    )  # fmt: skip
+    text.show_text(
+        f"{int((ratio > chance).sum()):,} of {len(rows):,} documents lie above what uniform routing of so many tokens stays below on average at {trace.layers[site].title};"
+        f" the busiest expert of the median document gets {np.median(ratio):.2f} times its share."
+    )
+    top = rows.slice(0, UNEVEN).to_pylist()
+    links = [f"tokens?{urlencode({'run': trace.name, 'layer': trace.layers[site].title, 'doc': r['document'] + 1})}" for r in top]
+    st.dataframe(
+        pd.DataFrame([{"document": text.visible_name(r["name"]), "label": text.visible_name(r["label"] or ""), "n (tokens)": r["n"],
+                       "max / mean": r["max_over_mean"], "by chance, at most": r["chance_max_over_mean"], "tokens": link}
+                      for r, link in zip(top, links, strict=True)]),
+        hide_index=True, column_config={**{c: st.column_config.NumberColumn(format="%.2f") for c in ("max / mean", "by chance, at most")},
+                                        "tokens": st.column_config.LinkColumn(display_text="where they go")},
+    )  # fmt: skip
+    st.caption(
+        f"The {len(top):,} documents of {len(rows):,} that lie furthest above chance for their length; the download has them all. Max / mean is at most "
+        f"E / k = {trace.layers[site].n_experts / trace.layers[site].top_k:.1f}, where k experts take every token. A document on one "
+        "subject may well use few experts: that is specialization, and what a batch of many documents evens out."
+    )
+    text.show_definitions(trace.name, {n: GLOSSARY[n].title for n in ("document_balance", "max_over_mean", "chance_max_over_mean")})
+    return {"documents": ("one row per document: balance at the layer chosen, with n and chance", rows)}
+
+
 def column(name: str) -> Any:
     """A metric's column: its title, and the definition when pointed at."""
     m = METRICS[name]
@@ -160,6 +205,7 @@ def show_numbers(table: pa.Table, over: pa.Table) -> None:
     st.dataframe(table.select(["layer", "stack", "n", *SHOWN]).to_pandas(), hide_index=True,
                  column_config={"n": n, **{m: column(m) for m in SHOWN}})  # fmt: skip
     st.caption("Point at a column's title for its definition, its source and what chance would give.")
+    text.show_definitions(trace.name, {m: METRICS[m].title for m in SHOWN})
     st.header("Over layers")
     shown = over.to_pandas()
     shown.insert(1, "by chance, in each layer", [METRICS[m].chance for m in shown["metric"]])
@@ -195,7 +241,7 @@ if chosen.native_capacity is not None:
         f"This model has a native capacity of {chosen.native_capacity} tokens per expert and sequence: it dropped {lost:,} of"
         f" {lost + int(stats.load(site).sum()):,} assignments here."
     )
-pieces = show_pieces(site, table["max_over_mean"][site].as_py())
+pieces = show_pieces(site, table["max_over_mean"][site].as_py()) | show_documents()
 show_numbers(table, over)
 st.header("Take the numbers")
 load = ("one row per layer and expert: assignments, share, load relative to an even share", load_table(trace))
@@ -204,6 +250,7 @@ tables = {"load": load, "balance": ("one row per layer: every balance metric", t
 settings = {
     "layer": chosen.title,
     "batch_tokens": st.session_state["_chosen"]["batch"],
+    "batches_filled": st.session_state["_chosen"]["filled"],
     "transformers_auxiliary_loss": auxiliary if np.isfinite(auxiliary) else None,
 }
 computed_downloads(trace, tables, settings)

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
+from analysis.glossary import GLOSSARY
 from analysis.information import Information
-from analysis.paths import PairCounts, coactivation, flow, repetition
+from analysis.paths import PairCounts, coactivation, flow, repetition, saturation
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
 from analysis.trace import Trace
-from analysis.vocabulary import by_class, context_independence, input_tokens, top_tokens, vocabulary_specialization
+from analysis.vocabulary import (
+    PREDICTED_NEXT,
+    VARIANTS,
+    TokenCounts,
+    TokenUse,
+    by_class,
+    context_independence,
+    document_use,
+    predicts,
+    top_tokens,
+    vocabulary_specialization,
+    vocabulary_table,
+)  # fmt: skip
 from app import charts, text
 from app.downloads import computed_downloads
 from app.figures import show_figure
-from app.selection import choice, current_trace, layer_picker, recording_id, theme
+from app.selection import choice, comparable_runs, current_trace, layer_picker, recording_id, theme
 
 KINDS = {
     "label": "by label",
@@ -25,7 +40,14 @@ KINDS = {
     "token": "by token",
     "pairs": "together",
     "flow": "from layer to layer",
+    "runs": "two runs",
 }
+_TESTED = ("log2_enrichment", "lift", "false_discovery_rate")
+MEANT = {"label": (*_TESTED, "label_information"), "class": _TESTED, "position": _TESTED, "pairs": ("co_activation",), "flow": ("flow",),
+         "token": ("token_information", "vocabulary_specialization", "predicted_next_token", "lift", "leaning_documents"),
+         "runs": ("router_saturation",)}  # fmt: skip
+TOKEN = {"input": "it reads", "next": "that follows", "predicted": "the model predicts next"}
+SUBJECT = {"input": "the token", "next": "the token that follows", "predicted": "the token the model predicts next"}
 CLEAR = 1.5  # lift from which a significant preference is called one in the headline
 
 
@@ -94,27 +116,70 @@ def show_layers() -> None:
     )  # fmt: skip
 
 
-def show_vocabulary() -> pa.Table:
-    """How far the token id alone decides, and the tokens each expert is used for most."""
-    counts = input_tokens(trace, site)
+@st.cache_resource(max_entries=8, show_spinner="Counting tokens at every layer …")
+def vocabularies(_trace: Trace, run: str) -> pa.Table:
+    """Vocabulary specialization of every site by each kind of token; ``run`` names the trace with its date."""
+    return vocabulary_table(_trace)
+
+
+@st.cache_resource(max_entries=32, show_spinner="Looking for each expert's tokens …")
+def expert_tokens(_trace: Trace, run: str, site: int, variant: str) -> tuple[TokenCounts, dict[int, tuple[TokenUse, ...]]]:
+    """(counts by token, each expert's leading tokens) of one site."""
+    counts = VARIANTS[variant](_trace, site)
+    use = document_use(_trace, counts)
+    return counts, {e: top_tokens(_trace, counts, e, most=8, use=use) for e in range(counts.classes)}
+
+
+def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
+    """How far the token id alone decides, and the tokens each expert is used for most; by the token read, that follows, or is predicted."""
+    here = trace.layers[site]
+    variants = {k: v for k, v in TOKEN.items() if k != "predicted" or predicts(trace, here.stream)}
+    asked = choice("token_is", "The token", variants, "input", draw=st.segmented_control)
+    counts, found = expert_tokens(trace, run, site, asked)
     alone, words = context_independence(counts), vocabulary_specialization(counts)
     share = alone.share_of(alone.entropy_y)
-    text.show_heading(f"At {trace.layers[site].title}, the token alone explains {share:.0%} of which expert is used.")
+    text.show_heading(f"At {here.title}, {SUBJECT[asked]} alone explains {share:.0%} of which expert is used.")
     text.show_note(
         f"I(expert; token id) = {alone.plug_in:.2f} of {alone.entropy_y:.2f} bits; dealt at random to the tokens, the same assignments give"
         f" {alone.floor:.2f}. n = {alone.n:,} assignments of {words.n_ids:,} ids. Vocabulary specialization (OLMoE eq. 8) over ids seen at least"
         f" {words.least} times: {words.frequent:.2f}, by chance {words.chance_frequent:.2f}."
     )
-    found = {e: top_tokens(trace, counts, e, most=8) for e in range(counts.classes)}
-    table = pa.Table.from_pylist([{"expert": e, **vars(t)} for e, uses in found.items() for t in uses])
-    by_expert = {e: [f"{text.visible_token(t.text or '?')} {t.lift:.1f}x" for t in uses] for e, uses in found.items()}
+    if "predicted" not in variants:
+        text.show_note(PREDICTED_NEXT)
+    by_expert = {
+        e: [f"{text.visible_token(shown(t))} {t.lift:.1f}x ({t.leaning} of {t.documents})" for t in uses] for e, uses in found.items()
+    }
     st.dataframe(
-        pd.DataFrame([{"expert": e, "tokens it is used for most, by lift": "   ".join(t)} for e, t in by_expert.items()]), hide_index=True
+        pd.DataFrame([{"expert": e, "tokens it is used for most, by lift": "   ".join(t)} for e, t in by_expert.items()]),
+        hide_index=True,
+        column_config={"expert": st.column_config.NumberColumn(width="small")},
     )
     st.caption(
-        "Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens. Ids seen too rarely are left out."
+        f"Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
+        " are left out. In brackets: in how many of the documents that hold the token it uses the expert more often than the rest of the document"
+        " does; by chance in about half or fewer. A token of one document may be that document's habit."
     )
-    return table
+    st.header("Which token do the layers follow?")
+    table, titles = vocabularies(trace, run), [x.title for x in trace.layers]
+    frame = table.to_pandas()
+    lines = [(TOKEN[v], frame[frame.token == v].set_index("site")["frequent"].reindex(range(len(titles))).to_numpy(), None)
+             for v in variants]  # fmt: skip
+    chance = frame[frame.token == "input"].set_index("site")["chance_frequent"].reindex(range(len(titles))).to_numpy()
+    show_figure(
+        trace, charts.layer_lines(titles, [*lines, ("by chance (input token)", chance, None)], "vocabulary specialization"),
+        "vocabulary-specialization", key="vocabulary", alt="Vocabulary specialization per layer by input, next and predicted next token, with chance.",
+        definition=f"Mean over ids seen at least {words.least:,} times of the largest share any expert has of the id's tokens (OLMoE eq. 8); by chance:"
+        " the same assignments dealt again to the tokens. A line above the others names the token that a layer's routing follows most.",
+        n=f"{alone.n:,} assignments per layer",
+    )  # fmt: skip
+    tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in found.items() for t in uses])
+    return {"tokens by expert": ("one row per expert and token; p takes each occurrence for independent", tokens),
+            "vocabulary specialization": ("one row per layer and kind of token", table)}  # fmt: skip
+
+
+def shown(use: TokenUse) -> str:
+    """A token's text, or its id where only the model's predictions hold it: the run has no text for it."""
+    return f"id {use.token_id}" if use.text is None else use.text
 
 
 def show_pairs(pairs: PairCounts, kind: str) -> pa.Table:
@@ -143,11 +208,47 @@ def show_pairs(pairs: PairCounts, kind: str) -> pa.Table:
     return pa.table({"expert": e, "other": f, "observed": pairs.observed.ravel(), "expected": pairs.expected.ravel(), "lift": lift.ravel()})
 
 
+@st.cache_resource(max_entries=16, show_spinner="Comparing the two runs token by token …")
+def agreement(_a: Trace, _b: Trace, runs: tuple[str, str]) -> pa.Table:
+    """Router saturation of every site; ``runs`` names the traces with their dates."""
+    return saturation(_a, _b)
+
+
+def show_agreement(others: Mapping[str, Trace]) -> pa.Table:
+    """Do two runs over the same tokens, such as two checkpoints of one model, choose the same experts?"""
+    name = choice("vs", "Compare with", {n: n for n in others}, next(iter(others)), width=280)
+    table, titles = agreement(trace, others[name], (run, recording_id(others[name]))), [x.title for x in trace.layers]
+    value = {c: table[c].to_numpy() for c in table.column_names}
+    worst = int(np.nanargmin(value["saturation"]))
+    row = {c: v[worst] for c, v in value.items()}
+    text.show_heading(
+        f"{trace.name} and {name} agree least at {titles[worst]}: of the experts a token is sent to, {row['saturation']:.0%} are the same."
+    )
+    text.show_note(
+        f"n = {row['n']:,} tokens, those of both runs. Uniform routing in both would give {row['chance']:.1%}; with the tokens of {name} turned round"
+        f" within each document, {row['draws']:,} times, {row['shuffled']:.1%} (p = {row['p']:.3f} for as much)."
+    )
+    show_figure(
+        trace, charts.layer_lines(titles, [("the same experts", value["saturation"], np.stack([value["low"], value["high"]])),
+                                           ("by chance, tokens turned within documents", value["shuffled"], None),
+                                           ("by chance, uniform routing", value["chance"], None)], "same experts"),
+        f"saturation-vs-{name}", key="saturation", alt="Router saturation per layer between two runs, with intervals and two kinds of chance.",
+        definition=f"Router saturation (OLMoE eq. 5) with {name}: the share of a token's k experts that both runs chose, mean over tokens; bars: 95 %"
+        " interval over documents. Turning the tokens keeps what a document's topic does to routing, so what lies above that line is agreement on"
+        " single tokens. Expert numbers are compared as they are: two models trained apart agree by chance alone.",
+        n=f"{row['n']:,} tokens of both runs",
+    )  # fmt: skip
+    return table
+
+
 st.title("What does each expert do, and is it more than chance?")
 trace = current_trace()
 run = recording_id(trace)
+others = comparable_runs(trace)
 labelled, tokens = bool(trace.stats.label_load(0)[0]), trace.load_tokens is not None
-offered = {k: v for k, v in KINDS.items() if (k != "label" or labelled) and (k not in ("class", "token") or tokens)}
+offered = {
+    k: v for k, v in KINDS.items() if (k != "label" or labelled) and (k not in ("class", "token") or tokens) and (k != "runs" or others)
+}
 with st.container(horizontal=True, vertical_alignment="bottom"):
     site = layer_picker(trace)
     kind = choice("by", "Look", offered, next(iter(offered)), draw=st.segmented_control)
@@ -159,7 +260,9 @@ if kind in ("label", "class", "position"):
     if kind == "label":
         show_layers()
 elif kind == "token":
-    tables["tokens by expert"] = "one row per expert and token", show_vocabulary()
+    tables |= show_vocabulary()
+elif kind == "runs":
+    tables["saturation"] = "one row per layer: agreement of the two runs", show_agreement(others)
 elif kind == "pairs":
     tables["co-activation"] = "one row per pair of experts", show_pairs(coactivation(trace, site), kind)
 else:
@@ -173,5 +276,7 @@ else:
         hide_index=True, column_config={c: st.column_config.NumberColumn(format="percent") for c in (
             "same first choice", "by chance", "by chance at these loads", "any in common", "by chance ")},
     )  # fmt: skip
+text.show_definitions(trace.name, {n: GLOSSARY[n].title for n in MEANT[kind]})
 st.header("Take the numbers")
-computed_downloads(trace, tables, {"layer": trace.layers[site].title, "kind": kind})
+chosen = st.session_state["_chosen"]
+computed_downloads(trace, tables, {"layer": trace.layers[site].title, **{k: chosen[k] for k in ("by", "token_is", "vs") if k in chosen}})
