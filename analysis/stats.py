@@ -34,12 +34,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .longtables import LongTable, where, whole
 from .trace import LayerInfo, Part, SiteRouting
 
 if TYPE_CHECKING:
     from .tally import Block, Sparse
 
 BINS = 64
+NAMES = frozenset(
+    ("tokens", "load", "first", "chosen", "label", "label_tokens", "position", "coactivation", "flow", "first_flow", "repetition",
+     "entropy", "margin", "probability", "z", "dropped", "loss")
+)  # fmt: skip
 CORE = pa.schema(
     [
         ("statistic", pa.string()),
@@ -57,13 +62,31 @@ BY_DOCUMENT = pa.schema([("document", pa.int32()), ("site", pa.int16()), ("exper
 
 @dataclass(frozen=True)
 class Statistics:
-    """Counts and sums of a trace; ``classes[site]`` is the number of ids at a site, ``following[site]`` its successor."""
+    """Counts and sums of a trace; ``classes[site]`` is the number of ids at a site, ``following[site]`` its successor.
 
-    core: pa.Table
-    by_token: pa.Table
-    by_document: pa.Table
+    The rows are in memory, or on disk and read when asked for; those by token and by document are sorted by site, key and expert.
+    """
+
+    core_rows: pa.Table | LongTable
+    token_rows: pa.Table | LongTable
+    document_rows: pa.Table | LongTable
     classes: tuple[int, ...]
     following: tuple[int | None, ...]
+
+    @property
+    def core(self) -> pa.Table:
+        """All counts and sums but those by token id and by document (schema CORE)."""
+        return whole(self.core_rows)
+
+    @property
+    def by_token(self) -> pa.Table:
+        """Assignments by token id (schema BY_TOKEN), read whole: ``token_load`` reads one site."""
+        return whole(self.token_rows)
+
+    @property
+    def by_document(self) -> pa.Table:
+        """Assignments by document (schema BY_DOCUMENT), read whole: ``document_load`` reads one site."""
+        return whole(self.document_rows)
 
     def n_tokens(self, site: int) -> int:
         """Tokens that passed the site."""
@@ -146,9 +169,8 @@ class Statistics:
     def _rows(self, statistic: str, site: int) -> pa.Table:
         # Pairs of experts are nearly all of a large model's rows: they are passed over once, not at every question.
         if statistic not in self._kept:
-            self._kept[statistic] = self.core.filter(pc.equal(self.core["statistic"], statistic))
-        rows = self._kept[statistic]
-        return rows.filter(pc.equal(rows["site"], site))
+            self._kept[statistic] = where(self.core_rows, "statistic", statistic)
+        return where(self._kept[statistic], "site", site)
 
     @cached_property
     def _kept(self) -> dict[str, pa.Table]:
@@ -173,22 +195,23 @@ class Statistics:
 
     def document_load(self, site: int, documents: np.ndarray) -> np.ndarray:
         """int64 [documents, classes]: assignments per expert in each of ``documents`` (distinct numbers, ascending)."""
-        return self._by_key(self.by_document, "document", site, documents)
+        rows = self._of_site(self.document_rows, site)
+        document = rows["document"].to_numpy()
+        at = np.searchsorted(documents, document)
+        known = (at < len(documents)) & (documents[np.minimum(at, len(documents) - 1)] == document) if len(documents) else at < 0
+        out = np.zeros((len(documents), self.classes[site]), np.int64)
+        np.add.at(out, (at[known], rows["expert"].to_numpy()[known]), rows["count"].to_numpy()[known])
+        return out
 
     def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(token ids, experts, counts), int64 [cells]: assignments of every token id that occur, sorted by id and expert."""
-        first, last = np.searchsorted(self.by_token["site"].to_numpy(), [site, site + 1])  # merged tables are sorted by site
-        rows = self.by_token.slice(first, last - first)
+        rows = self._of_site(self.token_rows, site)
         ids, experts, counts = (rows[n].to_numpy().astype(np.int64) for n in ("token_id", "expert", "count"))
         return ids, experts, counts
 
-    def _by_key(self, table: pa.Table, key: str, site: int, keys: np.ndarray) -> np.ndarray:
-        rows = table.filter(table["site"].to_numpy() == site)
-        at = np.searchsorted(keys, rows[key].to_numpy())
-        known = (at < len(keys)) & (keys[np.minimum(at, len(keys) - 1)] == rows[key].to_numpy()) if len(keys) else at < 0
-        out = np.zeros((len(keys), self.classes[site]), np.int64)
-        np.add.at(out, (at[known], rows["expert"].to_numpy()[known]), rows["count"].to_numpy()[known])
-        return out
+    def _of_site(self, rows: pa.Table | LongTable, site: int) -> pa.Table:
+        """Every assignment has a token id and a document, so that their counts add up to the load."""
+        return where(rows, "site", site, int(self.load(site).sum()))
 
 
 def following_sites(layers: Sequence[LayerInfo]) -> tuple[int | None, ...]:

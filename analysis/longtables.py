@@ -1,0 +1,83 @@
+"""Long sorted tables of counts on disk: written in row groups of one key, read by the row groups that a question needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+
+class LongTable:
+    """A table in a Parquet file, of which nothing is read before it is asked for.
+
+    ``reading`` surrounds every access, so that the owner of the file can name it in errors. Pages carry checksums, but what the footer
+    says of them does not: a text there must be one of ``texts``, and ``where`` can be told what the counts must add up to.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+                 texts: frozenset[str] = frozenset()) -> None:  # fmt: skip
+        self.path, self.schema, self._reading, self._texts = path, schema, reading, texts
+
+    def table(self) -> pa.Table:
+        """The whole table."""
+        with self._reading():
+            return self._read(range(self._footer.num_row_groups))
+
+    def where(self, column: str, value: str | int, total: int | None = None) -> pa.Table:
+        """The rows with ``value`` in ``column``, in the file's order. ValueError where their counts do not sum to ``total``."""
+        with self._reading():
+            extents = self._extents(column)
+            found = _where(self._read([i for i, x in enumerate(extents) if x is None or x[0] <= value <= x[1]]), column, value)
+            if total is not None and (pc.sum(found["count"]).as_py() or 0) != total:
+                raise ValueError(f"the counts where {column} is {value} do not add up to {total}")
+            return found
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, as the footer says."""
+        with self._reading():
+            return int(self._footer.num_rows)
+
+    @cached_property
+    def _footer(self) -> pq.FileMetaData:
+        return pq.read_metadata(self.path)
+
+    def _extents(self, column: str) -> list[tuple[Any, Any] | None]:
+        """Least and greatest value of a column in each row group; None where the file does not say."""
+        at, out = self._footer.schema.names.index(column), []
+        for i in range(self._footer.num_row_groups):
+            known = self._footer.row_group(i).column(at).statistics
+            extent = (known.min, known.max) if known is not None and known.has_min_max else None
+            if extent is not None and isinstance(extent[0], str) and not self._texts.issuperset(extent):
+                raise ValueError(f"row group {i} holds {column} {extent}, which is none")
+            out.append(extent)
+        return out
+
+    def _read(self, groups: Sequence[int]) -> pa.Table:
+        with pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True) as file:
+            return file.read_row_groups(list(groups), columns=self.schema.names).select(self.schema.names).cast(self.schema)
+
+
+def whole(rows: pa.Table | LongTable) -> pa.Table:
+    """All rows, of a table in memory or on disk."""
+    return rows.table() if isinstance(rows, LongTable) else rows
+
+
+def where(rows: pa.Table | LongTable, column: str, value: str | int, total: int | None = None) -> pa.Table:
+    """The rows with ``value`` in ``column``, of a table in memory or on disk; ``total`` is what to check the latter by."""
+    return rows.where(column, value, total) if isinstance(rows, LongTable) else _where(rows, column, value)
+
+
+def _where(table: pa.Table, column: str, value: str | int) -> pa.Table:
+    if pa.types.is_integer(table.schema.field(column).type):
+        found = np.flatnonzero(table[column].to_numpy() == value)
+        if len(found) and found[-1] - found[0] == len(found) - 1:  # one stretch, as in every table sorted by the column
+            return table.slice(found[0], len(found))
+    return table.filter(pc.equal(table[column], value))
