@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+GROUP_ROWS = 65_536
 
 
 class LongTable:
@@ -33,11 +35,26 @@ class LongTable:
     def where(self, column: str, value: str | int, total: int | None = None) -> pa.Table:
         """The rows with ``value`` in ``column``, in the file's order. ValueError where their counts do not sum to ``total``."""
         with self._reading():
-            extents = self._extents(column)
-            found = _where(self._read([i for i, x in enumerate(extents) if x is None or x[0] <= value <= x[1]]), column, value)
+            groups = [i for i, x in enumerate(self._extents(column)) if x is not None and x[0] <= value <= x[1]]
+            found = _where(self._read(groups), column, value)
             if total is not None and (pc.sum(found["count"]).as_py() or 0) != total:
                 raise ValueError(f"the counts where {column} is {value} do not add up to {total}")
             return found
+
+    def extents(self, column: str) -> list[tuple[Any, Any] | None]:
+        """Least and greatest value of a column in each row group; None for a group without rows."""
+        with self._reading():
+            return self._extents(column)
+
+    def opened(self) -> pq.ParquetFile:
+        """The file, to be closed by the caller, for ``group``."""
+        with self._reading():
+            return pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True)
+
+    def group(self, file: pq.ParquetFile, number: int) -> pa.Table:
+        """One row group of the ``opened`` file."""
+        with self._reading():
+            return file.read_row_group(number, columns=self.schema.names, use_threads=False)
 
     @property
     def num_rows(self) -> int:
@@ -50,11 +67,13 @@ class LongTable:
         return pq.read_metadata(self.path)
 
     def _extents(self, column: str) -> list[tuple[Any, Any] | None]:
-        """Least and greatest value of a column in each row group; None where the file does not say."""
         at, out = self._footer.schema.names.index(column), []
         for i in range(self._footer.num_row_groups):
-            known = self._footer.row_group(i).column(at).statistics
-            extent = (known.min, known.max) if known is not None and known.has_min_max else None
+            group = self._footer.row_group(i)
+            known = group.column(at).statistics
+            if group.num_rows and (known is None or not known.has_min_max):
+                raise ValueError(f"row group {i} does not say which {column} it holds")
+            extent = (known.min, known.max) if group.num_rows else None
             if extent is not None and isinstance(extent[0], str) and not self._texts.issuperset(extent):
                 raise ValueError(f"row group {i} holds {column} {extent}, which is none")
             out.append(extent)
@@ -81,3 +100,19 @@ def _where(table: pa.Table, column: str, value: str | int) -> pa.Table:
         if len(found) and found[-1] - found[0] == len(found) - 1:  # one stretch, as in every table sorted by the column
             return table.slice(found[0], len(found))
     return table.filter(pc.equal(table[column], value))
+
+
+def by_site(table: pa.Table) -> Iterator[pa.Table]:
+    """The rows of each site that has some, of a table sorted by it."""
+    site = table["site"].to_numpy()
+    bounds = [0, *(np.flatnonzero(np.diff(site)) + 1), len(site)]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        if start < stop:
+            yield table.slice(start, stop - start)
+
+
+def write_long(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
+    """Tables one below the other in a Parquet file, each in row groups of its own; zstd, page checksums."""
+    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=1, write_page_checksum=True) as writer:
+        for table in tables:
+            writer.write_table(table.select(schema.names), row_group_size=GROUP_ROWS)

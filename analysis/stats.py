@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -226,32 +227,32 @@ def part_statistics(part: Part, layers: Sequence[LayerInfo]) -> Statistics:
 
     blocks, tokens, documents = part_counts(part, layers, BINS)
     by_token = [_sparse_table(x, BY_TOKEN) for x in tokens]
-    by_document = pa.concat_tables([_sparse_table(x, BY_DOCUMENT) for x in documents])
-    order = np.argsort(by_document["document"].to_numpy(), kind="stable")
+    by_document = [_sparse_table(x, BY_DOCUMENT) for x in documents]
     core = _core_table(sorted_blocks(blocks))
     classes = tuple(x.n_classes for x in layers)
-    return Statistics(core, pa.concat_tables(by_token), by_document.take(order), classes, following_sites(layers))
+    return Statistics(core, pa.concat_tables(by_token), pa.concat_tables(by_document), classes, following_sites(layers))
 
 
-def merge_statistics(parts: Iterable[Statistics]) -> Statistics:
+def merge_statistics(parts: Iterable[Statistics], folder: Path | None = None) -> Statistics:
     """Sum of statistics of the same model, taken one by one: memory holds the sum, not the parts.
 
-    Raises ValueError for none, or for models that differ.
+    With a ``folder``, the counts by token id and by document, which grow with the text, are added up in files there once they are long,
+    or lie on disk already, and the sum reads them there. Raises ValueError for no parts, or for models that differ.
     """
-    from .merging import RunningSum, concatenated
+    from .merging import LongSum, RunningSum
 
-    core, by_token, by_document, sites = RunningSum(CORE, 3), RunningSum(BY_TOKEN, 1), [], set()
+    core, tokens, documents = RunningSum(CORE, 3), LongSum(BY_TOKEN, "token_id", folder), LongSum(BY_DOCUMENT, "document", folder)
+    sites = set()
     for part in parts:
         sites.add((part.classes, part.following))
         if len(sites) > 1:
             break
         core.add(part.core)
-        by_token.add(part.by_token)
-        by_document.append(part.by_document)
+        tokens.add(part.token_rows)
+        documents.add(part.document_rows)
     if len(sites) != 1:
         raise ValueError("statistics of no parts, or of models with other sites, cannot be merged")
-    classes, following = sites.pop()
-    return Statistics(core.table(), by_token.table(), concatenated(by_document, BY_DOCUMENT, "document"), classes, following)
+    return Statistics(core.table(), tokens.total(), documents.total(), *sites.pop())
 
 
 def _sparse_table(sparse: Sparse, schema: pa.Schema) -> pa.Table:

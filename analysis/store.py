@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,8 +171,9 @@ def verify_run(folder: str | Path) -> tuple[str, ...]:
         trace = open_run(folder)
         for layer in trace.layers:
             check_site(layer, trace.routing(layer.index), trace.n_tokens(layer.stream), folder.name)
-        again = merge_statistics(_counted_again(trace, manifest["parts"]))
-        problems += [f"{n}: counts differ from those of the recorded decisions" for n in _other_counts(trace.stats, again)]
+        with tempfile.TemporaryDirectory() as scratch:
+            again = merge_statistics(_counted_again(trace, manifest["parts"]), Path(scratch))
+            problems += [f"{n}: counts differ from those of the recorded decisions" for n in _other_counts(trace.stats, again)]
     except (RunError, TraceError, pa.ArrowException, OSError) as error:
         return (str(error),)
     return tuple(problems)

@@ -129,10 +129,12 @@ def test_sparse_tables_equal_a_loop_in_their_order(layers: tuple[LayerInfo, ...]
             for e in experts:
                 if e >= 0:
                     tokens[i, row["token_id"], e] += 1
-                    documents[row["document"], i, e] += 1
+                    documents[i, row["document"], e] += 1
     assert min(k[1] for k in tokens) == -1
     assert [tuple(r.values()) for r in stats.by_token.to_pylist()] == [(*k, tokens[k]) for k in sorted(tokens)]
-    assert [tuple(r.values()) for r in stats.by_document.to_pylist()] == [(*k, documents[k]) for k in sorted(documents)]
+    assert [(r["site"], r["document"], r["expert"], r["count"]) for r in stats.by_document.to_pylist()] == [
+        (*k, documents[k]) for k in sorted(documents)
+    ]
 
 
 def test_a_part_of_no_tokens_counts_nothing() -> None:
