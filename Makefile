@@ -62,9 +62,9 @@ bench: env-dev  ## measure speed and memory (prints figures, judges nothing)
 faults: env-dev  ## the fault tests alone: kills, broken files, full disks
 	$(BIN)/python -m pytest tests/faults $(ARGS)
 
-screenshots: env-dev chromium  ## take the README's pictures from the running app
+screenshots: env-dev chromium  ## take the pictures of README and docs/ from the running app
 	$(BIN)/python -m tests.browser.screenshots --out build/screenshots
-	mkdir -p docs && cp build/screenshots/overview-light-1280.png docs/overview.png
+	mkdir -p docs/pictures && cd build/screenshots && for f in *-light-1280.png; do cp "$$f" "../../docs/pictures/$${f%-light-1280.png}.png"; done
 
 clean:  ## remove the environment and the caches; recorded runs stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

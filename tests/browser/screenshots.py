@@ -1,4 +1,4 @@
-"""Screenshots of every page, light and dark, wide and narrow: ``make screenshots`` (the README shows the first)."""
+"""Screenshots of every page, light and dark, wide and narrow: ``make screenshots``; docs/ shows the light wide ones."""
 
 from __future__ import annotations
 
@@ -8,30 +8,21 @@ from pathlib import Path
 
 from .served import chromium, served
 
-PAGES = {
-    "overview": "",
-    "tokens": "tokens",
-    "load": "load",
-    "capacity": "capacity",
-    "specialization": "specialization",
-    "expert": "expert",
-    "model": "model",
-    "runs": "runs",
-    "glossary": "glossary",
-}
+PAGES = ("overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs", "glossary")
 
 
 def take(folder: Path, wanted: list[str]) -> None:
-    """Write PAGE-THEME-WIDTH.png for every combination below ``folder``; the README's picture is overview-light-1280."""
+    """Write PAGE-THEME-WIDTH.png for every combination below ``folder``; docs/pictures has PAGE-light-1280 as PAGE.png."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, served(Path(scratch) / "runs") as address, chromium() as browser:
         for name in wanted:
             for theme in ("light", "dark"):
                 for width, height in ((1280, 900), (390, 844)):
                     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
-                    page.goto(f"{address}/{PAGES[name]}")
+                    page.goto(f"{address}/{'' if name == 'overview' else name}")
                     page.get_by_test_id("stMainBlockContainer").locator("h1").first.wait_for(timeout=60_000)
-                    page.wait_for_timeout(4_000)
+                    page.locator("[data-test-script-state=notRunning]").first.wait_for(timeout=60_000)
+                    page.wait_for_timeout(2_000)
                     page.screenshot(path=folder / f"{name}-{theme}-{width}.png", full_page=False)
                     if width == 1280:
                         page.get_by_test_id("stMain").evaluate("e => e.scrollTo(0, 700)")
