@@ -22,9 +22,9 @@ import pyarrow.compute as pc
 from .counting import compiled
 from .longtables import LongTable, where, whole, write_long
 
-PENDING_ROWS = 2**22  # kept before they are added up: 75 MB
-SPILL_ROWS = 2**22  # of a sum, before it is written to disk
-SWEEP_ROWS = 2**21  # read from disk before they are added up
+PENDING_ROWS = 2**21  # kept before they are added up: 38 MB
+SPILL_ROWS = 2**20  # of a sum, before it is written to disk
+SWEEP_ROWS = 2**20  # read from disk before they are added up
 FAN_IN = 64  # runs added up at once
 WINDOW_CELLS = 2**18  # what the processor's cache holds
 LARGEST_SPAN = 2**24  # of token ids; wider ones are no vocabulary, and are sorted
@@ -74,15 +74,15 @@ class RunningSum:
         return self._summed + self._pending
 
     def table(self) -> pa.Table:
-        """The sum, sorted by its keys, null last."""
+        """The sum, sorted by its keys, null last; afterwards nothing is held any more."""
         tables = list(self.blocks())
         return pa.concat_tables(tables) if tables else self._schema.empty_table()
 
     def blocks(self) -> Iterator[pa.Table]:
-        """The rows of the sum block by block, in their order."""
-        self._add_up()
+        """The rows of the sum block by block, in their order; each is let go of, so that nothing is left at the end."""
         for key in sorted(self._pieces, key=lambda key: [(x is None, x) for x in key]):
-            yield _table_of(self._schema, key, self._pieces[key][0], self._nullable)
+            pieces = self._pieces.pop(key)
+            yield _table_of(self._schema, key, _sum_of(pieces) if key in self._untidy else pieces[0], self._nullable)
 
     def _add_up(self) -> None:
         for key in self._untidy:

@@ -250,6 +250,7 @@ def merge_statistics(parts: Iterable[Statistics], folder: Path | None = None) ->
         core.add(part.core)
         tokens.add(part.token_rows)
         documents.add(part.document_rows)
+        del part  # before the next is made
     if len(sites) != 1:
         raise ValueError("statistics of no parts, or of models with other sites, cannot be merged")
     return Statistics(core.table(), tokens.total(), documents.total(), *sites.pop())
@@ -265,10 +266,12 @@ def _core_table(blocks: Sequence[Block]) -> pa.Table:
     """The blocks one below the other, as one piece of memory each column."""
     lengths = [len(x.count) for x in blocks]
 
-    def repeated(values: Sequence[object], type_: pa.DataType) -> pa.Array:
-        coded = pa.array(values, type_).dictionary_encode()
-        codes = np.repeat(coded.indices.fill_null(-1).to_numpy(), lengths)
-        return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32(), mask=codes < 0), coded.dictionary).cast(type_)
+    def repeated(texts: Sequence[str | None]) -> pa.Array:
+        pieces = [(x or "").encode() for x in texts]
+        offsets = np.append(0, np.cumsum(np.repeat([len(x) for x in pieces], lengths))).astype(np.int32)
+        valid = np.packbits(np.repeat([x is not None for x in texts], lengths), bitorder="little")
+        joined = b"".join(x * n for x, n in zip(pieces, lengths, strict=True))
+        return pa.StringArray.from_buffers(sum(lengths), pa.py_buffer(offsets), pa.py_buffer(joined), pa.py_buffer(valid))
 
     def keys(arrays: Sequence[np.ndarray | None]) -> pa.Array:
         given = [np.zeros(n, np.int32) if x is None else x for x, n in zip(arrays, lengths, strict=True)]
@@ -277,9 +280,9 @@ def _core_table(blocks: Sequence[Block]) -> pa.Table:
 
     totals = [np.zeros(n) if x.total is None else x.total for x, n in zip(blocks, lengths, strict=True)]
     columns = [
-        repeated([x.statistic for x in blocks], pa.string()),
+        repeated([x.statistic for x in blocks]),
         pa.array(np.repeat(np.array([x.site for x in blocks], np.int16), lengths)),
-        repeated([x.label for x in blocks], pa.string()),
+        repeated([x.label for x in blocks]),
         keys([x.a for x in blocks]),
         keys([x.b for x in blocks]),
         pa.array(np.concatenate([x.count for x in blocks], dtype=np.int64)),

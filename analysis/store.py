@@ -44,7 +44,7 @@ from .trace import (
     SiteScores,
     Trace,
     TraceError,
-    check_site,
+    check_part,
     join_routing,
     join_scores,
 )  # fmt: skip
@@ -169,25 +169,33 @@ def verify_run(folder: str | Path) -> tuple[str, ...]:
         if problems:
             return tuple(problems)
         trace = open_run(folder)
-        for layer in trace.layers:
-            check_site(layer, trace.routing(layer.index), trace.n_tokens(layer.stream), folder.name)
         with tempfile.TemporaryDirectory() as scratch:
-            again = merge_statistics(_counted_again(trace, manifest["parts"]), Path(scratch))
+            again = merge_statistics(_counted_again(folder, trace, manifest["parts"]), Path(scratch))
             problems += [f"{n}: counts differ from those of the recorded decisions" for n in _other_counts(trace.stats, again)]
     except (RunError, TraceError, pa.ArrowException, OSError) as error:
         return (str(error),)
     return tuple(problems)
 
 
-def _counted_again(trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:
-    """Statistics of each part, counted again from the stored decisions; probability sums, which only the capture knew, are 0."""
+def _counted_again(folder: Path, trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:
+    """Statistics of each part, checked and counted again from the stored decisions; probability sums, which only the capture knew, are 0.
+
+    Raises TraceError for a part that breaks an invariant, or parts that together are not the documents' tokens.
+    """
+    for stream in {x.stream for x in trace.layers}:
+        rows = sum(record["rows"].get(stream, 0) for record in parts)
+        if rows != trace.n_tokens(stream):
+            raise TraceError(f"{folder.name}: {rows} tokens in the parts of stream {stream}, {trace.n_tokens(stream)} in documents.parquet")
     for record in parts:
-        tokens = [trace.stream_tokens(s).slice(record["first_rows"][s], n) for s, n in record["rows"].items()]
+        name = f"tokens/part-{record['index']:05d}.parquet"
+        with _naming(folder, name):
+            tokens = pq.read_table(folder / name, page_checksum_verification=True)
         ranges = [(record["first_rows"][x.stream], record["rows"][x.stream]) for x in trace.layers]
         routing = tuple(trace.routing(i, a, a + n) for i, (a, n) in enumerate(ranges))
         scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))
         zeros = tuple(np.zeros(x.n_classes) for x in trace.layers)
-        part = Part(record["index"], pa.concat_tables(tokens), trace.documents, routing, scores, zeros, record["first_rows"])
+        part = Part(record["index"], tokens, trace.documents, routing, scores, zeros, record["first_rows"])
+        check_part(part, trace.layers)
         yield part_statistics(part, trace.layers)
 
 
