@@ -32,6 +32,7 @@ def odd_part(layers: tuple[LayerInfo, ...]) -> Part:
     part = make_part(layers, [1, 700, 2, 130, 1, 64, 65], 7, labels=("a", None, "", "\u00e9"))
     ids = part.tokens["token_id"].to_numpy().copy()
     ids[::7], ids[3::11] = -1, 49_999
+    ids[200:236] = np.repeat(np.arange(100, 108), np.arange(1, 9))  # token ids seen once to eight times
     column = part.tokens.schema.get_field_index("token_id")
     tokens = part.tokens.set_column(column, part.tokens.schema.field(column), pa.array(ids))
     scores = []
