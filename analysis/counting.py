@@ -94,23 +94,42 @@ def first_slots(slots: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return first
 
 
+def row_words(slots: np.ndarray, n_slots: int) -> np.ndarray:
+    """uint64 [n]: the experts of each row as bits, where there are at most 64 of them; else empty."""
+    return _row_words(slots) if n_slots <= 65 else np.zeros(0, np.uint64)
+
+
 @compiled
-def count_repeats(slots: np.ndarray, first: np.ndarray, same_document: np.ndarray, n_slots: int) -> tuple[int, int, int]:
-    """(neighbours in a document, those with the same first choice, those with any expert in common)."""
-    last = np.zeros(n_slots, np.int64)  # the last row with the expert, plus one
-    pairs, equal, shared, before = 0, 0, 0, np.uint16(0)
+def _row_words(slots: np.ndarray) -> np.ndarray:
+    words = np.empty(slots.shape[0], np.uint64)
     for t in range(slots.shape[0]):
-        any_shared = 0
+        word = _U(0)
         for i in range(slots.shape[1]):
             s = _U(slots[t, i])
-            any_shared |= last[s] == t
-            last[s] = t + 1
-        last[0] = -1
+            word |= _U(s != _U(0)) << ((s - _U(1)) & _U(63))
+        words[t] = word
+    return words
+
+
+@compiled
+def count_repeats(slots: np.ndarray, words: np.ndarray, first: np.ndarray, same_document: np.ndarray, n_slots: int) -> tuple[int, int, int]:
+    """(neighbours in a document, those with the same first choice, those with any expert in common)."""
+    last = np.zeros(n_slots, np.int64)  # the last row with the expert, plus one
+    pairs, equal, shared = 0, 0, 0
+    for t in range(slots.shape[0]):
         together = int(same_document[t])
         pairs += together
-        equal += together & int(first[t] == before) & int(first[t] != 0)
-        shared += together & int(any_shared)
-        before = first[t]
+        equal += together & int(first[t] == first[t - 1]) & int(first[t] != 0)
+        if words.shape[0] > 0:
+            shared += together & int((words[t] & words[t - 1]) != 0)
+        else:
+            any_shared = 0
+            for i in range(slots.shape[1]):
+                s = _U(slots[t, i])
+                any_shared |= last[s] == t
+                last[s] = t + 1
+            last[0] = -1
+            shared += together & int(any_shared)
     return pairs, equal, shared
 
 
@@ -207,39 +226,63 @@ def sum_of_squares(values: np.ndarray) -> tuple[int, float]:
 
 
 @compiled
-def count_keys(order: np.ndarray, starts: np.ndarray, keys: np.ndarray, slots: np.ndarray, n_slots: int,
-               out: tuple[np.ndarray, np.ndarray, np.ndarray]) -> int:  # fmt: skip
+def count_keys(order: np.ndarray, starts: np.ndarray, slots: np.ndarray, words: np.ndarray, n_slots: int, experts: np.ndarray,
+               counts_of: np.ndarray, ends: np.ndarray) -> int:  # fmt: skip
     """Sparse counts per (key, expert), in that order; returns how many entries were written.
 
-    The rows of keys[g] are order[starts[g]:starts[g + 1]]. ``out`` is (key, expert, count), each with room for rows x k + slots entries.
+    The rows of key g are order[starts[g]:starts[g + 1]], its entries end at ends[g] of ``experts`` uint16 and ``counts_of`` int32, which
+    have room for rows x k + slots entries. ``words`` is what ``row_words`` says.
     """
-    m, (out_key, out_expert, out_count) = 0, out
-    counts, words = np.zeros(n_slots, np.int32), np.zeros(n_slots // 64 + 1, np.uint64)
-    for g in range(keys.shape[0]):
-        key = keys[g]
-        few = (starts[g + 1] - starts[g]) * slots.shape[1] * 2 < n_slots
-        for at in range(starts[g], starts[g + 1]):
-            row = order[at]
+    m, counts, seen = 0, np.zeros(n_slots, np.int32), np.zeros(n_slots // 64 + 1, np.uint64)
+    for g in range(ends.shape[0]):
+        start, stop = starts[g], starts[g + 1]
+        if words.shape[0] > 0 and stop - start < 8:
+            m = _count_few(order, start, stop, words, experts, counts_of, m)
+            ends[g] = m
+            continue
+        few = (stop - start) * slots.shape[1] * 2 < n_slots
+        for at in range(start, stop):
+            row = _U(order[at])
             for i in range(slots.shape[1]):
                 s = _U(slots[row, i])
                 counts[s] += 1
                 if few:
-                    words[s >> _U(6)] |= _U(1) << (s & _U(63))
+                    seen[s >> _U(6)] |= _U(1) << (s & _U(63))
         counts[0] = 0
         if few:  # walk the experts that are set
-            words[0] &= ~_U(1)
-            for q in range(words.shape[0]):
-                word = words[q]
-                words[q] = 0
+            seen[0] &= ~_U(1)
+            for q in range(seen.shape[0]):
+                word = seen[q]
+                seen[q] = 0
                 while word:
                     s = _lowest_bit(word) + _U(64 * q)
-                    out_key[m], out_expert[m], out_count[m] = key, s - _U(1), counts[s]
+                    experts[m], counts_of[m] = s - _U(1), counts[s]
                     counts[s] = 0
                     word &= word - _U(1)
                     m += 1
         else:  # look at all of them; each is written, and kept where it was counted: a branch would be guessed wrong half the time
             for e in range(1, n_slots):
-                out_key[m], out_expert[m], out_count[m] = key, e - 1, counts[e]
+                experts[m], counts_of[m] = e - 1, counts[e]
                 m += counts[e] != 0
                 counts[e] = 0
+        ends[g] = m
+    return m
+
+
+@compiled
+def _count_few(order: np.ndarray, start: int, stop: int, words: np.ndarray, experts: np.ndarray, counts_of: np.ndarray, m: int) -> int:
+    """The same for up to 7 rows, whose bits are added up as binary digits, all experts at once."""
+    ones, twos, fours = _U(0), _U(0), _U(0)
+    for at in range(start, stop):
+        word = words[_U(order[at])]
+        carry = ones & word
+        ones ^= word
+        fours ^= twos & carry
+        twos ^= carry
+    word = ones | twos | fours
+    while word:
+        e = _lowest_bit(word)
+        experts[m], counts_of[m] = e, (ones >> e & _U(1)) + _U(2) * (twos >> e & _U(1)) + _U(4) * (fours >> e & _U(1))
+        word &= word - _U(1)
+        m += 1
     return m

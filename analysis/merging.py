@@ -1,4 +1,4 @@
-"""Adds up long tables of counts, part after part, in memory that grows with the sum and not with the number of parts.
+"""Adds up long tables of counts, part after part, in memory that grows with the sum and not with the number of parts, or not at all.
 
 A table's columns are the keys of a *block*, then a and b, then its values. What is added is kept as sorted pieces, block by block; when
 the pieces of a table outgrow its sum, each block is added up in dense windows over (a, b). A cell is summed from left to right in the
@@ -7,8 +7,12 @@ order of the tables, wherever that happens, so the result is the same to the las
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .counting import compiled
+from .longtables import LongTable, where, whole, write_long
 
-PENDING_ROWS = 2**22  # kept before they are added up: 75 MB
+PENDING_ROWS = 2**21  # kept before they are added up: 38 MB
+SPILL_ROWS = 2**20  # of a sum, before it is written to disk
+SWEEP_ROWS = 2**20  # read from disk before they are added up
+FAN_IN = 64  # runs added up at once
 WINDOW_CELLS = 2**18  # what the processor's cache holds
 LARGEST_SPAN = 2**24  # of token ids; wider ones are no vocabulary, and are sorted
 Key = tuple[Any, ...]
@@ -60,12 +68,21 @@ class RunningSum:
         if self._pending > max(PENDING_ROWS, self._summed):
             self._add_up()
 
+    @property
+    def rows(self) -> int:
+        """How many rows are held, of the sum and of what is not yet added up."""
+        return self._summed + self._pending
+
     def table(self) -> pa.Table:
-        """The sum, sorted by its keys, null last."""
-        self._add_up()
-        keys = sorted(self._pieces, key=lambda key: [(x is None, x) for x in key])
-        tables = [self._table_of(key, self._pieces[key][0]) for key in keys]
+        """The sum, sorted by its keys, null last; afterwards nothing is held any more."""
+        tables = list(self.blocks())
         return pa.concat_tables(tables) if tables else self._schema.empty_table()
+
+    def blocks(self) -> Iterator[pa.Table]:
+        """The rows of the sum block by block, in their order; each is let go of, so that nothing is left at the end."""
+        for key in sorted(self._pieces, key=lambda key: [(x is None, x) for x in key]):
+            pieces = self._pieces.pop(key)
+            yield _table_of(self._schema, key, _sum_of(pieces) if key in self._untidy else pieces[0], self._nullable)
 
     def _add_up(self) -> None:
         for key in self._untidy:
@@ -73,15 +90,104 @@ class RunningSum:
         self._untidy.clear()
         self._pending, self._summed = 0, sum(len(x[0].a) for x in self._pieces.values())
 
-    def _table_of(self, key: Key, piece: Piece) -> pa.Table:
-        n, types = len(piece.a), self._schema.types
-        columns = [pa.repeat(pa.scalar(x, t), n) for x, t in zip(key, types[: self._block], strict=True)]
-        for values, type_ in zip((piece.a, piece.b), types[self._block :], strict=False):
-            columns.append(pa.array(values, type_, mask=values < 0 if self._nullable else None))
-        columns.append(pa.array(piece.count, pa.int64()))
-        if len(columns) < len(types):
-            columns.append(pa.array(piece.total, pa.float64()))
-        return pa.table(columns, schema=self._schema)
+
+class LongSum:
+    """The sum of tables of counts by (site, ``key``, expert): in memory while it is small or there is no folder, else in sorted runs there.
+
+    Memory holds SPILL_ROWS, and a row group of each of FAN_IN runs. Tables that lie on disk already are runs themselves.
+    """
+
+    def __init__(self, schema: pa.Schema, key: str, folder: Path | None) -> None:
+        self._schema, self._key, self._folder = schema, key, folder
+        self._sorted = pa.schema([schema.field(n) for n in ("site", key, "expert", "count")])
+        self._memory = RunningSum(self._sorted, 1)
+        self._runs: list[LongTable] = []
+        self._written = 0
+
+    def add(self, rows: pa.Table | LongTable) -> None:
+        """Add a table, in memory in any order, on disk sorted by site, key and expert."""
+        if self._folder is not None and isinstance(rows, LongTable):
+            self._runs.append(rows)
+            return
+        self._memory.add(whole(rows))
+        if self._folder is not None and self._memory.rows > SPILL_ROWS:
+            self._spill()
+
+    def total(self) -> pa.Table | LongTable:
+        """The sum, sorted by site, key and expert: a file in the folder, or a table where everything was in memory."""
+        if not self._runs:
+            return self._memory.table().select(self._schema.names)
+        if self._memory.rows:
+            self._spill()
+        while len(self._runs) > FAN_IN:
+            self._runs = [*self._runs[FAN_IN:], self._run(_sums(self._runs[:FAN_IN], self._sorted))]
+        return self._run(_sums(self._runs, self._sorted))
+
+    def _spill(self) -> None:
+        self._runs.append(self._run(self._memory.blocks()))
+        self._memory = RunningSum(self._sorted, 1)
+
+    def _run(self, tables: Iterable[pa.Table]) -> LongTable:
+        assert self._folder is not None
+        path = self._folder / f"{self._key}-{self._written}.parquet"
+        self._written += 1
+        write_long(tables, self._schema, path)
+        return LongTable(path, self._schema)
+
+
+def _sums(runs: Sequence[LongTable], schema: pa.Schema) -> Iterator[pa.Table]:
+    """The sum of sorted runs, site by site and from the lowest key up, in tables of about SWEEP_ROWS rows before they were added up.
+
+    Row groups are read in the order of their lowest key: once one begins at a key, everything below it has been read.
+    """
+    names, key = schema.names, schema.names[1]
+    groups = []
+    for n, run in enumerate(runs):
+        found = enumerate(zip(run.extents("site"), run.extents(key), strict=True))
+        groups += [(site, keys[0], n, g) for g, (sites, keys) in found if sites and keys for site in range(sites[0], sites[1] + 1)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(run.opened()) for run in runs]
+        for site, mine in groupby(sorted(groups), key=itemgetter(0)):
+            held: list[Piece] = []
+            rows = kept = 0
+            for _, low, n, g in mine:
+                if rows > kept + SWEEP_ROWS:
+                    done, held = _cut(held, low)
+                    if done:
+                        yield _table_of(schema, (site,), _sum_of(done), False)
+                    rows = kept = sum(len(x.a) for x in held)
+                piece = _piece(where(runs[n].group(files[n], g), "site", site), names)
+                if len(piece.a):
+                    held.append(piece)
+                    rows += len(piece.a)
+            if held:
+                yield _table_of(schema, (site,), _sum_of(held), False)
+
+
+def _piece(table: pa.Table, names: Sequence[str]) -> Piece:
+    """Rows of one site, sorted by the other keys."""
+    a, b, count = (table[n].to_numpy() for n in names[1:])
+    return Piece(a, b, count, np.zeros(0), int(b.min(initial=0)), int(b.max(initial=0)))
+
+
+def _cut(pieces: Sequence[Piece], low: int) -> tuple[list[Piece], list[Piece]]:
+    """The rows of the pieces with a below ``low``, and the others; no empty pieces."""
+    at = [int(np.searchsorted(p.a, low)) for p in pieces]
+    below = [replace(p, a=p.a[:i], b=p.b[:i], count=p.count[:i]) for p, i in zip(pieces, at, strict=True) if i]
+    others = [replace(p, a=p.a[i:], b=p.b[i:], count=p.count[i:]) for p, i in zip(pieces, at, strict=True) if i < len(p.a)]
+    return below, others
+
+
+def _table_of(schema: pa.Schema, key: Key, piece: Piece, nullable: bool) -> pa.Table:
+    """The rows of one block; -1 stands for null where ``nullable``."""
+    n, types, block = len(piece.a), schema.types, len(key)
+    columns = [pa.repeat(pa.scalar(x, t), n) for x, t in zip(key, types[:block], strict=True)]
+    for values, type_ in zip((piece.a, piece.b), types[block:], strict=False):
+        columns.append(pa.array(values, type_, mask=values < 0 if nullable else None))
+    columns.append(pa.array(piece.count, pa.int64()))
+    if len(columns) < len(types):
+        columns.append(pa.array(piece.total, pa.float64()))
+    return pa.table(columns, schema=schema)
 
 
 def _split(batch: pa.RecordBatch, block: int) -> Iterator[tuple[Key, Piece, bool]]:
@@ -202,19 +308,3 @@ def _take_cells(ids: np.ndarray, lowest: int, cells: tuple[np.ndarray, ...], see
             for at in range(seen.shape[1]):
                 out_total[m] = totals[line, at]
                 m += seen[line, at]
-
-
-def summed_by_sorting(tables: Sequence[pa.Table], schema: pa.Schema, keys: Sequence[str]) -> pa.Table:
-    """The same by Arrow's group-by, for whatever keys: ten times slower, and everything in memory at once."""
-    table = pa.concat_tables(tables).group_by(list(keys), use_threads=False).aggregate([(n, "sum") for n in schema.names if n not in keys])
-    table = table.rename_columns([n.removesuffix("_sum") for n in table.column_names]).select(schema.names)
-    return table.sort_by([(k, "ascending") for k in keys]).cast(schema).combine_chunks()
-
-
-def concatenated(tables: Sequence[pa.Table], schema: pa.Schema, key: str) -> pa.Table:
-    """The sum of tables sorted by ``key`` of which no two share a value of it: parts hold whole documents."""
-    filled = sorted((t for t in tables if len(t)), key=lambda t: t[key][0].as_py())
-    apart = all(x[key][-1].as_py() < y[key][0].as_py() for x, y in zip(filled, filled[1:], strict=False))
-    if not apart:
-        return summed_by_sorting(filled, schema, schema.names[:-1])
-    return pa.concat_tables(filled) if filled else schema.empty_table()

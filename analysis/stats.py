@@ -28,18 +28,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .longtables import LongTable, where, whole
 from .trace import LayerInfo, Part, SiteRouting
 
 if TYPE_CHECKING:
     from .tally import Block, Sparse
 
 BINS = 64
+NAMES = frozenset(
+    ("tokens", "load", "first", "chosen", "label", "label_tokens", "position", "coactivation", "flow", "first_flow", "repetition",
+     "entropy", "margin", "probability", "z", "dropped", "loss")
+)  # fmt: skip
 CORE = pa.schema(
     [
         ("statistic", pa.string()),
@@ -57,13 +63,31 @@ BY_DOCUMENT = pa.schema([("document", pa.int32()), ("site", pa.int16()), ("exper
 
 @dataclass(frozen=True)
 class Statistics:
-    """Counts and sums of a trace; ``classes[site]`` is the number of ids at a site, ``following[site]`` its successor."""
+    """Counts and sums of a trace; ``classes[site]`` is the number of ids at a site, ``following[site]`` its successor.
 
-    core: pa.Table
-    by_token: pa.Table
-    by_document: pa.Table
+    The rows are in memory, or on disk and read when asked for; those by token and by document are sorted by site, key and expert.
+    """
+
+    core_rows: pa.Table | LongTable
+    token_rows: pa.Table | LongTable
+    document_rows: pa.Table | LongTable
     classes: tuple[int, ...]
     following: tuple[int | None, ...]
+
+    @property
+    def core(self) -> pa.Table:
+        """All counts and sums but those by token id and by document (schema CORE)."""
+        return whole(self.core_rows)
+
+    @property
+    def by_token(self) -> pa.Table:
+        """Assignments by token id (schema BY_TOKEN), read whole: ``token_load`` reads one site."""
+        return whole(self.token_rows)
+
+    @property
+    def by_document(self) -> pa.Table:
+        """Assignments by document (schema BY_DOCUMENT), read whole: ``document_load`` reads one site."""
+        return whole(self.document_rows)
 
     def n_tokens(self, site: int) -> int:
         """Tokens that passed the site."""
@@ -146,9 +170,8 @@ class Statistics:
     def _rows(self, statistic: str, site: int) -> pa.Table:
         # Pairs of experts are nearly all of a large model's rows: they are passed over once, not at every question.
         if statistic not in self._kept:
-            self._kept[statistic] = self.core.filter(pc.equal(self.core["statistic"], statistic))
-        rows = self._kept[statistic]
-        return rows.filter(pc.equal(rows["site"], site))
+            self._kept[statistic] = where(self.core_rows, "statistic", statistic)
+        return where(self._kept[statistic], "site", site)
 
     @cached_property
     def _kept(self) -> dict[str, pa.Table]:
@@ -173,22 +196,23 @@ class Statistics:
 
     def document_load(self, site: int, documents: np.ndarray) -> np.ndarray:
         """int64 [documents, classes]: assignments per expert in each of ``documents`` (distinct numbers, ascending)."""
-        return self._by_key(self.by_document, "document", site, documents)
+        rows = self._of_site(self.document_rows, site)
+        document = rows["document"].to_numpy()
+        at = np.searchsorted(documents, document)
+        known = (at < len(documents)) & (documents[np.minimum(at, len(documents) - 1)] == document) if len(documents) else at < 0
+        out = np.zeros((len(documents), self.classes[site]), np.int64)
+        np.add.at(out, (at[known], rows["expert"].to_numpy()[known]), rows["count"].to_numpy()[known])
+        return out
 
     def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(token ids, experts, counts), int64 [cells]: assignments of every token id that occur, sorted by id and expert."""
-        first, last = np.searchsorted(self.by_token["site"].to_numpy(), [site, site + 1])  # merged tables are sorted by site
-        rows = self.by_token.slice(first, last - first)
+        rows = self._of_site(self.token_rows, site)
         ids, experts, counts = (rows[n].to_numpy().astype(np.int64) for n in ("token_id", "expert", "count"))
         return ids, experts, counts
 
-    def _by_key(self, table: pa.Table, key: str, site: int, keys: np.ndarray) -> np.ndarray:
-        rows = table.filter(table["site"].to_numpy() == site)
-        at = np.searchsorted(keys, rows[key].to_numpy())
-        known = (at < len(keys)) & (keys[np.minimum(at, len(keys) - 1)] == rows[key].to_numpy()) if len(keys) else at < 0
-        out = np.zeros((len(keys), self.classes[site]), np.int64)
-        np.add.at(out, (at[known], rows["expert"].to_numpy()[known]), rows["count"].to_numpy()[known])
-        return out
+    def _of_site(self, rows: pa.Table | LongTable, site: int) -> pa.Table:
+        """Every assignment has a token id and a document, so that their counts add up to the load."""
+        return where(rows, "site", site, int(self.load(site).sum()))
 
 
 def following_sites(layers: Sequence[LayerInfo]) -> tuple[int | None, ...]:
@@ -203,32 +227,33 @@ def part_statistics(part: Part, layers: Sequence[LayerInfo]) -> Statistics:
 
     blocks, tokens, documents = part_counts(part, layers, BINS)
     by_token = [_sparse_table(x, BY_TOKEN) for x in tokens]
-    by_document = pa.concat_tables([_sparse_table(x, BY_DOCUMENT) for x in documents])
-    order = np.argsort(by_document["document"].to_numpy(), kind="stable")
+    by_document = [_sparse_table(x, BY_DOCUMENT) for x in documents]
     core = _core_table(sorted_blocks(blocks))
     classes = tuple(x.n_classes for x in layers)
-    return Statistics(core, pa.concat_tables(by_token), by_document.take(order), classes, following_sites(layers))
+    return Statistics(core, pa.concat_tables(by_token), pa.concat_tables(by_document), classes, following_sites(layers))
 
 
-def merge_statistics(parts: Iterable[Statistics]) -> Statistics:
+def merge_statistics(parts: Iterable[Statistics], folder: Path | None = None) -> Statistics:
     """Sum of statistics of the same model, taken one by one: memory holds the sum, not the parts.
 
-    Raises ValueError for none, or for models that differ.
+    With a ``folder``, the counts by token id and by document, which grow with the text, are added up in files there once they are long,
+    or lie on disk already, and the sum reads them there. Raises ValueError for no parts, or for models that differ.
     """
-    from .merging import RunningSum, concatenated
+    from .merging import LongSum, RunningSum
 
-    core, by_token, by_document, sites = RunningSum(CORE, 3), RunningSum(BY_TOKEN, 1), [], set()
+    core, tokens, documents = RunningSum(CORE, 3), LongSum(BY_TOKEN, "token_id", folder), LongSum(BY_DOCUMENT, "document", folder)
+    sites = set()
     for part in parts:
         sites.add((part.classes, part.following))
         if len(sites) > 1:
             break
         core.add(part.core)
-        by_token.add(part.by_token)
-        by_document.append(part.by_document)
+        tokens.add(part.token_rows)
+        documents.add(part.document_rows)
+        del part  # before the next is made
     if len(sites) != 1:
         raise ValueError("statistics of no parts, or of models with other sites, cannot be merged")
-    classes, following = sites.pop()
-    return Statistics(core.table(), by_token.table(), concatenated(by_document, BY_DOCUMENT, "document"), classes, following)
+    return Statistics(core.table(), tokens.total(), documents.total(), *sites.pop())
 
 
 def _sparse_table(sparse: Sparse, schema: pa.Schema) -> pa.Table:
@@ -241,10 +266,12 @@ def _core_table(blocks: Sequence[Block]) -> pa.Table:
     """The blocks one below the other, as one piece of memory each column."""
     lengths = [len(x.count) for x in blocks]
 
-    def repeated(values: Sequence[object], type_: pa.DataType) -> pa.Array:
-        coded = pa.array(values, type_).dictionary_encode()
-        codes = np.repeat(coded.indices.fill_null(-1).to_numpy(), lengths)
-        return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32(), mask=codes < 0), coded.dictionary).cast(type_)
+    def repeated(texts: Sequence[str | None]) -> pa.Array:
+        pieces = [(x or "").encode() for x in texts]
+        offsets = np.append(0, np.cumsum(np.repeat([len(x) for x in pieces], lengths))).astype(np.int32)
+        valid = np.packbits(np.repeat([x is not None for x in texts], lengths), bitorder="little")
+        joined = b"".join(x * n for x, n in zip(pieces, lengths, strict=True))
+        return pa.StringArray.from_buffers(sum(lengths), pa.py_buffer(offsets), pa.py_buffer(joined), pa.py_buffer(valid))
 
     def keys(arrays: Sequence[np.ndarray | None]) -> pa.Array:
         given = [np.zeros(n, np.int32) if x is None else x for x, n in zip(arrays, lengths, strict=True)]
@@ -253,9 +280,9 @@ def _core_table(blocks: Sequence[Block]) -> pa.Table:
 
     totals = [np.zeros(n) if x.total is None else x.total for x, n in zip(blocks, lengths, strict=True)]
     columns = [
-        repeated([x.statistic for x in blocks], pa.string()),
+        repeated([x.statistic for x in blocks]),
         pa.array(np.repeat(np.array([x.site for x in blocks], np.int16), lengths)),
-        repeated([x.label for x in blocks], pa.string()),
+        repeated([x.label for x in blocks]),
         keys([x.a for x in blocks]),
         keys([x.b for x in blocks]),
         pa.array(np.concatenate([x.count for x in blocks], dtype=np.int64)),

@@ -17,9 +17,11 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +32,8 @@ import pyarrow.parquet as pq
 
 from .files import stamp
 from .layout import read_routing, read_scores
-from .stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, following_sites, merge_statistics, part_statistics
+from .longtables import LongTable, where, whole
+from .stats import BY_DOCUMENT, BY_TOKEN, CORE, NAMES, Statistics, following_sites, merge_statistics, part_statistics
 from .trace import (
     DOCUMENTS,
     SCHEMA_VERSION,
@@ -42,7 +45,7 @@ from .trace import (
     SiteScores,
     Trace,
     TraceError,
-    check_site,
+    check_part,
     join_routing,
     join_scores,
 )  # fmt: skip
@@ -125,9 +128,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def open_run(folder: str | Path) -> Trace:
-    """The stored run in ``folder``; reads the manifest, the documents and the statistics, nothing else yet.
+    """The stored run in ``folder``; reads the manifest and the documents, and everything else when it is asked for.
 
-    Raises RunError for a missing, unfinished or damaged run (sizes are compared here, digests in ``verify_run``).
+    Raises RunError for a missing, unfinished or damaged run: sizes are compared here, pages when they are read, digests in ``verify_run``.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -138,7 +141,7 @@ def open_run(folder: str | Path) -> Trace:
     try:
         card = ModelCard.from_json(manifest["model"])
         documents = _read(folder / "documents.parquet", DOCUMENTS)
-        core, tokens, by_document = (_read(folder / n, schema) for n, schema in STATISTICS)
+        core, tokens, by_document = (LongTable(folder / n, schema, partial(_naming, folder, n), NAMES) for n, schema in STATISTICS)
     except (TypeError, KeyError) as error:
         raise RunError(f"{folder.name} is damaged ({error}): run `python -m analysis verify`") from error
     stats = Statistics(core, tokens, by_document, tuple(x.n_classes for x in card.layers), following_sites(card.layers))
@@ -171,28 +174,46 @@ def verify_run(folder: str | Path) -> tuple[str, ...]:
         if problems:
             return tuple(problems)
         trace = open_run(folder)
-        for layer in trace.layers:
-            check_site(layer, trace.routing(layer.index), trace.n_tokens(layer.stream), folder.name)
-        again = merge_statistics(_counted_again(trace, manifest["parts"]))
-        for name, stored, counted in (("stats", trace.stats.core, again.core), ("token_stats", trace.stats.by_token, again.by_token),
-                                      ("document_stats", trace.stats.by_document, again.by_document)):  # fmt: skip
-            if not _same_counts(stored, counted):
-                problems.append(f"{name}.parquet: counts differ from those of the recorded decisions")
+        with tempfile.TemporaryDirectory() as scratch:
+            again = merge_statistics(_counted_again(folder, trace, manifest["parts"]), Path(scratch))
+            problems += [f"{n}: counts differ from those of the recorded decisions" for n in _other_counts(trace.stats, again)]
     except (RunError, TraceError, pa.ArrowException, OSError) as error:
         return (str(error),)
     return tuple(problems)
 
 
-def _counted_again(trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:
-    """Statistics of each part, counted again from the stored decisions; probability sums, which only the capture knew, are 0."""
+def _counted_again(folder: Path, trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:
+    """Statistics of each part, checked and counted again from the stored decisions; probability sums, which only the capture knew, are 0.
+
+    Raises TraceError for a part that breaks an invariant, or parts that together are not the documents' tokens.
+    """
+    for stream in {x.stream for x in trace.layers}:
+        rows = sum(record["rows"].get(stream, 0) for record in parts)
+        if rows != trace.n_tokens(stream):
+            raise TraceError(f"{folder.name}: {rows} tokens in the parts of stream {stream}, {trace.n_tokens(stream)} in documents.parquet")
     for record in parts:
-        tokens = [trace.stream_tokens(s).slice(record["first_rows"][s], n) for s, n in record["rows"].items()]
+        name = f"tokens/part-{record['index']:05d}.parquet"
+        with _naming(folder, name):
+            tokens = pq.read_table(folder / name, page_checksum_verification=True)
         ranges = [(record["first_rows"][x.stream], record["rows"][x.stream]) for x in trace.layers]
         routing = tuple(trace.routing(i, a, a + n) for i, (a, n) in enumerate(ranges))
         scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))
         zeros = tuple(np.zeros(x.n_classes) for x in trace.layers)
-        part = Part(record["index"], pa.concat_tables(tokens), trace.documents, routing, scores, zeros, record["first_rows"])
+        part = Part(record["index"], tokens, trace.documents, routing, scores, zeros, record["first_rows"])
+        check_part(part, trace.layers)
         yield part_statistics(part, trace.layers)
+
+
+def _other_counts(stored: Statistics, counted: Statistics) -> Iterator[str]:
+    """The files whose rows are not those counted again: the long tables are compared site by site, as the order of sites is free."""
+    pairs = zip(STATISTICS, (stored.core_rows, stored.token_rows, stored.document_rows),
+                (counted.core_rows, counted.token_rows, counted.document_rows), strict=True)  # fmt: skip
+    for (name, _), a, b in pairs:
+        sites = range(len(stored.classes))
+        tables = [(whole(a), whole(b))] if name == "stats.parquet" else ((where(a, "site", s), where(b, "site", s)) for s in sites)
+        same = [len(x) if _same_counts(x, y) else -1 for x, y in tables]
+        if min(same) < 0 or sum(same) != a.num_rows:
+            yield name
 
 
 def _same_counts(a: pa.Table, b: pa.Table) -> bool:

@@ -10,12 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from . import counting
 from .trace import LayerInfo, Part, SiteRouting, SiteScores
-
-Room = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,12 @@ class StreamRows:
 
 @dataclass(frozen=True)
 class SiteRows:
-    """A site's decisions, ready for the kernels: slots [n, k], first choices as slots [n], and bits where they help."""
+    """A site's decisions, ready for the kernels: slots [n, k], first choices as slots [n], words [n] and bits where they help."""
 
     site: int
     slots: np.ndarray
     first: np.ndarray
+    words: np.ndarray
     bits: np.ndarray | None
 
 
@@ -77,8 +75,6 @@ def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[lis
     rows = {s: stream_rows(part.stream_tokens(s)) for s in {x.stream for x in layers}}
     blocks, tokens, documents = list(_loss_blocks(part.tokens)), [], []
     before: dict[str, SiteRows] = {}
-    most = sum(r.experts.size for r in part.routing) + max((x.n_classes + 1 for x in layers), default=0)
-    room = (np.empty(most, np.int32), np.empty(most, np.int32), np.empty(most, np.int64))  # only what is written to takes memory
     for i, layer in enumerate(layers):
         mine = rows[layer.stream]
         site, found, by_run = _site_blocks(i, layer.n_classes, part.routing[i], mine)
@@ -89,8 +85,7 @@ def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[lis
             earlier = before[layer.stream]
             blocks += _flow_blocks(earlier, site, layers[earlier.site].n_classes, layer.n_classes)
         before[layer.stream] = site
-        found_tokens, room = _by_token(site, layer.n_classes, mine, room)
-        tokens.append(found_tokens)
+        tokens.append(_by_token(site, layer.n_classes, mine))
         documents.append(_by_document(i, by_run, mine.document))
     return blocks, tokens, documents
 
@@ -99,8 +94,7 @@ def stream_rows(tokens: pa.Table) -> StreamRows:
     """Runs, and the order by token id, of a stream's token rows."""
     document, ids = tokens["document"].to_numpy(), tokens["token_id"].to_numpy()
     bucket = np.floor(np.log2(tokens["position"].to_numpy() + 1)).astype(np.int32)
-    coded = tokens["label"].combine_chunks().cast(pa.string()).dictionary_encode()
-    label = coded.indices.fill_null(-1).to_numpy().astype(np.int32)
+    label, labels = _coded(tokens["label"])
     n = len(ids)
     same = np.zeros(n, bool)
     same[1:] = document[1:] == document[:-1]
@@ -111,9 +105,17 @@ def stream_rows(tokens: pa.Table) -> StreamRows:
     ordered = ids[order]
     first = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1)) if n else np.zeros(0, np.int64)
     run = (np.cumsum(starting) - 1).astype(np.int32)
-    labels = tuple(coded.dictionary.to_pylist())
     tokens = np.bincount(label[label >= 0], minlength=len(labels))
     return StreamRows(run, same, document[at], label[at], bucket[at], labels, tokens, order, np.append(first, n), ordered[first])
+
+
+def _coded(column: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(int32 [n], the place of each row's text among those that occur, or -1 for null; these texts)."""
+    coded = column.unify_dictionaries().combine_chunks()
+    codes = coded.indices.fill_null(-1).to_numpy()
+    occurs = np.bincount(codes[codes >= 0], minlength=len(coded.dictionary)) > 0  # a dictionary may be that of other rows too
+    places = np.append(np.cumsum(occurs) - 1, -1).astype(np.int32)  # -1 is the last
+    return places[codes], tuple(coded.dictionary.filter(pa.array(occurs)).cast(pa.string()).to_pylist())
 
 
 def _site_blocks(site: int, width: int, routing: SiteRouting, rows: StreamRows) -> tuple[SiteRows, list[Block], np.ndarray]:
@@ -125,7 +127,7 @@ def _site_blocks(site: int, width: int, routing: SiteRouting, rows: StreamRows) 
     counting.count_runs(slots, rows.run, by_run)
     counting.add_weights(slots, weights, mass)
     first = counting.first_slots(slots, weights)
-    mine = SiteRows(site, slots, first, counting.bits_of(slots, n_slots))
+    mine = SiteRows(site, slots, first, counting.row_words(slots, n_slots), counting.bits_of(slots, n_slots))
     together = np.zeros((n_slots, n_slots), np.int64)
     counting.count_pairs(slots, slots, None if mine.bits is None else (mine.bits, mine.bits), together)
     position = np.zeros((int(rows.bucket.max(initial=-1)) + 1, n_slots), np.int64)
@@ -140,7 +142,7 @@ def _site_blocks(site: int, width: int, routing: SiteRouting, rows: StreamRows) 
         _nonzero("position", site, position[:, 1:]),
         Block("dropped", site, np.array([dropped])),
         _nonzero("coactivation", site, np.triu(together[1:, 1:], 1)),
-        Block("repetition", site, np.array(counting.count_repeats(slots, first, rows.same_document, n_slots)), a=np.arange(3)),
+        Block("repetition", site, np.array(counting.count_repeats(slots, mine.words, first, rows.same_document, n_slots)), a=np.arange(3)),
         *_label_blocks(site, by_run, rows),
     ]
     return mine, blocks, by_run[:, 1:]
@@ -181,11 +183,11 @@ def _flow_blocks(here: SiteRows, after: SiteRows, width: int, next_width: int) -
     yield _nonzero("first_flow", here.site, first[1:, 1:])
 
 
-def _by_token(site: SiteRows, width: int, rows: StreamRows, room: Room) -> tuple[Sparse, Room]:
-    """The counts, written to the start of ``room``, and what is left of it."""
-    n = counting.count_keys(rows.order, rows.starts, rows.token_ids, site.slots, width + 1, room)
-    key, expert, count = room
-    return Sparse(site.site, key[:n], expert[:n], count[:n]), (key[n:], expert[n:], count[n:])
+def _by_token(site: SiteRows, width: int, rows: StreamRows) -> Sparse:
+    most = site.slots.size + width + 1
+    expert, count, ends = np.empty(most, np.uint16), np.empty(most, np.int32), np.empty(len(rows.token_ids), np.int64)
+    n = counting.count_keys(rows.order, rows.starts, site.slots, site.words, width + 1, expert, count, ends)
+    return Sparse(site.site, np.repeat(rows.token_ids, np.diff(ends, prepend=0)), expert[:n].astype(np.int32), count[:n].astype(np.int64))
 
 
 def _by_document(site: int, by_run: np.ndarray, document: np.ndarray) -> Sparse:
@@ -197,11 +199,11 @@ def _by_document(site: int, by_run: np.ndarray, document: np.ndarray) -> Sparse:
 
 
 def _loss_blocks(tokens: pa.Table) -> Iterator[Block]:
-    labels = tokens["label"].cast(pa.string())
-    for label in pc.unique(labels).to_pylist():
-        mine = pc.is_null(labels) if label is None else pc.equal(labels, label)
-        loss = tokens["loss"].filter(mine).drop_null().to_numpy().astype(np.float64)
-        yield Block("loss", -1, np.array([len(loss)]), np.array([loss.sum()]), label=label)
+    codes, labels = _coded(tokens["label"])
+    known, losses = tokens["loss"].is_valid().to_numpy(), tokens["loss"].fill_null(0).to_numpy()
+    for i in np.unique(codes):
+        loss = losses[known & (codes == i)].astype(np.float64)
+        yield Block("loss", -1, np.array([len(loss)]), np.array([loss.sum()]), label=None if i < 0 else labels[i])
 
 
 def _nonzero(statistic: str, site: int, counts: np.ndarray, label: str | None = None) -> Block:

@@ -18,9 +18,12 @@ import pyarrow.parquet as pq
 
 from .files import stamp, sweep, write_atomically, write_json
 from .layout import write_routing, write_scores, write_table
+from .longtables import LongTable, by_site, write_long
 from .stats import Statistics, following_sites, merge_statistics, part_statistics
 from .store import MANIFEST, STATISTICS, RunError, open_run, valid_run_name
 from .trace import SCHEMA_VERSION, ModelCard, Part, Trace
+
+_PROGRESS = ("core", "tokens", "by_documents")  # the statistics of a part, as STATISTICS those of the run
 
 
 class RunWriter:
@@ -87,22 +90,22 @@ class RunWriter:
         write_atomically(self.folder / files[1], lambda p: write_routing(part, layers, p))
         write_atomically(self.folder / files[2], lambda p: write_scores(part, layers, p))
         progress = self.folder / "progress"
-        tables = (part.documents, stats.core, stats.by_token, stats.by_document)
-        for name, table in zip(("documents", "core", "tokens", "by_documents"), tables, strict=True):
-            write_atomically(progress / f"{name}-{number}.parquet", partial(write_table, table))
-        rows = {s: len(part.stream_tokens(s)) for s in part.first_rows}
+        write_atomically(progress / f"documents-{number}.parquet", partial(write_table, part.documents))
+        for name, rows in zip(_PROGRESS, (stats.core_rows, stats.token_rows, stats.document_rows), strict=True):
+            write_atomically(progress / f"{name}-{number}.parquet", partial(_store, rows))
+        n_rows = {s: len(part.stream_tokens(s)) for s in part.first_rows}
         record = {
             "index": part.index,
             "documents": len(set(part.documents["document"].to_pylist())),
             "first_rows": dict(part.first_rows),
-            "rows": rows,
+            "rows": n_rows,
             "files": {f: stamp(self.folder / f) for f in files},
         }
         write_json(progress / f"part-{number}.json", record)
         self._records.append(record)
         self.parts += 1
         self.documents += record["documents"]
-        for stream, n in rows.items():
+        for stream, n in n_rows.items():
             self.rows[stream] = self.rows.get(stream, 0) + n
 
     def commit(self) -> Trace:
@@ -112,11 +115,12 @@ class RunWriter:
         progress = self.folder / "progress"
 
         documents = pa.concat_tables([pq.read_table(p) for p in sorted(progress.glob("documents-*.parquet"))])
-        stats = merge_statistics(self._part_statistics())
-        tables = (documents, stats.core, stats.by_token, stats.by_document)
+        write_atomically(self.folder / "documents.parquet", partial(write_table, documents))
+        (progress / "sums").mkdir(exist_ok=True)
+        stats = merge_statistics(self._part_statistics(), progress / "sums")
+        for (name, _), rows in zip(STATISTICS, (stats.core_rows, stats.token_rows, stats.document_rows), strict=True):
+            write_atomically(self.folder / name, partial(_store, rows))
         names = ("documents.parquet", *(n for n, _ in STATISTICS))
-        for name, table in zip(names, tables, strict=True):
-            write_atomically(self.folder / name, partial(write_table, table))
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -133,9 +137,17 @@ class RunWriter:
         """The statistics of each part, read when it is its turn."""
         classes, following = tuple(x.n_classes for x in self.card.layers), following_sites(self.card.layers)
         for i in range(self.parts):
-            names = (f"{kind}-{i:05d}.parquet" for kind in ("core", "tokens", "by_documents"))
-            core, by_token, by_document = (pq.read_table(self.folder / "progress" / name) for name in names)
+            paths = (self.folder / "progress" / f"{name}-{i:05d}.parquet" for name in _PROGRESS)
+            core, by_token, by_document = (LongTable(p, schema) for p, (_, schema) in zip(paths, STATISTICS, strict=True))
             yield Statistics(core, by_token, by_document, classes, following)
+
+
+def _store(rows: pa.Table | LongTable, path: Path) -> None:
+    """Statistics as one file: that where they lie already, or counts by token id or document in row groups of one site."""
+    if isinstance(rows, LongTable):
+        os.replace(rows.path, path)
+    else:
+        write_long([rows] if "statistic" in rows.schema.names else by_site(rows), rows.schema, path)
 
 
 def _check_same_capture(path: Path, card: ModelCard, options: Mapping[str, Any]) -> None:

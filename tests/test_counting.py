@@ -32,6 +32,7 @@ def odd_part(layers: tuple[LayerInfo, ...]) -> Part:
     part = make_part(layers, [1, 700, 2, 130, 1, 64, 65], 7, labels=("a", None, "", "\u00e9"))
     ids = part.tokens["token_id"].to_numpy().copy()
     ids[::7], ids[3::11] = -1, 49_999
+    ids[200:236] = np.repeat(np.arange(100, 108), np.arange(1, 9))  # token ids seen once to eight times
     column = part.tokens.schema.get_field_index("token_id")
     tokens = part.tokens.set_column(column, part.tokens.schema.field(column), pa.array(ids))
     scores = []
@@ -129,10 +130,12 @@ def test_sparse_tables_equal_a_loop_in_their_order(layers: tuple[LayerInfo, ...]
             for e in experts:
                 if e >= 0:
                     tokens[i, row["token_id"], e] += 1
-                    documents[row["document"], i, e] += 1
+                    documents[i, row["document"], e] += 1
     assert min(k[1] for k in tokens) == -1
     assert [tuple(r.values()) for r in stats.by_token.to_pylist()] == [(*k, tokens[k]) for k in sorted(tokens)]
-    assert [tuple(r.values()) for r in stats.by_document.to_pylist()] == [(*k, documents[k]) for k in sorted(documents)]
+    assert [(r["site"], r["document"], r["expert"], r["count"]) for r in stats.by_document.to_pylist()] == [
+        (*k, documents[k]) for k in sorted(documents)
+    ]
 
 
 def test_a_part_of_no_tokens_counts_nothing() -> None:

@@ -3,18 +3,27 @@
 import random
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis import merging
-from analysis.merging import RunningSum, concatenated, summed_by_sorting
+from analysis import longtables, merging
+from analysis.longtables import LongTable, by_site, write_long
+from analysis.merging import LongSum, RunningSum
 from analysis.stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, merge_statistics, part_statistics
 
 from .synthetic import PLAIN, TWO_STREAMS, make_parts
 
 TABLES = {"core": (CORE, 3, CORE.names[:5]), "by_token": (BY_TOKEN, 1, BY_TOKEN.names[:3])}
+
+
+def summed_by_sorting(tables: list[pa.Table], schema: pa.Schema, keys: list[str]) -> pa.Table:
+    """The sum by Arrow's group-by."""
+    table = pa.concat_tables(tables).group_by(keys, use_threads=False).aggregate([(n, "sum") for n in schema.names if n not in keys])
+    table = table.rename_columns([n.removesuffix("_sum") for n in table.column_names]).select(schema.names)
+    return table.sort_by([(k, "ascending") for k in keys]).cast(schema).combine_chunks()
 
 
 def made(schema: pa.Schema, n: int, seed: int, span: int) -> pa.Table:
@@ -24,7 +33,7 @@ def made(schema: pa.Schema, n: int, seed: int, span: int) -> pa.Table:
         "statistic": pa.array(rng.choice(["flow", "load", "label"], n)), "site": pa.array(rng.integers(0, 3, n), pa.int16()),
         "label": pa.array([random.Random(int(x)).choice([None, "", "a", "\u00e9"]) for x in rng.integers(0, 99, n)], pa.string()),
         "a": pa.array(rng.integers(0, 9, n), pa.int32()), "b": pa.array(rng.integers(0, 9, n), pa.int32()),
-        "token_id": pa.array(rng.integers(-1, span, n), pa.int32()), "expert": pa.array(rng.integers(0, 9, n), pa.int32()),
+        "token_id": pa.array(rng.integers(-1, span, n), pa.int32()), "document": pa.array(rng.integers(0, span, n), pa.int32()), "expert": pa.array(rng.integers(0, 9, n), pa.int32()),
         "count": pa.array(rng.integers(0, 2**40, n)), "sum": pa.array(rng.random(n)),
     }  # fmt: skip
     return pa.table([columns[name] for name in schema.names], schema=schema)
@@ -66,21 +75,42 @@ def test_a_chunk_without_rows_adds_nothing(name: str) -> None:
 
 def test_nothing_added_is_an_empty_table() -> None:
     assert RunningSum(CORE, 3).table().equals(CORE.empty_table())
-    assert concatenated([BY_DOCUMENT.empty_table()], BY_DOCUMENT, "document").equals(BY_DOCUMENT.empty_table())
+    assert LongSum(BY_DOCUMENT, "document", None).total().equals(BY_DOCUMENT.empty_table())
 
 
 def test_documents_that_two_parts_share_are_added_up() -> None:
-    """Parts hold whole documents, so as a rule the tables are only put in order; here part 1 comes twice."""
+    """Parts hold whole documents, but nothing rests on it; here part 1 comes twice."""
     one, two, three = (part_statistics(p, PLAIN) for p in make_parts(PLAIN, 3))
     merged = merge_statistics([three, two, one, two]).by_document
-    keys = BY_DOCUMENT.names[:-1]
-    assert merged.equals(summed_by_sorting([x.by_document for x in (one, two, two, three)], BY_DOCUMENT, keys))
-    apart = merge_statistics(x for x in (three, one, two)).by_document
-    assert apart.combine_chunks().equals(summed_by_sorting([x.by_document for x in (one, two, three)], BY_DOCUMENT, keys))
+    keys = ["site", "document", "expert"]
+    assert merged.combine_chunks().equals(summed_by_sorting([x.by_document for x in (one, two, two, three)], BY_DOCUMENT, keys))
+
+
+@pytest.mark.parametrize("span", [40, 2**31 - 1], ids=["vocabulary", "ids far apart"])
+@pytest.mark.parametrize("name", ["by_token", "by_document"])
+def test_sums_on_disk_are_those_in_memory(name: str, span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spilled at every table, swept a few rows at a time, three runs at once, rows that one key fills a row group with: the same table."""
+    schema, key = {"by_token": (BY_TOKEN, "token_id"), "by_document": (BY_DOCUMENT, "document")}[name]
+    for what, most in (("PENDING_ROWS", 50), ("SPILL_ROWS", 100), ("SWEEP_ROWS", 20), ("FAN_IN", 3)):
+        monkeypatch.setattr(merging, what, most)
+    monkeypatch.setattr(longtables, "GROUP_ROWS", 7)
+    tables = [made(schema, n, n, s) for n, s in ((200, span), (0, 1), (1, 9), (500, span), (90, 3), (300, span), (301, 2), (40, span))]
+    spilled, read = LongSum(schema, key, tmp_path / "a"), LongSum(schema, key, tmp_path / "b")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    keys = ["site", key, "expert"]
+    for i, table in enumerate(tables):
+        spilled.add(table)
+        write_long(by_site(summed_by_sorting([table], schema, keys)), schema, tmp_path / f"{i}.parquet")
+        read.add(LongTable(tmp_path / f"{i}.parquet", schema))
+    for total in (spilled.total(), read.total()):
+        assert isinstance(total, LongTable)
+        assert total.table().combine_chunks().equals(summed_by_sorting(tables, schema, keys))
+        assert {a == b for a, b in total.extents("site")} == {True}
 
 
 def test_parts_are_taken_one_by_one() -> None:
-    """When a part is asked for, only the one before it is still held: memory need not hold them all."""
+    """When a part is asked for, none before it is still held: memory need not hold them all."""
     alive: list[int] = []
 
     def parts() -> Iterator[Statistics]:
@@ -92,4 +122,4 @@ def test_parts_are_taken_one_by_one() -> None:
             del stats
 
     merge_statistics(parts())
-    assert alive == [0, 1, 1, 1, 1]
+    assert alive == [0, 0, 0, 0, 0]

@@ -16,6 +16,7 @@ import pytest
 
 from analysis.files import stamp, write_atomically
 from analysis.layout import GROUP_ROWS, write_table
+from analysis.longtables import LongTable
 from analysis.store import RunError, delete_run, list_runs, open_run, valid_run_name, verify_run
 from analysis.trace import TOKENS, LayerInfo, Part, SiteRouting, Trace
 from analysis.writing import RunWriter
@@ -117,6 +118,62 @@ def test_a_changed_page_is_an_error_that_names_the_file(tmp_path: Path) -> None:
                 assert path.name in str(error) and "restore it" in str(error)
         path.write_bytes(original)
     assert refused > 100
+
+
+@pytest.mark.parametrize("name", ["stats.parquet", "token_stats.parquet", "document_stats.parquet"])
+def test_changed_statistics_are_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
+    """They are read when asked for. Any one byte of a page changed: the right counts or a RunError, never other counts."""
+    run = tmp_path / "run"
+    stored(run, UNEVEN)
+    documents, rng, refused = np.arange(9), random.Random(2), 0
+    original = (run / name).read_bytes()
+
+    def answers() -> list[np.ndarray]:
+        stats, sites = open_run(run).stats, range(len(UNEVEN))
+        core = [
+            x for s in sites for x in (stats.load(s), stats.coactivation(s), stats.flow(s), stats.position_load(s), stats.label_load(s)[1])
+        ]
+        return [*core, *(stats.document_load(s, documents) for s in sites), *(x for s in sites for x in stats.token_load(s))]
+
+    expected = answers()
+    for at in rng.sample(range(4, len(original) - 8 - int.from_bytes(original[-8:-4], "little")), 100):
+        damaged = bytearray(original)
+        damaged[at] ^= 1 << rng.randrange(8)
+        (run / name).write_bytes(damaged)
+        try:
+            found = answers()
+            assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), f"byte {at} changed a count silently"
+        except RunError as error:
+            refused += 1
+            assert name in str(error) and "restore it" in str(error)
+    assert refused > 50
+
+
+def test_a_footer_that_hides_rows_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the footer says of a row group carries no checksum: rows it keeps from being read are missed in the sum."""
+    stored(tmp_path / "run")
+    stats = open_run(tmp_path / "run").stats
+    assert stats.load(1).sum() == stats.token_load(1)[2].sum() == stats.document_load(1, np.arange(9)).sum() > 0
+    monkeypatch.setattr(LongTable, "_extents", lambda self, column: [(7, 7)] * self._footer.num_row_groups)
+    with pytest.raises(RunError, match="token_stats.parquet is damaged"):
+        stats.token_load(1)
+    with pytest.raises(RunError, match="document_stats.parquet is damaged"):
+        stats.document_load(1, np.arange(9))
+
+
+def test_opening_reads_no_statistics(tmp_path: Path) -> None:
+    """They are read when asked for: until then files of the right size need not even be Parquet."""
+    stored(tmp_path / "run")
+    for name in ("stats.parquet", "token_stats.parquet", "document_stats.parquet"):
+        path = tmp_path / "run" / name
+        path.write_bytes(bytes(path.stat().st_size))
+    stats = open_run(tmp_path / "run").stats
+    for read in (lambda: stats.load(0), lambda: stats.core):
+        with pytest.raises(RunError, match="/stats.parquet is damaged"):
+            read()
+    for name in ("by_token", "by_document"):
+        with pytest.raises(RunError, match=f"{name[3:]}_stats.parquet is damaged"):
+            getattr(stats, name)
 
 
 def test_a_part_that_vanishes_is_named(tmp_path: Path) -> None:

@@ -155,12 +155,16 @@ def grow(decisions: int) -> None:
 
     part_statistics(zipf_part(layers, DOCUMENT), layers)  # what was compiled once is loaded
     base, start = peak_memory(), time.process_time()
-    stats = merge_statistics(counted())  # type: ignore[arg-type]
-    took = time.process_time() - start - made[0]
-    done = sum(int(stats.load(x.index).sum()) for x in layers)
-    answer = sum(t.nbytes for t in (stats.core, stats.by_token, stats.by_document)) / 2**20
+    with tempfile.TemporaryDirectory() as folder:
+        stats = merge_statistics(counted(), Path(folder))  # type: ignore[arg-type]
+        took = time.process_time() - start - made[0]
+        done = sum(int(stats.load(x.index).sum()) for x in layers)
+        assert done == sum(int(stats.token_load(x.index)[2].sum()) for x in layers)
+        size = sum(
+            rows.nbytes if isinstance(rows, pa.Table) else rows.path.stat().st_size for rows in (stats.token_rows, stats.document_rows)
+        )
     print(f"  {done:13,d} decisions: {took:6.2f} CPU s = {done / took / 1e6:5.1f} M per CPU s; peak {peak_memory():4.0f} MB, of it {base:.0f} before "
-          f"counting and {answer:.0f} the answer ({stats.by_token.num_rows / 1e6:.1f} M token rows)", flush=True)  # fmt: skip
+          f"counting; {stats.token_rows.num_rows / 1e6:.1f} M token rows, long tables of {size / 2**20:.0f} MB", flush=True)  # fmt: skip
 
 
 def main() -> None:

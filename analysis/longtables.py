@@ -1,0 +1,123 @@
+"""Long sorted tables of counts on disk: written in row groups of one key, read by the row groups that a question needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+GROUP_ROWS = 65_536
+
+
+class LongTable:
+    """A table in a Parquet file, of which nothing is read before it is asked for.
+
+    ``reading`` surrounds every access, so that the owner of the file can name it in errors. Pages carry checksums, but what the footer
+    says of them does not: a text there must be one of ``texts``, and ``where`` can be told what the counts must add up to.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+                 texts: frozenset[str] = frozenset()) -> None:  # fmt: skip
+        self.path, self.schema, self._reading, self._texts = path, schema, reading, texts
+
+    def table(self) -> pa.Table:
+        """The whole table."""
+        with self._reading():
+            return self._read(range(self._footer.num_row_groups))
+
+    def where(self, column: str, value: str | int, total: int | None = None) -> pa.Table:
+        """The rows with ``value`` in ``column``, in the file's order. ValueError where their counts do not sum to ``total``."""
+        with self._reading():
+            groups = [i for i, x in enumerate(self._extents(column)) if x is not None and x[0] <= value <= x[1]]
+            found = _where(self._read(groups), column, value)
+            if total is not None and (pc.sum(found["count"]).as_py() or 0) != total:
+                raise ValueError(f"the counts where {column} is {value} do not add up to {total}")
+            return found
+
+    def extents(self, column: str) -> list[tuple[Any, Any] | None]:
+        """Least and greatest value of a column in each row group; None for a group without rows."""
+        with self._reading():
+            return self._extents(column)
+
+    def opened(self) -> pq.ParquetFile:
+        """The file, to be closed by the caller, for ``group``."""
+        with self._reading():
+            return pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True)
+
+    def group(self, file: pq.ParquetFile, number: int) -> pa.Table:
+        """One row group of the ``opened`` file."""
+        with self._reading():
+            return file.read_row_group(number, columns=self.schema.names, use_threads=False)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, as the footer says."""
+        with self._reading():
+            return int(self._footer.num_rows)
+
+    @cached_property
+    def _footer(self) -> pq.FileMetaData:
+        return pq.read_metadata(self.path)
+
+    def _extents(self, column: str) -> list[tuple[Any, Any] | None]:
+        at, out = self._footer.schema.names.index(column), []
+        for i in range(self._footer.num_row_groups):
+            group = self._footer.row_group(i)
+            known = group.column(at).statistics
+            if group.num_rows and (known is None or not known.has_min_max):
+                raise ValueError(f"row group {i} does not say which {column} it holds")
+            extent = (known.min, known.max) if group.num_rows else None
+            if extent is not None and isinstance(extent[0], str) and not self._texts.issuperset(extent):
+                raise ValueError(f"row group {i} holds {column} {extent}, which is none")
+            out.append(extent)
+        return out
+
+    def _read(self, groups: Sequence[int]) -> pa.Table:
+        with pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True) as file:
+            return file.read_row_groups(list(groups), columns=self.schema.names).select(self.schema.names).cast(self.schema)
+
+
+def whole(rows: pa.Table | LongTable) -> pa.Table:
+    """All rows, of a table in memory or on disk."""
+    return rows.table() if isinstance(rows, LongTable) else rows
+
+
+def where(rows: pa.Table | LongTable, column: str, value: str | int, total: int | None = None) -> pa.Table:
+    """The rows with ``value`` in ``column``, of a table in memory or on disk; ``total`` is what to check the latter by."""
+    return rows.where(column, value, total) if isinstance(rows, LongTable) else _where(rows, column, value)
+
+
+def _where(table: pa.Table, column: str, value: str | int) -> pa.Table:
+    if pa.types.is_integer(table.schema.field(column).type):
+        found = np.flatnonzero(table[column].to_numpy() == value)
+        if len(found) and found[-1] - found[0] == len(found) - 1:  # one stretch, as in every table sorted by the column
+            return table.slice(found[0], len(found))
+    return table.filter(pc.equal(table[column], value))
+
+
+def by_site(table: pa.Table) -> Iterator[pa.Table]:
+    """The rows of each site that has some, of a table sorted by it."""
+    site = table["site"].to_numpy()
+    bounds = [0, *(np.flatnonzero(np.diff(site)) + 1), len(site)]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        if start < stop:
+            yield table.slice(start, stop - start)
+
+
+def write_long(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
+    """Tables one below the other in a Parquet file, each in row groups of its own; zstd, page checksums.
+
+    A column sorted within a row group costs a third without a dictionary, and counts as differences a quarter less time.
+    """
+    coded = [n for n in schema.names if n not in ("site", "token_id", "document", "count")]
+    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=1, write_page_checksum=True, use_dictionary=coded,
+                          column_encoding={"count": "DELTA_BINARY_PACKED"}) as writer:  # fmt: skip
+        for table in tables:
+            writer.write_table(table.select(schema.names), row_group_size=GROUP_ROWS)
