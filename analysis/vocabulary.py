@@ -7,9 +7,13 @@ the model itself predicted next is not recorded by a capture (see PREDICTED_NEXT
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +32,7 @@ _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:pad|unk|bos|eos|mask)>|\[(?:CLS|SEP|P
 _RAW_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
 
 
+@lru_cache(maxsize=2**18)  # a vocabulary: every site asks for the same texts
 def token_class(text: str) -> str:
     """The kind of a token's readable text, one of CLASSES.
 
@@ -43,7 +48,7 @@ def token_class(text: str) -> str:
     letters = [c for c in text if c.isalpha()]
     if not letters:
         return "digits" if any(c.isnumeric() for c in text) else "punctuation"
-    if any(unicodedata.east_asian_width(c) in "WF" for c in letters):
+    if not text.isascii() and any(unicodedata.east_asian_width(c) in "WF" for c in letters):
         return "ideographs"
     return "word starts" if text[0].isspace() else "word parts"
 
@@ -57,9 +62,9 @@ def class_codes(trace: Trace, stream: str = "decoder") -> np.ndarray:
     return np.asarray(kinds[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
 
 
-def by_class(trace: Trace, site: int) -> Preferences:
-    """Preferences of the token classes that occur. Null and cost as in ``by_group``."""
-    codes = class_codes(trace, trace.layers[site].stream)
+def by_class(trace: Trace, site: int, codes: np.ndarray | None = None) -> Preferences:
+    """Preferences of the token classes that occur. Null and cost as in ``by_group``; ``codes`` are class_codes where at hand."""
+    codes = class_codes(trace, trace.layers[site].stream) if codes is None else codes
     present = np.flatnonzero(np.bincount(codes[codes >= 0], minlength=len(CLASSES)))
     place = np.full(len(CLASSES) + 1, -1)
     place[present] = np.arange(len(present))
@@ -281,13 +286,31 @@ def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAS
 
     Ties by falling count, then by id. Empty where nothing is.
     """
+    return top_tokens_of(trace, counts, [expert], least, most, draws, seed)[0]
+
+
+def top_tokens_of(trace: Trace, counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20, draws: int = DRAWS,
+                  seed: int = 0) -> tuple[tuple[TokenUse, ...], ...]:  # fmt: skip
+    """``top_tokens`` of each of ``experts``, shared out among the cores."""
+    dealt = np.bincount(counts.row, counts.count, len(counts.ids)).astype(np.int64)
+    one = partial(_top_uses, counts, dealt, (counts.tokens >= least) & (dealt > 0), most=most, draws=draws, seed=seed)
+    with ThreadPoolExecutor(
+        min(len(experts), os.cpu_count() or 1) or 1
+    ) as pool:  # the draws, nearly all of the time, run without Python's lock
+        found = list(pool.map(one, experts))
+    ids = np.unique([use.token_id for uses in found for use in uses]).astype(np.int64)
+    text = dict(zip(ids.tolist(), token_texts(trace, ids, trace.layers[counts.site].stream), strict=True))
+    return tuple(tuple(replace(use, text=text[use.token_id]) for use in uses) for uses in found)
+
+
+def _top_uses(counts: TokenCounts, dealt: np.ndarray, often: np.ndarray, expert: int, *, most: int, draws: int,
+              seed: int) -> list[TokenUse]:  # fmt: skip
+    """Without texts. ``dealt`` int64 [V]: assignments of each id; ``often`` bool [V]: those that are looked at."""
     mine = counts.expert == expert
     used = np.bincount(counts.row[mine], counts.count[mine], len(counts.ids)).astype(np.int64)
-    dealt = np.bincount(counts.row, counts.count, len(counts.ids)).astype(np.int64)
     total, n = int(used.sum()), int(counts.tokens.sum())
-    often = (counts.tokens >= least) & (dealt > 0)
     if not total or not often.any():
-        return ()
+        return []
     share = used[often] / counts.tokens[often]
     lift = share / (total / n)
     rate = total / dealt.sum()
@@ -298,6 +321,4 @@ def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAS
     p = family_p((used[often] - expected) / spread, maximum, False)
     ids, count, tokens = counts.ids[often], used[often], counts.tokens[often]
     order = [i for i in np.lexsort((ids, -count, -lift)) if lift[i] > 1][:most]
-    texts = token_texts(trace, ids[order], trace.layers[counts.site].stream)
-    return tuple(TokenUse(int(ids[i]), text, int(count[i]), int(tokens[i]), float(share[i]), float(lift[i]), float(p[i]))
-                 for i, text in zip(order, texts, strict=True))  # fmt: skip
+    return [TokenUse(int(ids[i]), None, int(count[i]), int(tokens[i]), float(share[i]), float(lift[i]), float(p[i])) for i in order]

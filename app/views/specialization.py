@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -12,7 +14,15 @@ from analysis.information import Information
 from analysis.paths import PairCounts, coactivation, flow, repetition
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
 from analysis.trace import Trace
-from analysis.vocabulary import by_class, context_independence, input_tokens, top_tokens, vocabulary_specialization
+from analysis.vocabulary import (
+    TokenUse,
+    VocabularySpecialization,
+    by_class,
+    context_independence,
+    input_tokens,
+    top_tokens_of,
+    vocabulary_specialization,
+)
 from app import charts, text
 from app.downloads import computed_downloads, figure_config
 from app.selection import choice, current_trace, layer_picker, recording_id, theme
@@ -31,13 +41,21 @@ CLEAR = 1.5  # lift from which a significant preference is called one in the hea
 @st.cache_resource(max_entries=64, show_spinner="Testing every cell against shuffled labels …")
 def preferences(_trace: Trace, run: str, site: int, kind: str) -> Preferences:
     """Effects and tests of one site; ``run`` names the trace with its date."""
-    return {"label": by_label, "class": by_class, "position": by_position}[kind](_trace, site)
+    made: dict[str, Callable[[Trace, int], Preferences]] = {"label": by_label, "class": by_class, "position": by_position}
+    return made[kind](_trace, site)
 
 
 @st.cache_resource(max_entries=8, show_spinner="Measuring every layer …")
 def informations(_trace: Trace, run: str) -> list[Information]:
     """I(expert; label) of every site."""
     return [label_information(_trace, x.index) for x in _trace.layers]
+
+
+@st.cache_resource(max_entries=16, show_spinner="Dealing every expert's assignments to the tokens again …")
+def vocabulary(_trace: Trace, run: str, site: int) -> tuple[Information, VocabularySpecialization, tuple[tuple[TokenUse, ...], ...]]:
+    """(context independence, eq. 8, each expert's tokens by lift) of one site."""
+    counts = input_tokens(_trace, site)
+    return context_independence(counts), vocabulary_specialization(counts), top_tokens_of(_trace, counts, range(counts.classes), most=8)
 
 
 def show_preferences(found: Preferences, site: int) -> None:
@@ -95,8 +113,7 @@ def show_layers() -> None:
 
 def show_vocabulary() -> pa.Table:
     """How far the token id alone decides, and the tokens each expert is used for most."""
-    counts = input_tokens(trace, site)
-    alone, words = context_independence(counts), vocabulary_specialization(counts)
+    alone, words, found = vocabulary(trace, run, site)
     share = alone.share_of(alone.entropy_y)
     text.show_heading(f"At {trace.layers[site].title}, the token alone explains {share:.0%} of which expert is used.")
     text.show_note(
@@ -104,9 +121,8 @@ def show_vocabulary() -> pa.Table:
         f" {alone.floor:.2f}. n = {alone.n:,} assignments of {words.n_ids:,} ids. Vocabulary specialization (OLMoE eq. 8) over ids seen at least"
         f" {words.least} times: {words.frequent:.2f}, by chance {words.chance_frequent:.2f}."
     )
-    found = {e: top_tokens(trace, counts, e, most=8) for e in range(counts.classes)}
-    table = pa.Table.from_pylist([{"expert": e, **vars(t)} for e, uses in found.items() for t in uses])
-    by_expert = {e: [f"{text.visible_token(t.text or '?')} {t.lift:.1f}x" for t in uses] for e, uses in found.items()}
+    table = pa.Table.from_pylist([{"expert": e, **vars(t)} for e, uses in enumerate(found) for t in uses])
+    by_expert = {e: [f"{text.visible_token(t.text or '?')} {t.lift:.1f}x" for t in uses] for e, uses in enumerate(found)}
     st.dataframe(
         pd.DataFrame([{"expert": e, "tokens it is used for most, by lift": "   ".join(t)} for e, t in by_expert.items()]), hide_index=True
     )
