@@ -24,6 +24,7 @@ from .specialization import Preferences, blocks, by_group
 from .trace import Trace, TraceError
 
 LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"
+CERTAIN = 1e-6  # chance, below which it is not drawn whether it happens
 DRAWS = 199  # shuffles of a token's test: no p below 1 / (DRAWS + 1) can show
 PREDICTED_NEXT = "A capture records routing and loss, not the model's output: the predicted next token is not known. Use the next token."
 CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
@@ -315,10 +316,26 @@ def _top_uses(counts: TokenCounts, dealt: np.ndarray, often: np.ndarray, expert:
     lift = share / (total / n)
     rate = total / dealt.sum()
     expected, spread = dealt[often] * rate, np.sqrt(dealt[often])  # binomial error but for a factor all ids share
-    colours = np.append(dealt[often], dealt.sum() - dealt[often].sum())  # rare ids together: none of them is looked at
-    null = np.random.default_rng(seed).multivariate_hypergeometric(colours, total, draws, method="marginals")[:, :-1]
-    maximum = ((null - expected) / spread).max(1)
-    p = family_p((used[often] - expected) / spread, maximum, False)
+    standing = (used[often] - expected) / spread
     ids, count, tokens = counts.ids[often], used[often], counts.tokens[often]
     order = [i for i in np.lexsort((ids, -count, -lift)) if lift[i] > 1][:most]
+    if order and draws * _reached(dealt[often], rate, float(standing[order].min())) < CERTAIN:
+        maximum = np.full(draws, -np.inf)  # no draw comes near
+    else:
+        colours = np.append(dealt[often], dealt.sum() - dealt[often].sum())  # rare ids together: none of them is looked at
+        null = np.random.default_rng(seed).multivariate_hypergeometric(colours, total, draws, method="marginals")[:, :-1]
+        maximum = ((null - expected) / spread).max(1)
+    p = family_p(standing, maximum, False)
     return [TokenUse(int(ids[i]), None, int(count[i]), int(tokens[i]), float(share[i]), float(lift[i]), float(p[i])) for i in order]
+
+
+def _reached(dealt: np.ndarray, rate: float, standing: float) -> float:
+    """Bound on P(an id's assignments, dealt at random, exceed what is expected by ``standing`` x sqrt(dealt)), summed over ids.
+
+    Hoeffding 1963: draws without return keep the binomial's bound exp(-n KL(q || rate)).
+    """
+    q = rate + standing * (1 - 1e-6) / np.sqrt(dealt)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exponent = q * np.log(q / rate) + (1 - q) * np.log((1 - q) / (1 - rate))
+        bound = np.exp(-dealt * exponent)
+    return float(np.where(q >= 1, np.where(q > 1, 0.0, rate**dealt), np.where(q <= rate, 1.0, bound)).sum())

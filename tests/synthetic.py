@@ -104,7 +104,7 @@ TEXTS = tuple((f" word{i}", f"part{i}", f" name{i}", f"{i}", "," * (1 + i % 7))[
 def zipf_parts(layers: Sequence[LayerInfo], tokens: int, seed: int = 0, part_tokens: int = PART_TOKENS) -> Iterator[Part]:
     """Parts of ``tokens`` tokens in all that look like text: what benches run on. The number of experts must be a power of two.
 
-    Documents of LABELS in turn, of log-normal length (median 400, 16 to 4,096; the first of each part has 1,000, the last is cut).
+    Documents of LABELS in turn, of log-normal length (median 400, 16 to 4,096; the second of each part has 1,000, the last is cut).
     Token ids follow Zipf(1.05) over VOCABULARY, each label with an order of its own for half of its tokens. At each site a
     token id has 3k candidates, of which k are drawn without return, the first ones most often; slots by falling weight,
     weights exact in bfloat16.
@@ -115,7 +115,7 @@ def zipf_parts(layers: Sequence[LayerInfo], tokens: int, seed: int = 0, part_tok
     first_document = 0
     for index, first in enumerate(range(0, tokens, part_tokens)):
         rng, n = np.random.default_rng([seed, index]), min(part_tokens, tokens - first)
-        lengths = np.append(1_000, np.clip(np.exp(rng.normal(np.log(400), 0.9, n // 16)), 16, 4_096).astype(int))
+        lengths = np.append([137, 1_000], np.clip(np.exp(rng.normal(np.log(400), 0.9, n // 16)), 16, 4_096).astype(int))
         lengths = np.diff(np.unique(np.minimum(np.append(0, np.cumsum(lengths)), n)))
         label = (first_document + np.repeat(np.arange(len(lengths)), lengths)) % len(LABELS)
         ids = np.minimum(np.searchsorted(edges, rng.random(n)), VOCABULARY - 1).astype(np.int32)
