@@ -27,6 +27,7 @@ LEAST = 10  # occurrences of a token id for a statement about it: a token seen o
 CERTAIN = 1e-6  # chance, below which it is not drawn whether it happens
 DRAWS = 199  # shuffles of a token's test: no p below 1 / (DRAWS + 1) can show
 PREDICTED_NEXT = "A capture records routing and loss, not the model's output: the predicted next token is not known. Use the next token."
+WORKERS = 4  # each holds the draws of one expert: some 50 MB for 10,000 token ids
 CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
            "special tokens", "empty tokens")  # fmt: skip
 _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:pad|unk|bos|eos|mask)>|\[(?:CLS|SEP|PAD|MASK|UNK)\]", re.I)
@@ -295,9 +296,7 @@ def top_tokens_of(trace: Trace, counts: TokenCounts, experts: Sequence[int], lea
     """``top_tokens`` of each of ``experts``, shared out among the cores."""
     dealt = np.bincount(counts.row, counts.count, len(counts.ids)).astype(np.int64)
     one = partial(_top_uses, counts, dealt, (counts.tokens >= least) & (dealt > 0), most=most, draws=draws, seed=seed)
-    with ThreadPoolExecutor(
-        min(len(experts), os.cpu_count() or 1) or 1
-    ) as pool:  # the draws, nearly all of the time, run without Python's lock
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, WORKERS)) as pool:  # draws, nearly all of the time, run without Python's lock
         found = list(pool.map(one, experts))
     ids = np.unique([use.token_id for uses in found for use in uses]).astype(np.int64)
     text = dict(zip(ids.tolist(), token_texts(trace, ids, trace.layers[counts.site].stream), strict=True))
