@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from .paths import PairCounts, coactivation, flow
 from .specialization import ROWS, Preferences, by_label, effects
@@ -118,8 +119,9 @@ def site_evidence(trace: Trace, site: int) -> SiteEvidence:
     if trace.source is None or trace.tokens is None:
         missing.append("token classes, texts and passages: the run holds statistics only")
     else:
-        classes = by_class(trace, site)
-        crossed = _crossed(trace, site, labels.groups, classes)
+        codes = class_codes(trace, layer.stream)
+        classes = by_class(trace, site, codes)
+        crossed = _crossed(trace, site, labels.groups, classes, codes)
     if trace.tokens is not None or trace.stats.load(site).sum() == trace.stats.n_tokens(site) * layer.top_k:
         tokens = input_tokens(trace, site)
         token_use = document_use(trace, tokens)
@@ -202,7 +204,7 @@ def _together(evidence: SiteEvidence, labels: Sequence[int], classes: Sequence[i
     return (float(count / n / base) if n and base else 0.0), name, count
 
 
-def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: Preferences) -> Preferences | None:
+def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: Preferences, codes: np.ndarray) -> Preferences | None:
     """Effects of label x class, in one pass; None for a run without labels."""
     layer = trace.layers[site]
     if not labels:
@@ -213,7 +215,7 @@ def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: Preferen
     numbers, inverse = np.unique(table["document"].to_numpy(), return_inverse=True)
     label = np.array([of_document[int(d)] for d in numbers])[inverse]
     column = np.array([classes.groups.index(c) if c in classes.groups else -1 for c in CLASSES] + [-1])
-    kind = column[class_codes(trace, layer.stream)]
+    kind = column[codes]
     group = np.where((label >= 0) & (kind >= 0), label * len(classes.groups) + kind, -1)
     size = len(labels) * len(classes.groups)
     counts = np.zeros(size * layer.n_classes, np.int64)
@@ -287,7 +289,8 @@ def passages(trace: Trace, site: int, expert: int, most: int = 5, width: int = 2
             if masses[best] > 0:
                 found.append((-float(masses[best]), row["first_row"] + best * width, row))
         found = sorted(found, key=lambda x: x[:2])[:most]
-    return tuple(_passage(trace, site, expert, at, min(at + width, row["first_row"] + row["n_tokens"]), row) for _, at, row in found)
+    texts = trace.stream_tokens(stream)["token"]
+    return tuple(_passage(trace, texts, site, expert, at, min(at + width, row["first_row"] + row["n_tokens"]), row) for _, at, row in found)
 
 
 def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -304,10 +307,10 @@ def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return out
 
 
-def _passage(trace: Trace, site: int, expert: int, start: int, stop: int, row: dict[str, Any]) -> Passage:
+def _passage(trace: Trace, stream_texts: pa.ChunkedArray, site: int, expert: int, start: int, stop: int, row: dict[str, Any]) -> Passage:
     routing = trace.routing(site, start, stop)
     here = routing.experts == expert
     weights = np.where(here, routing.weights, 0).sum(1)
-    texts = trace.stream_tokens(trace.layers[site].stream)["token"].slice(start, stop - start).to_pylist()
+    texts = stream_texts.slice(start, stop - start).to_pylist()
     return Passage(row["document"], row["name"], row["label"], start, stop, tuple(texts), tuple(weights.tolist()), int(here.any(1).sum()),
                    float(weights.sum(dtype=np.float64)))  # fmt: skip

@@ -358,4 +358,5 @@ def by_document(documents: pa.Table, stream: str = "decoder") -> Iterator[tuple[
 
 
 def _of_stream(tokens: pa.Table, stream: str) -> pa.Table:
-    return tokens.filter(pc.equal(tokens["stack"], stream))
+    mine = pc.equal(tokens["stack"], stream)
+    return tokens if pc.all(mine).as_py() else tokens.filter(mine)  # most runs have one stream: nothing is copied

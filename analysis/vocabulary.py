@@ -7,10 +7,13 @@ pass over a site's decisions. Definitions: OLMoE (arXiv 2409.02060) eq. 8 for vo
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from types import MappingProxyType
 
 import numpy as np
@@ -22,17 +25,20 @@ from .specialization import Preferences, blocks, by_group
 from .trace import Trace, TraceError
 
 LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"
+CERTAIN = 1e-6  # chance, below which it is not drawn whether it happens
 DRAWS = 199  # shuffles of a token's test: no p below 1 / (DRAWS + 1) can show
 PREDICTED_NEXT = (
     "The predicted next token is not known here: the model has no language head, or the run was recorded before predictions were."
     " Use the next token, or record the run again."
 )
+WORKERS = 4  # each holds the draws of one expert: some 50 MB for 10,000 token ids
 CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
            "special tokens", "empty tokens")  # fmt: skip
 _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:pad|unk|bos|eos|mask)>|\[(?:CLS|SEP|PAD|MASK|UNK)\]", re.I)
 _RAW_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
 
 
+@lru_cache(maxsize=2**18)  # a vocabulary: every site asks for the same texts
 def token_class(text: str) -> str:
     """The kind of a token's readable text, one of CLASSES.
 
@@ -48,7 +54,7 @@ def token_class(text: str) -> str:
     letters = [c for c in text if c.isalpha()]
     if not letters:
         return "digits" if any(c.isnumeric() for c in text) else "punctuation"
-    if any(unicodedata.east_asian_width(c) in "WF" for c in letters):
+    if not text.isascii() and any(unicodedata.east_asian_width(c) in "WF" for c in letters):
         return "ideographs"
     return "word starts" if text[0].isspace() else "word parts"
 
@@ -62,9 +68,9 @@ def class_codes(trace: Trace, stream: str = "decoder") -> np.ndarray:
     return np.asarray(kinds[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
 
 
-def by_class(trace: Trace, site: int) -> Preferences:
-    """Preferences of the token classes that occur. Null and cost as in ``by_group``."""
-    codes = class_codes(trace, trace.layers[site].stream)
+def by_class(trace: Trace, site: int, codes: np.ndarray | None = None) -> Preferences:
+    """Preferences of the token classes that occur. Null and cost as in ``by_group``; ``codes`` are class_codes where at hand."""
+    codes = class_codes(trace, trace.layers[site].stream) if codes is None else codes
     present = np.flatnonzero(np.bincount(codes[codes >= 0], minlength=len(CLASSES)))
     place = np.full(len(CLASSES) + 1, -1)
     place[present] = np.arange(len(present))
@@ -375,25 +381,55 @@ def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAS
 
     Ties by falling count, then by id. Empty where nothing is. ``use`` is ``document_use(trace, counts)``.
     """
+    return top_tokens_of(trace, counts, [expert], least, most, draws, seed, use)[0]
+
+
+def top_tokens_of(trace: Trace, counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20, draws: int = DRAWS,
+                  seed: int = 0, use: DocumentUse | None = None) -> tuple[tuple[TokenUse, ...], ...]:  # fmt: skip
+    """``top_tokens`` of each of ``experts``, shared out among the cores."""
+    dealt = np.bincount(counts.row, counts.count, len(counts.ids)).astype(np.int64)
+    one = partial(_top_uses, counts, dealt, (counts.tokens >= least) & (dealt > 0), most=most, draws=draws, seed=seed, use=use)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, WORKERS)) as pool:  # draws, nearly all of the time, run without Python's lock
+        found = list(pool.map(one, experts))
+    ids = np.unique([use.token_id for uses in found for use in uses]).astype(np.int64)
+    text = dict(zip(ids.tolist(), token_texts(trace, ids, trace.layers[counts.site].stream), strict=True))
+    return tuple(tuple(replace(use, text=text[use.token_id]) for use in uses) for uses in found)
+
+
+def _top_uses(counts: TokenCounts, dealt: np.ndarray, often: np.ndarray, expert: int, *, most: int, draws: int,
+              seed: int, use: DocumentUse | None) -> list[TokenUse]:  # fmt: skip
+    """Without texts. ``dealt`` int64 [V]: assignments of each id; ``often`` bool [V]: those that are looked at."""
     mine = counts.expert == expert
     used = np.bincount(counts.row[mine], counts.count[mine], len(counts.ids)).astype(np.int64)
-    dealt = np.bincount(counts.row, counts.count, len(counts.ids)).astype(np.int64)
     total, n = int(used.sum()), int(counts.tokens.sum())
-    often = (counts.tokens >= least) & (dealt > 0)
     if not total or not often.any():
-        return ()
+        return []
     share = used[often] / counts.tokens[often]
     lift = share / (total / n)
     rate = total / dealt.sum()
     expected, spread = dealt[often] * rate, np.sqrt(dealt[often])  # binomial error but for a factor all ids share
-    colours = np.append(dealt[often], dealt.sum() - dealt[often].sum())  # rare ids together: none of them is looked at
-    null = np.random.default_rng(seed).multivariate_hypergeometric(colours, total, draws, method="marginals")[:, :-1]
-    maximum = ((null - expected) / spread).max(1)
-    p = family_p((used[often] - expected) / spread, maximum, False)
+    standing = (used[often] - expected) / spread
     ids, count, tokens = counts.ids[often], used[often], counts.tokens[often]
     documents, leaning = (None, None) if use is None else (use.documents[often].tolist(), use.leaning[often, expert].tolist())
     order = [i for i in np.lexsort((ids, -count, -lift)) if lift[i] > 1][:most]
-    texts = token_texts(trace, ids[order], trace.layers[counts.site].stream)
-    return tuple(TokenUse(int(ids[i]), text, int(count[i]), int(tokens[i]), float(share[i]), float(lift[i]), float(p[i]),
-                          documents and documents[i], leaning and leaning[i])
-                 for i, text in zip(order, texts, strict=True))  # fmt: skip
+    if order and draws * _reached(dealt[often], rate, float(standing[order].min())) < CERTAIN:
+        maximum = np.full(draws, -np.inf)  # no draw comes near
+    else:
+        colours = np.append(dealt[often], dealt.sum() - dealt[often].sum())  # rare ids together: none of them is looked at
+        null = np.random.default_rng(seed).multivariate_hypergeometric(colours, total, draws, method="marginals")[:, :-1]
+        maximum = ((null - expected) / spread).max(1)
+    p = family_p(standing, maximum, False)
+    return [TokenUse(int(ids[i]), None, int(count[i]), int(tokens[i]), float(share[i]), float(lift[i]), float(p[i]),
+                     documents and documents[i], leaning and leaning[i]) for i in order]  # fmt: skip
+
+
+def _reached(dealt: np.ndarray, rate: float, standing: float) -> float:
+    """Bound on P(an id's assignments, dealt at random, exceed what is expected by ``standing`` x sqrt(dealt)), summed over ids.
+
+    Hoeffding 1963: draws without return keep the binomial's bound exp(-n KL(q || rate)).
+    """
+    q = rate + standing * (1 - 1e-6) / np.sqrt(dealt)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exponent = q * np.log(q / rate) + (1 - q) * np.log((1 - q) / (1 - rate))
+        bound = np.exp(-dealt * exponent)
+    return float(np.where(q >= 1, np.where(q > 1, 0.0, rate**dealt), np.where(q <= rate, 1.0, bound)).sum())

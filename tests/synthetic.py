@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
+from analysis.counting import compiled
 from analysis.stats import merge_statistics, part_statistics
 from analysis.trace import (
     DOCUMENTS,
@@ -42,14 +44,14 @@ def card(layers: Sequence[LayerInfo], name: str = "made up") -> ModelCard:
 
 def make_part(layers: Sequence[LayerInfo], lengths: Sequence[int], seed: int = 0, index: int = 0, first_document: int = 0,
               first_row: int = 0, labels: Sequence[str | None] = ("a", "b"), texts: Sequence[str] | None = None,
-              names: Sequence[str] | None = None, n_ids: int = 50) -> Part:  # fmt: skip
-    """A part of random routing over ``n_ids`` token ids; every document has the same length in each stream."""
+              names: Sequence[str] | None = None, n_ids: int = 50, token_ids: np.ndarray | None = None) -> Part:  # fmt: skip
+    """A part of random routing over ``n_ids`` token ids, or ``token_ids``; every document has the same length in each stream."""
     rng = np.random.default_rng([seed, index])
     streams = [s for s in ("encoder", "decoder") if any(x.stream == s for x in layers)]
     tokens, documents = [], []
     total = sum(lengths)
     for stream in streams:
-        ids = rng.integers(0, n_ids, total).astype(np.int32)
+        ids = rng.integers(0, n_ids, total).astype(np.int32) if token_ids is None else token_ids
         shown = [f"t{i}" if texts is None else texts[i % len(texts)] for i in ids]
         number = np.repeat(np.arange(len(lengths)) + first_document, lengths)
         loss = rng.random(total).astype(np.float32)
@@ -94,6 +96,76 @@ def make_parts(layers: Sequence[LayerInfo], n: int = 3, seed: int = 0) -> list[P
         parts.append(make_part(layers, lengths, seed, i, 3 * i, row))
         row += sum(lengths)
     return parts
+
+
+LABELS = ("prose", "news", "code", "mathematics", "dialogue", "law", "medicine", "poetry")
+VOCABULARY, PART_TOKENS = 50_000, 65_536
+TEXTS = tuple((f" word{i}", f"part{i}", f" name{i}", f"{i}", "," * (1 + i % 7))[i % 5] for i in range(VOCABULARY))
+
+
+def zipf_parts(layers: Sequence[LayerInfo], tokens: int, seed: int = 0, part_tokens: int = PART_TOKENS) -> Iterator[Part]:
+    """Parts of ``tokens`` tokens in all that look like text: what benches run on. The number of experts must be a power of two.
+
+    Documents of LABELS in turn, of log-normal length (median 400, 16 to 4,096; the second of each part has 1,000, the last is cut).
+    Token ids follow Zipf(1.05) over VOCABULARY, each label with an order of its own for half of its tokens. At each site a
+    token id has 3k candidates, of which k are drawn without return, the first ones most often; slots by falling weight,
+    weights exact in bfloat16.
+    """
+    order = np.random.default_rng([seed, 2]).permuted(np.tile(np.arange(VOCABULARY, dtype=np.int32), (len(LABELS), 1)), axis=1)
+    share = 1 / np.arange(1, VOCABULARY + 1) ** 1.05
+    edges = np.cumsum(share / share.sum())
+    first_document = 0
+    for index, first in enumerate(range(0, tokens, part_tokens)):
+        rng, n = np.random.default_rng([seed, index]), min(part_tokens, tokens - first)
+        lengths = np.append([137, 1_000], np.clip(np.exp(rng.normal(np.log(400), 0.9, n // 16)), 16, 4_096).astype(int))
+        lengths = np.diff(np.unique(np.minimum(np.append(0, np.cumsum(lengths)), n)))
+        label = (first_document + np.repeat(np.arange(len(lengths)), lengths)) % len(LABELS)
+        ids = np.minimum(np.searchsorted(edges, rng.random(n)), VOCABULARY - 1).astype(np.int32)
+        ids = np.where(rng.random(n) < 0.5, order[label, ids], ids)
+        blank = make_part((site(0, 1, 1),), lengths.tolist(), seed, index, first_document, first, LABELS, TEXTS, token_ids=ids)
+        routing = tuple(_drawn(x, ids, [seed, index, x.index]) for x in layers)
+        sums = tuple(np.bincount(r.experts.ravel(), r.weights.ravel(), x.n_classes) for r, x in zip(routing, layers, strict=True))
+        yield replace(blank, routing=routing, scores=tuple(_scores_of(r) for r in routing), probability_sums=sums)
+        first_document += len(lengths)
+
+
+def _drawn(layer: LayerInfo, ids: np.ndarray, seed: Sequence[int]) -> SiteRouting:
+    table = np.random.default_rng([layer.index, 1])  # the same in every part
+    start = table.integers(0, layer.n_experts, VOCABULARY)
+    step = 2 * table.integers(0, layer.n_experts // 2, VOCABULARY) + 1  # odd: the candidates are distinct
+    experts, weights = np.empty((len(ids), layer.top_k), np.int16), np.empty((len(ids), layer.top_k), np.float32)
+    wide = min(3 * layer.top_k, layer.n_experts)
+    _race(ids, start, step, layer.n_experts, wide, np.random.default_rng(seed).integers(2**31), experts, weights)
+    weights = (weights.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    return SiteRouting(experts, weights, experts)
+
+
+@compiled
+def _race(ids: np.ndarray, start: np.ndarray, step: np.ndarray, n_experts: int, wide: int, seed: int, experts: np.ndarray,
+          weights: np.ndarray) -> None:  # fmt: skip
+    """The k candidates that arrive first, at exponential times of rate exp(-0.3 j); weights are shares of 1 / time."""
+    np.random.seed(seed)
+    k = experts.shape[1]
+    times = np.empty(k)
+    for t in range(ids.shape[0]):
+        times[:] = np.inf
+        for j in range(wide):
+            time = -np.log(1 - np.random.random()) * np.exp(0.3 * j) + 1e-12
+            at = k
+            while at > 0 and time < times[at - 1]:
+                at -= 1
+            if at < k:
+                for i in range(k - 1, at, -1):
+                    times[i], experts[t, i] = times[i - 1], experts[t, i - 1]
+                times[at], experts[t, at] = time, (start[ids[t]] + j * step[ids[t]]) % n_experts
+        total = (1 / times).sum()
+        for i in range(k):
+            weights[t, i] = 1 / times[i] / total
+
+
+def _scores_of(routing: SiteRouting) -> SiteScores:
+    w = np.maximum(routing.weights, 1e-6)
+    return SiteScores(-(w * np.log(w)).sum(1), w[:, -2] - w[:, -1] if w.shape[1] > 1 else w[:, 0], -np.log(w[:, 0]))
 
 
 def make_trace(layers: Sequence[LayerInfo] = PLAIN, parts: Sequence[Part] | None = None, name: str = "made-up") -> Trace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,11 @@ from analysis.vocabulary import (
     token_class,
     token_texts,
     top_tokens,
+    top_tokens_of,
     vocabulary_specialization,
 )
 from tests.counters import read_counters
-from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace
+from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace, site, zipf_parts
 
 KINDS = {
     "newlines": ["\n", "\n\n    ", " \r\n", "\n\t"],
@@ -283,3 +285,34 @@ def test_top_tokens_of_an_unused_expert() -> None:
     assert top_tokens(trace, input_tokens(trace, 0), 5, least=10**6) == ()
     counts = input_tokens(trace, 0)
     assert top_tokens(trace, replace(counts, classes=9), 8) == ()
+
+
+def test_what_is_certain_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tokens stand far above chance, p is the same drawn or not; random routing is always drawn."""
+    layers, reached = (site(0, 64, 1),), []
+    trace = make_trace(layers, list(zipf_parts(layers, 20_000)))
+    counts, bound = input_tokens(trace, 0), vocabulary._reached
+    monkeypatch.setattr(vocabulary, "_reached", lambda *x: reached.append(bound(*x)) or reached[-1])
+    found = top_tokens_of(trace, counts, range(64), most=1)
+    certain = sum(vocabulary.DRAWS * x < vocabulary.CERTAIN for x in reached)
+    assert all(found) and 5 < certain < 64
+    monkeypatch.setattr(vocabulary, "_reached", lambda *x: 1.0)
+    assert top_tokens_of(trace, counts, range(64), most=1) == found
+    random = make_trace(PLAIN, [make_part(PLAIN, [200] * 10)])
+    reached.clear()
+    monkeypatch.setattr(vocabulary, "_reached", lambda *x: reached.append(bound(*x)) or reached[-1])
+    top_tokens_of(random, input_tokens(random, 0), range(8))
+    assert reached and min(reached) > 0.01
+
+
+@pytest.mark.parametrize(("dealt", "rate"), [([8], 0.1), ([8, 8, 30], 0.1), ([40, 5], 0.6), ([3], 0.9)])
+def test_the_bound_is_one(dealt: list[int], rate: float) -> None:
+    """Against the binomial's exact tails, which those without return lie below."""
+    for standing in (0.0, 0.2, 0.5, 1.0, 1.5, 2.5):
+        exact = 0.0
+        for n in dealt:
+            least = int(np.ceil(rate * n + standing * (1 - 1e-6) * np.sqrt(n)))
+            exact += sum(comb(n, x) * rate**x * (1 - rate) ** (n - x) for x in range(least, n + 1))
+        bound = vocabulary._reached(np.array(dealt), rate, standing)
+        assert exact <= bound * (1 + 1e-9) and bound <= len(dealt)
+        assert bound > 0 or exact == 0

@@ -20,6 +20,12 @@ from app.selection import current_trace, recording_id, theme
 from app.strip_data import first_text
 
 
+@st.cache_resource(max_entries=32, show_spinner="Looking for the one thing to know …")
+def found_first(_trace: Trace, run: str) -> Finding | None:
+    """What to say first; ``run`` names the trace with its date."""
+    return first_finding(_trace)
+
+
 def first_lines(trace: Trace, finding: Finding) -> None:
     """The beginning of a text that shows the finding, with its expert in the spotlight; a click opens the Tokens page."""
     first = first_text(trace, finding)
@@ -40,7 +46,7 @@ def first_lines(trace: Trace, finding: Finding) -> None:
 
 
 trace = current_trace()
-finding = first_finding(trace)
+finding = found_first(trace, recording_id(trace))
 stats, card, layers = trace.stats, trace.model, trace.layers
 
 st.title("What does this router do?")

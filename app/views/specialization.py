@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -18,13 +18,13 @@ from analysis.trace import Trace
 from analysis.vocabulary import (
     PREDICTED_NEXT,
     VARIANTS,
-    TokenCounts,
     TokenUse,
+    VocabularySpecialization,
     by_class,
     context_independence,
     document_use,
     predicts,
-    top_tokens,
+    top_tokens_of,
     vocabulary_specialization,
     vocabulary_table,
 )  # fmt: skip
@@ -54,7 +54,8 @@ CLEAR = 1.5  # lift from which a significant preference is called one in the hea
 @st.cache_resource(max_entries=64, show_spinner="Testing every cell against shuffled labels …")
 def preferences(_trace: Trace, run: str, site: int, kind: str) -> Preferences:
     """Effects and tests of one site; ``run`` names the trace with its date."""
-    return {"label": by_label, "class": by_class, "position": by_position}[kind](_trace, site)
+    made: dict[str, Callable[[Trace, int], Preferences]] = {"label": by_label, "class": by_class, "position": by_position}
+    return made[kind](_trace, site)
 
 
 @st.cache_resource(max_entries=8, show_spinner="Measuring every layer …")
@@ -122,12 +123,14 @@ def vocabularies(_trace: Trace, run: str) -> pa.Table:
     return vocabulary_table(_trace)
 
 
-@st.cache_resource(max_entries=32, show_spinner="Looking for each expert's tokens …")
-def expert_tokens(_trace: Trace, run: str, site: int, variant: str) -> tuple[TokenCounts, dict[int, tuple[TokenUse, ...]]]:
-    """(counts by token, each expert's leading tokens) of one site."""
+@st.cache_resource(max_entries=32, show_spinner="Dealing every expert's assignments to the tokens again …")
+def vocabulary(
+    _trace: Trace, run: str, site: int, variant: str
+) -> tuple[Information, VocabularySpecialization, tuple[tuple[TokenUse, ...], ...]]:
+    """(context independence, eq. 8, each expert's tokens by lift) of one site, by the kind of token ``variant``."""
     counts = VARIANTS[variant](_trace, site)
-    use = document_use(_trace, counts)
-    return counts, {e: top_tokens(_trace, counts, e, most=8, use=use) for e in range(counts.classes)}
+    found = top_tokens_of(_trace, counts, range(counts.classes), most=8, use=document_use(_trace, counts))
+    return context_independence(counts), vocabulary_specialization(counts), found
 
 
 def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
@@ -135,8 +138,7 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     here = trace.layers[site]
     variants = {k: v for k, v in TOKEN.items() if k != "predicted" or predicts(trace, here.stream)}
     asked = choice("token_is", "The token", variants, "input", draw=st.segmented_control)
-    counts, found = expert_tokens(trace, run, site, asked)
-    alone, words = context_independence(counts), vocabulary_specialization(counts)
+    alone, words, found = vocabulary(trace, run, site, asked)
     share = alone.share_of(alone.entropy_y)
     text.show_heading(f"At {here.title}, {SUBJECT[asked]} alone explains {share:.0%} of which expert is used.")
     text.show_note(
@@ -147,7 +149,7 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     if "predicted" not in variants:
         text.show_note(PREDICTED_NEXT)
     by_expert = {
-        e: [f"{text.visible_token(shown(t))} {t.lift:.1f}x ({t.leaning} of {t.documents})" for t in uses] for e, uses in found.items()
+        e: [f"{text.visible_token(shown(t))} {t.lift:.1f}x ({t.leaning} of {t.documents})" for t in uses] for e, uses in enumerate(found)
     }
     st.dataframe(
         pd.DataFrame([{"expert": e, "tokens it is used for most, by lift": "   ".join(t)} for e, t in by_expert.items()]),
@@ -172,7 +174,7 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         " the same assignments dealt again to the tokens. A line above the others names the token that a layer's routing follows most.",
         n=f"{alone.n:,} assignments per layer",
     )  # fmt: skip
-    tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in found.items() for t in uses])
+    tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in enumerate(found) for t in uses])
     return {"tokens by expert": ("one row per expert and token; p takes each occurrence for independent", tokens),
             "vocabulary specialization": ("one row per layer and kind of token", table)}  # fmt: skip
 
