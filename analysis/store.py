@@ -168,9 +168,8 @@ def verify_run(folder: str | Path) -> tuple[str, ...]:
         trace = open_run(folder)
         for layer in trace.layers:
             check_site(layer, trace.routing(layer.index), trace.n_tokens(layer.stream), folder.name)
-        again = merge_statistics(_counted_again(trace, manifest["parts"]))
-        for name, stored, counted in (("stats", trace.stats.core, again.core), ("token_stats", trace.stats.by_token, again.by_token),
-                                      ("document_stats", trace.stats.by_document, again.by_document)):  # fmt: skip
+        again = merge_statistics(_counted_again(folder, trace, manifest["parts"]))
+        for name, stored, counted in _pairs(trace.stats, again):
             if not _same_counts(stored, counted):
                 problems.append(f"{name}.parquet: counts differ from those of the recorded decisions")
     except (RunError, TraceError, pa.ArrowException, OSError) as error:
@@ -178,16 +177,32 @@ def verify_run(folder: str | Path) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _counted_again(trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:
+def _counted_again(folder: Path, trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:
     """Statistics of each part, counted again from the stored decisions; probability sums, which only the capture knew, are 0."""
     for record in parts:
-        tokens = [trace.stream_tokens(s).slice(record["first_rows"][s], n) for s, n in record["rows"].items()]
-        ranges = [(record["first_rows"][x.stream], record["rows"][x.stream]) for x in trace.layers]
-        routing = tuple(trace.routing(i, a, a + n) for i, (a, n) in enumerate(ranges))
-        scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))
-        zeros = tuple(np.zeros(x.n_classes) for x in trace.layers)
-        part = Part(record["index"], pa.concat_tables(tokens), trace.documents, routing, scores, zeros, record["first_rows"])
-        yield part_statistics(part, trace.layers)
+        yield part_statistics(stored_part(folder, trace, record), trace.layers)
+
+
+def stored_part(folder: Path, trace: Trace, record: Mapping[str, Any]) -> Part:
+    """The part that a manifest's ``record`` lists, read again; its probability sums are 0, its documents are all of the run's."""
+    name = f"tokens/part-{record['index']:05d}.parquet"
+    with _naming(folder, name):
+        tokens = pq.read_table(folder / name, page_checksum_verification=True)
+    ranges = [(record["first_rows"][x.stream], record["rows"][x.stream]) for x in trace.layers]
+    routing = tuple(trace.routing(i, a, a + n) for i, (a, n) in enumerate(ranges))
+    scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))
+    zeros = tuple(np.zeros(x.n_classes) for x in trace.layers)
+    return Part(record["index"], tokens, trace.documents, routing, scores, zeros, record["first_rows"])
+
+
+def same_counts(a: Statistics, b: Statistics) -> bool:
+    """Whether two statistics agree in every key, count and sum, but for the probability sums, which only the capture knew."""
+    return all(_same_counts(x, y) for _, x, y in _pairs(a, b))
+
+
+def _pairs(a: Statistics, b: Statistics) -> tuple[tuple[str, pa.Table, pa.Table], ...]:
+    kinds = (("stats", "core"), ("token_stats", "by_token"), ("document_stats", "by_document"))
+    return tuple((name, getattr(a, kind), getattr(b, kind)) for name, kind in kinds)
 
 
 def _same_counts(a: pa.Table, b: pa.Table) -> bool:
