@@ -87,7 +87,7 @@ env-dev: .venv/.installed-dev
 	@$(PIP) install -qq --requirement requirements.txt
 	@touch $@
 
-.venv/.installed-dev: requirements-dev.txt .venv/.installed
+.venv/.installed-dev: requirements-dev.txt requirements-cluster.txt .venv/.installed
 	@$(SAY) "installing requirements-dev.txt into .venv"
 	@$(PIP) install -qq --requirement requirements-dev.txt
 	@touch $@
