@@ -1,0 +1,61 @@
+"""kill -9 of cluster workers, twenty times at random: the run is that of one process, byte for byte."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.capture import capture
+from analysis.cluster import Cluster, capture_on_cluster
+from analysis.models import load_model
+from analysis.store import verify_run
+from tests.raylets import documents, saved, two_nodes
+from tests.test_cluster import contents
+
+KILLS = 20
+OPTIONS: dict[str, Any] = {"batch_size": 2, "part_tokens": 300}
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="no Ray: pip install -r requirements-cluster.txt")
+
+
+class Killer(threading.Thread):
+    """Kills a random working process of the cluster after random waits; ``killed`` lists what each was doing, by Ray's own title."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.rng, self.killed, self.over = random.Random(seed), [], threading.Event()
+
+    def run(self) -> None:
+        import psutil
+
+        me = psutil.Process()
+        while len(self.killed) < KILLS and not self.over.wait(self.rng.uniform(0.5, 6)):
+            busy = [p for p in me.children(recursive=True) if p.name().startswith("ray::Replica")]
+            if busy:
+                victim = self.rng.choice(busy)
+                self.killed.append(victim.name())
+                victim.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_kills_lose_and_duplicate_nothing(tmp_path: Path) -> None:
+    """Captures of the same text until twenty workers are dead; a kill may hit while a model loads, a part is captured or is written."""
+    model, texts = saved(tmp_path / "model"), documents(240, 160)
+    capture(*load_model(model), texts, out=tmp_path / "alone", model_path=model, **OPTIONS)
+    expected, killed, rounds, began = contents(tmp_path / "alone"), 0, 0, time.monotonic()
+    with two_nodes():
+        while killed < KILLS:
+            killer, out = Killer(rounds), tmp_path / f"round-{rounds}"
+            killer.start()
+            capture_on_cluster(model, texts, out=out, cluster=Cluster(), **OPTIONS)
+            killer.over.set()
+            killer.join()
+            assert contents(out) == expected and verify_run(out) == ()
+            rounds, killed = rounds + 1, killed + len(killer.killed)
+    print(f"{killed} workers killed in {rounds} captures of {len(expected)} files, {time.monotonic() - began:.0f} s")
