@@ -59,7 +59,7 @@ demo-run: env  ## record the demo run again, over data/demo-prompts.jsonl
 bench: env-dev  ## measure speed and memory (prints figures, judges nothing)
 	for bench in tests/bench/bench_*.py; do $(BIN)/python -m tests.bench.$$(basename "$$bench" .py); done
 
-faults: env-dev  ## the fault tests alone: kills, broken files, full disks
+faults: env-dev  ## the fault tests alone: kills (of cluster workers too), broken files, full disks
 	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 screenshots: env-dev chromium  ## take the pictures of README and docs/ from the running app

@@ -76,6 +76,10 @@ def parser() -> argparse.ArgumentParser:
     to.add_argument("-o", "--output", type=Path, help="the file to write")
     to.add_argument("--describe", action="store_true", help="print what the table means, as JSON, and write nothing")
     report.add_argument("-o", "--output", type=Path, required=True, help="the file to write")
+    copy = add("copy", "copy a finished run to or from a folder or an object store, every digest checked where it arrives",
+               "copy data/demo-run s3://bucket/runs/demo-run")  # fmt: skip
+    copy.add_argument("source", help="a run's folder, or its address (s3://..., gs://..., as pyarrow.fs reads them)")
+    copy.add_argument("target", help="the new run's folder or address")
     runs = add("runs", "list the runs in a folder", "runs data/runs")
     runs.add_argument("folder", type=Path)
     delete = add("delete", "delete a run for good", "delete data/runs mine")
@@ -326,6 +330,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
     size = write_report(open_run(arguments.run), arguments.output)
     _say(f"{arguments.output}: {size / 1e6:,.1f} MB")
+    return 0
+
+
+def _copy(arguments: argparse.Namespace) -> int:
+    from .copying import copy_run
+
+    size = copy_run(arguments.source, arguments.target, lambda done, total: print(f"\r{done}/{total} files ", end="", file=sys.stderr))
+    _say(f"\n{arguments.target}: {size / 1e6:,.1f} MB", sys.stderr)
     return 0
 
 
