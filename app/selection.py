@@ -57,14 +57,28 @@ def choice(key: str, label: str, names: Mapping[str, str], default: str, *, widt
 
 def set_choice(key: str, value: str) -> None:
     """Make a choice in place of its widget; for callbacks, before the page runs."""
-    st.session_state.setdefault("_choices", {})[key] = value
+    kept = st.session_state.setdefault("_choices", {})
+    st.session_state.setdefault("_overtaken", {})[key] = kept.get(key)
+    kept[key] = value
 
 
 def _chose(key: str) -> None:
     """A person chose in the widget; a segmented control that was switched off keeps its choice."""
     acted()
     if st.session_state[key] is not None:
-        set_choice(key, st.session_state[key])
+        st.session_state.setdefault("_picked", {})[key] = st.session_state[key]
+
+
+def _take_picks(acts: int) -> None:
+    """What was chosen in widgets becomes the choice, but for a widget that lags behind ``set_choice``.
+
+    A browser that was not yet told of a choice made in place of its widget sends the one before along with the next act, such as
+    two quick steps in the token strip; a person's hand on a widget is an act alone.
+    """
+    kept, overtaken = (st.session_state.setdefault(n, {}) for n in ("_choices", "_overtaken"))
+    for key, value in st.session_state.pop("_picked", {}).items():
+        if acts == 1 or value != overtaken.get(key):
+            kept[key] = value
 
 
 def typed(key: str, label: str) -> str:
@@ -79,14 +93,16 @@ def typed(key: str, label: str) -> str:
 
 def acted() -> None:
     """Called where a run of the script answers a choice on the page, and not a link or the Back button."""
-    st.session_state["_acted"] = True
+    st.session_state["_acted"] = st.session_state.get("_acted", 0) + 1
 
 
 def _read_link() -> None:
     """What the URL asks for beyond what was published last; None after a choice on the page, since the URL then lags."""
     published = st.session_state.get("_published", {})
     asked = {k: v for k, v in st.query_params.items() if v != published.get(k)}
-    st.session_state["_link"] = None if st.session_state.pop("_acted", False) else asked
+    acts = st.session_state.pop("_acted", 0)
+    _take_picks(acts)
+    st.session_state["_link"] = None if acts else asked
 
 
 def publish() -> None:

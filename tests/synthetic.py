@@ -41,15 +41,16 @@ def card(layers: Sequence[LayerInfo], name: str = "made up") -> ModelCard:
 
 
 def make_part(layers: Sequence[LayerInfo], lengths: Sequence[int], seed: int = 0, index: int = 0, first_document: int = 0,
-              first_row: int = 0, labels: Sequence[str | None] = ("a", "b"), texts: Sequence[str] | None = None) -> Part:  # fmt: skip
-    """A part of random routing; every document has the same length in each stream."""
+              first_row: int = 0, labels: Sequence[str | None] = ("a", "b"), texts: Sequence[str] | None = None,
+              names: Sequence[str] | None = None, n_ids: int = 50) -> Part:  # fmt: skip
+    """A part of random routing over ``n_ids`` token ids; every document has the same length in each stream."""
     rng = np.random.default_rng([seed, index])
     streams = [s for s in ("encoder", "decoder") if any(x.stream == s for x in layers)]
     tokens, documents = [], []
     total = sum(lengths)
     for stream in streams:
-        ids = rng.integers(0, 50, total).astype(np.int32)
-        names = [f"t{i}" if texts is None else texts[i % len(texts)] for i in ids]
+        ids = rng.integers(0, n_ids, total).astype(np.int32)
+        shown = [f"t{i}" if texts is None else texts[i % len(texts)] for i in ids]
         number = np.repeat(np.arange(len(lengths)) + first_document, lengths)
         loss = rng.random(total).astype(np.float32)
         loss[np.cumsum(lengths) - 1] = np.nan
@@ -57,14 +58,15 @@ def make_part(layers: Sequence[LayerInfo], lengths: Sequence[int], seed: int = 0
         columns = {
             "stack": pa.array([stream] * total), "document": pa.array(number.astype(np.int32)),
             "position": pa.array(np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)), "token_id": pa.array(ids),
-            "token": pa.array(names), "token_bytes": pa.array([n.encode("utf-8", "surrogatepass") for n in names], pa.binary()),
+            "token": pa.array(shown), "token_bytes": pa.array([n.encode("utf-8", "surrogatepass") for n in shown], pa.binary()),
             "label": pa.array(label, pa.string()), "loss": pa.array(loss, from_pandas=True), "phase": pa.array(["prefill"] * total),
         }  # fmt: skip
         tokens.append(pa.table({n: c.cast(TOKENS.field(n).type) for n, c in columns.items()}, schema=TOKENS))
         row = first_row
         for d, n in enumerate(lengths):
             mine = ids[row - first_row : row - first_row + n].tolist()
-            documents.append((first_document + d, stream, f"doc {first_document + d}", labels[(first_document + d) % len(labels)], row, n,
+            name = names[d % len(names)] if names else f"doc {first_document + d}"
+            documents.append((first_document + d, stream, name, labels[(first_document + d) % len(labels)], row, n,
                               token_digest(mine)))  # fmt: skip
             row += n
     routing, scores, sums = [], [], []

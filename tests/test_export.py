@@ -22,10 +22,11 @@ from analysis import __version__, export
 from analysis.export import FORMATS, TABLES, ExportError, computed_bytes, csv_original, csv_text, describe, export_bytes, export_table
 from analysis.metrics import METRICS, balance_table, percentile_table
 from analysis.trace import SCHEMA_VERSION, Trace
+from tests.nasty import NASTY
 from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace, site
 
 ROOT = Path(__file__).parent.parent
-NASTY = (
+FORMULAS = (
     "=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r", "\n", "\r\n", "'", "''=1", "\\", '"', '""', ",", ";", " ", "", "|cmd", "%x", "\0",
     "\u202e=1", "\ufeff=1", "\u200b=1", "＝1", "＠x", "中文", "é", "e\u0301", "😀", "\U000e0001", "<script>", "\u2028", "\x85", "\x1b[2J", "a,b\n=c",
 )  # fmt: skip
@@ -43,7 +44,8 @@ def rows_of(trace: Trace, table: str, format: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def hostile() -> Trace:
-    return make_trace(PLAIN, [make_part(PLAIN, [60, 40], texts=NASTY, labels=("=cmd", None, "a\nb"))], name="hostile")
+    texts = (*FORMULAS, *NASTY)
+    return make_trace(PLAIN, [make_part(PLAIN, [300, 40], texts=texts, labels=("=cmd", None, "a\nb"), n_ids=len(texts))], name="hostile")
 
 
 @pytest.mark.parametrize("layers", TRACES.values(), ids=TRACES)

@@ -23,22 +23,12 @@ from app import palette, text
 from app.report import report_html, write_report
 from app.strip_data import first_text
 
+from .nasty import NASTY
 from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, make_trace, site
-from .test_views import NASTY
 
 DEMO = Path(__file__).parent.parent / "data" / "demo-run"
 FIGURES = ("load-map", "capacity", "labels", "information")
-HOSTILE = [
-    *NASTY,
-    "<img src=x onerror=window.__pwn=1>",
-    "</script><script>window.__pwn=1</script>",
-    "<!--<script>",
-    '<a href="javascript:window.__pwn=1">x</a>',
-    '"onmouseover="window.__pwn=1',
-    "{{data}}",
-    "&lt;b&gt;",
-]  # fmt: skip
-FIRST, SECOND = HOSTILE[10], HOSTILE[13]
+FIRST, SECOND = NASTY[1], NASTY[4]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +48,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hostile_trace() -> Trace:
     """Hostile tokens, labels, names, notes and warnings; at layer 0 the first label goes to experts 0 and 1 alone."""
     layers = tuple(replace(x, note=FIRST) for x in PLAIN)
-    part = make_part(layers, [100] * 12, labels=[FIRST, SECOND], texts=HOSTILE)
+    part = make_part(layers, [100] * 12, labels=[FIRST, SECOND], texts=NASTY, n_ids=len(NASTY))
     mine = np.array([label == FIRST for label in part.tokens["label"].to_pylist()])
     other = np.where(part.routing[0].experts[:, :1] % 2, 2, 4) + np.arange(2)
     planted = np.where(mine[:, None], np.arange(2), other).astype(part.routing[0].experts.dtype)

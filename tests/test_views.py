@@ -19,21 +19,10 @@ from app.text import plain, visible_token
 
 from . import tiny
 from .families import FAMILIES
+from .nasty import NASTY
 from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, site
 
 ROOT = Path(__file__).parent.parent
-NASTY = [
-    "<script>alert(1)</script>",
-    "![b](http://127.0.0.1:9/x)",
-    "\u202eabc",
-    "\0",
-    "$x^2$",
-    ":material/home:",
-    "`",
-    "</span>",
-    "é选🎉",
-    "",
-]
 CAPTURED = ("jetmoe", "longcat_flash", "zaya", "doge", "llama4")
 KINDS = {"plain": PLAIN, "many": MANY, "streams": TWO_STREAMS, "top1": (site(0, 8, 1),)}
 
@@ -46,8 +35,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def store(folder: Path, layers: tuple[LayerInfo, ...], lengths: list[int]) -> None:
-    with RunWriter.open(folder, card(layers, "<img src=x onerror=alert(1)>"), {}) as writer:
-        writer.write(make_part(layers, lengths, texts=NASTY, labels=["![l](http://127.0.0.1:9/l)", None]))
+    """A run of random routing where every token, label and name is hostile."""
+    with RunWriter.open(folder, card(layers, NASTY[1]), {}) as writer:
+        writer.write(make_part(layers, lengths, texts=NASTY, labels=[*NASTY, None], names=NASTY[1:], n_ids=len(NASTY)))
         writer.commit()
 
 
@@ -63,16 +53,36 @@ def shown(page: str, run: str) -> AppTest:
 
 @pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs", "glossary"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lengths", [[1], [30, 700]], ids=["one token", "documents"])
+@pytest.mark.parametrize("lengths", [[1], [700, *[20] * len(NASTY)]], ids=["one token", "documents"])
 def test_every_page_over_every_kind_of_run(runs: Path, page: str, kind: str, lengths: list[int]) -> None:
     store(runs / kind, KINDS[kind], lengths)
     test = shown(page, kind)
     assert not test.exception and test.title
     if page == "overview":
         assert test.metric[0].value == f"{sum(lengths) * len({x.stream for x in KINDS[kind]}):,}"
-    for element in [*test.markdown, *test.caption]:
+    assert_harmless(test)
+
+
+@pytest.mark.parametrize("link", [{"by": "label"}, {"by": "class"}, {"by": "token"}, {"who": "label"}, {"who": "token"}, {"who": "text"},
+                                  {"pieces": "label"}, {"token": "3", "doc": "2"}], ids=str)  # fmt: skip
+def test_every_way_to_look_shows_hostile_text_as_text(runs: Path, link: dict[str, str]) -> None:
+    page = {"by": "specialization", "who": "capacity", "pieces": "load", "token": "tokens"}[next(iter(link))]
+    store(runs / "hostile", PLAIN, [20] * len(NASTY))
+    test = shown(page, "hostile")
+    test.query_params.update(link)
+    test.run()
+    assert not test.exception and all(test.query_params[k] in (v, [v]) for k, v in link.items())
+    assert_harmless(test)
+
+
+def assert_harmless(test: AppTest) -> None:
+    """Nothing of the run's text is markup: in no Markdown, and in no string of a figure, which Plotly would read as HTML."""
+    for element in [*test.markdown, *test.caption, *test.error, *test.info]:
         unescaped = re.sub(r"\\[!-/:-@\[-`{-~]", "", element.value)
         assert "![" not in unescaped and "<" not in unescaped
+    for figure in test.get("plotly_chart"):
+        found = re.findall(r"</?[A-Za-z!]\w*", json.dumps(json.loads(figure.proto.spec)))
+        assert set(found) <= {"<br", "<extra", "</extra"}, found
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])
