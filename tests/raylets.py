@@ -17,7 +17,7 @@ LOOPBACK = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "node_ip_address":
 def two_nodes() -> Iterator[str]:
     """Address of a cluster of two raylets with one CPU each; this process is connected to it."""
     # Ray replaces a loopback address by the machine's own unless clusters are off, as they are on other systems than Linux.
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
     import ray
     from ray.cluster_utils import Cluster
 
