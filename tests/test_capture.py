@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture, capture_parts, recording
+from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture, capture_parts, plan_parts, recording
 from analysis.store import verify_run
 from analysis.tokens import Pieces
 from analysis.trace import NO_EXPERT
@@ -202,3 +202,23 @@ def test_what_the_writer_raises_is_raised_and_a_cancelled_capture_keeps_its_part
     monkeypatch.undo()
     assert capture(model, TOKENIZER, ["aaaa"] * 6, **options).n_tokens("decoder") == 24
     assert not [t for t in threading.enumerate() if t.name.startswith("routerscope-writer")]
+
+
+@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+def test_planned_parts_captured_apart_are_those_of_one_capture(family: str) -> None:
+    """What a cluster rests on: documents and rows of a part are known beforehand, and nothing else ties it to the others."""
+    model, texts = tiny.build(family), [f"{i} " + "ab" * (i % 5 + 1) for i in range(9)]
+    options: dict[str, Any] = {"part_tokens": 16, "batch_size": 2}
+    whole = list(capture_parts(model, TOKENIZER, texts, **options))
+    plan = plan_parts(model, TOKENIZER, texts, part_tokens=16)
+    assert len(plan) == len(whole) > 3
+    for planned, part in reversed(list(zip(plan, whole, strict=True))):
+        mine = texts[planned.first_document : planned.first_document + len(planned.documents)]
+        (again,) = capture_parts(model, TOKENIZER, mine, names=[d[2] for d in planned.documents], first_document=planned.first_document,
+                                 first_part=planned.index, first_rows=planned.first_rows, **options)  # fmt: skip
+        assert again.tokens.equals(part.tokens) and again.documents.equals(part.documents)
+        assert (again.index, again.first_rows) == (part.index, part.first_rows)
+        assert planned.rows == {s: len(part.stream_tokens(s)) for s in part.first_rows}
+        assert all(np.array_equal(a.experts, b.experts) for a, b in zip(again.routing, part.routing, strict=True))
+    with pytest.raises(PromptTooLong, match="document 2 has 3 tokens"):
+        plan_parts(model, TOKENIZER, ["a", "abc"], max_tokens=2)
