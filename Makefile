@@ -60,7 +60,7 @@ bench: env-dev  ## measure speed and memory (prints figures, judges nothing)
 	for bench in tests/bench/bench_*.py; do $(BIN)/python -m tests.bench.$$(basename "$$bench" .py); done
 
 faults: env-dev  ## the fault tests alone: kills (of cluster workers too), broken files, full disks
-	$(BIN)/python -m pytest tests/faults $(ARGS)
+	ROUTERSCOPE_KILLS=20 $(BIN)/python -m pytest tests/faults $(ARGS)
 
 screenshots: env-dev chromium  ## take the pictures of README and docs/ from the running app
 	$(BIN)/python -m tests.browser.screenshots --out build/screenshots

@@ -248,10 +248,9 @@ def _connected(address: str) -> Iterator[Any]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     try:
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        if address != "auto":
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        if address != "auto" or not isinstance(error, ConnectionError):
             raise ClusterError(f"no cluster answers at {address!r} ({type(error).__name__}): give host:port of its head node") from error
-        # The dashboard would open a port for which there is no login.
         ray.init(include_dashboard=False, object_store_memory=STORE_BYTES, _node_ip_address="127.0.0.1", **quiet)
     try:
         yield ray

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from analysis.__main__ import main
 from analysis.capture import CaptureCancelled, PromptTooLong, capture
 from analysis.cluster import Cluster, ClusterError, capture_on_cluster, count_part, statistics_on_cluster
 from analysis.models import ModelError, load_model
 from analysis.stats import merge_statistics
-from analysis.store import RunError, verify_run
+from analysis.store import RunError, open_run, verify_run
 from analysis.trace import Trace
 
 from .raylets import documents, saved, two_nodes
@@ -111,6 +112,18 @@ def test_statistics_over_parts_equal_those_counted_here(nodes: str, alone: Path)
     expected = merge_statistics(count_part(alone, i) for i in range(parts))
     found = statistics_on_cluster(alone, Cluster())
     assert all(getattr(found, t).equals(getattr(expected, t)) for t in ("core", "by_token", "by_document"))
+
+
+def test_the_command_line(nodes: str, model: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    assert main(["capture", "--model", str(model), "--text", "Il pleut", "--out", str(out), "--cluster", "auto", "--workers", "1"]) == 0
+    assert "8 decoder tokens" in capsys.readouterr().err and verify_run(out) == ()
+    assert main(["stats", str(out), "--cluster", "auto"]) == 0
+    assert "on the cluster: equal to the stored statistics" in capsys.readouterr().out
+    monkeypatch.setattr("analysis.cluster.statistics_on_cluster", lambda *_: open_run(alone).stats)
+    assert main(["stats", str(out), "--cluster", "auto"]) == 2
+    assert "its statistics are not those of its decisions" in capsys.readouterr().err
 
 
 def test_what_a_node_raises_is_raised_here(nodes: str, model: Path, tmp_path: Path) -> None:
