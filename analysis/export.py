@@ -111,6 +111,11 @@ def describe(trace: Trace, table: str) -> dict[str, Any]:
     return _about(trace) | {"table": table, "row": TABLES[table].definition, "definitions": _definitions(METRICS)}
 
 
+def describe_computed(trace: Trace, what: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for what a page computed: the run, its model, n, what is shown and what it depends on."""
+    return _about(trace) | {"row": what, "settings": dict(settings)}
+
+
 def _definitions(names: Iterable[str]) -> dict[str, str]:
     found = (METRICS[n] for n in names if n in METRICS)
     return {m.name: f"{m.definition} [{m.unit}]; by chance: {m.chance} ({m.source})" for m in found}
@@ -121,6 +126,7 @@ def _about(trace: Trace) -> dict[str, Any]:
 
     return {
         "run": trace.name,
+        "recorded": trace.options.get("created"),
         "model": trace.model.name,
         "model_digest": trace.model.digest,
         "tokens": {s: trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in trace.layers)},
@@ -162,7 +168,7 @@ def computed_bytes(trace: Trace, rows: pa.Table, what: str, settings: Mapping[st
     if format not in FORMATS:
         raise ExportError(f"no format {format!r}: formats are {', '.join(FORMATS)}")
     named = METRICS if "metric" in rows.column_names else rows.column_names
-    about = _about(trace) | {"row": what, "settings": dict(settings), "definitions": _definitions(named)}
+    about = describe_computed(trace, what, settings) | {"definitions": _definitions(named)}
     buffer = io.BytesIO()
     {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format](iter([rows]), about, buffer)
     return buffer.getvalue()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+import pyarrow as pa
 from plotly.offline import get_plotlyjs
 
 from analysis.cards import GroupUse
@@ -16,7 +19,9 @@ from analysis.specialization import Preferences
 
 from . import palette
 
-PICTURES = ("svg", "png")  # what a figure can be saved as
+AGAIN = "again"  # a trace's meta: it shows what another one tells, so it has no rows of its own
+UNSEEN = "unseen"  # a trace's name: it is there for the mouse, and is not printed
+BAR: Mapping[str, Any] = MappingProxyType({"displaylogo": False, "modeBarButtonsToRemove": ["toImage", "select2d", "lasso2d"]})
 OCTAVES = 3
 LEAST_USES = 20  # tokens an expert must have for its row of effects to be coloured
 _TIMES = ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"]
@@ -28,12 +33,6 @@ def file_name(run: str, what: str) -> str:
     return "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", part) for part in (run, what))
 
 
-def config(kind: str, run: str, what: str) -> dict[str, Any]:
-    """What a figure's own bar offers: the camera saves it as ``kind`` (svg, png at twice the size on screen), named by run and figure."""
-    save = {"format": kind, "scale": 2, "filename": file_name(run, what)}
-    return {"displaylogo": False, "toImageButtonOptions": save, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
-
-
 def plotly_script() -> str:
     """The source of plotly.js as it comes with the installed Plotly, about 4.8 MB."""
     return str(get_plotlyjs())
@@ -42,7 +41,66 @@ def plotly_script() -> str:
 def portable(figure: go.Figure, run: str, what: str) -> dict[str, Any]:
     """A figure as plain values for a page outside the app, which brings its own fonts and colours of axes; saved as SVG."""
     figure.layout.template = None
-    return {**json.loads(figure.to_json()), "config": config("svg", run, what)}
+    save = {"format": "svg", "filename": file_name(run, what)}
+    config = {"displaylogo": False, "toImageButtonOptions": save, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+    return {**json.loads(figure.to_json()), "config": config}
+
+
+def printed(figure: go.Figure) -> str:
+    """A figure as JSON for paper: colours of the light theme whatever it was drawn for, nothing that only the mouse sees."""
+    paper = go.Figure(data=[t for t in figure.data if t.name != UNSEEN], layout=figure.layout)
+    light = {tuple(palette.scale(by["dark"])): palette.scale(by["light"]) for by in (palette.LOAD, palette.AMOUNT)}
+    for trace in paper.select_traces({"type": "heatmap"}):
+        trace.colorscale = light.get(tuple(map(tuple, trace.colorscale)), trace.colorscale)
+    paper.layout.template = None
+    return str(paper.to_json())
+
+
+def rows(figure: go.Figure) -> pa.Table:
+    """What a figure shows, one row per mark. A trace's ``meta`` names the columns of its x, y, z and customdata.
+
+    Text is what stands on the axes, where long names end in an ellipsis; bounds of a whisker are columns ``low`` and ``high``;
+    ``series`` is the trace's name, where there are several. Not a number is missing.
+    """
+    told = [t for t in figure.data if t.meta != AGAIN]
+    tables = []
+    for trace in told:
+        if trace.x is not None and not len(trace.x):
+            continue
+        table = pa.table({k: _cells(v) for k, v in _columns(trace).items()})
+        series = pa.array([html.unescape(trace.name or "")] * len(table), pa.string())
+        tables.append(table.add_column(0, "series", series) if len(told) > 1 else table)
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _columns(trace: Any) -> dict[str, np.ndarray]:
+    """The columns of one trace, each of one length."""
+    meta, found, custom = trace.meta or {}, {}, None if trace.customdata is None else np.asarray(trace.customdata)
+    if trace.type == "heatmap":
+        z = np.asarray(trace.z)
+        y, x = np.indices(z.shape).reshape(2, -1)
+        place = {n: at if getattr(trace, n) is None else np.asarray(getattr(trace, n))[at] for n, at in (("y", y), ("x", x))}
+        found = {meta.get(n, n): v for n, v in place.items()} | {meta.get("z", "z"): z.ravel()}
+        custom = None if custom is None else custom.reshape(z.size, *custom.shape[2:])
+    else:
+        found = {meta.get(n, n): np.asarray(getattr(trace, n)) for n in ("x", "y")}
+        for n in ("x", "y"):
+            if (bar := trace[f"error_{n}"]).array is not None:
+                value = np.asarray(trace[n], float)
+                found |= {"low": value - np.asarray(bar.arrayminus), "high": value + np.asarray(bar.array)}
+    if custom is not None:
+        custom = custom[:, None] if custom.ndim == 1 else custom
+        names = meta.get("customdata") or [f"custom_{i}" for i in range(custom.shape[1])]
+        found |= {n: custom[:, i] for i, n in enumerate(names)}
+    return found
+
+
+def _cells(values: np.ndarray) -> pa.Array:
+    return (
+        pa.array(values, from_pandas=True)
+        if values.dtype.kind in "iufb"
+        else pa.array([html.unescape(str(v)) for v in values], pa.string())
+    )
 
 
 def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, mark: tuple[int, int] | None = None,
@@ -62,6 +120,7 @@ def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, ma
     figure = go.Figure(
         go.Heatmap(
             z=z, x=np.arange(width), y=list(rows), customdata=np.stack([shown, experts], -1).tolist(),
+            meta={"x": "place", "y": "layer", "z": "log2_relative_load_drawn", "customdata": ["relative_load", "expert"]},
             colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES, xgap=1, ygap=1, hoverongaps=False,
             colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES,
                       "title": {"text": "even share"}, "thickness": 12},
@@ -70,7 +129,7 @@ def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, ma
     )  # fmt: skip
     places = [(int(p), i) for i in range(len(relative)) for p in np.flatnonzero(shown[i] == 0)]
     if places:
-        figure.add_scatter(x=[p for p, _ in places], y=[rows[i] for _, i in places], mode="markers", name="dead",
+        figure.add_scatter(x=[p for p, _ in places], y=[rows[i] for _, i in places], mode="markers", name="dead", meta=AGAIN,
                            marker={"symbol": "x-thin", "size": 10, "line": {"width": 2, "color": palette.DEAD}},
                            customdata=[float(experts[i, p]) for p, i in places],
                            hovertemplate="expert %{customdata:.0f}: no token at all<extra></extra>", showlegend=False)  # fmt: skip
@@ -88,7 +147,7 @@ def sorted_load(relative: np.ndarray, theme: str) -> go.Figure:
     order = np.argsort(-relative, kind="stable")
     figure = go.Figure(
         go.Bar(x=[str(e) for e in order], y=relative[order].astype(np.float32), marker_color=palette.AMOUNT["light"][3],
-               hovertemplate="expert %{x}: %{y:.2f} × its even share<extra></extra>")
+               meta={"x": "expert", "y": "relative_load"}, hovertemplate="expert %{x}: %{y:.2f} × its even share<extra></extra>")
     )  # fmt: skip
     figure.add_hline(y=1, line={"color": "#888", "dash": "dot"}, annotation_text="even share", annotation_font_color="#888")
     figure.update_xaxes(title="expert, busiest first", type="category")
@@ -109,7 +168,7 @@ def maxvio_lines(
         spread = (
             {"type": "data", "symmetric": False, "array": most - batch, "arrayminus": batch - least, "thickness": 1} if y is batch else None
         )
-        figure.add_scatter(x=list(rows), y=y, name=name, mode="markers+lines", error_y=spread,
+        figure.add_scatter(x=list(rows), y=y, name=name, mode="markers+lines", error_y=spread, meta={"x": "layer", "y": "maxvio"},
                            line={"color": colour, "dash": "dot" if y is chance else "solid", "width": 1.5},
                            marker={"color": colour, "symbol": symbol, "size": 9}, hovertemplate="%{x}: MaxVio %{y:.3f} " + name + "<extra></extra>")  # fmt: skip
     figure.update_layout(legend=_ABOVE)
@@ -121,11 +180,12 @@ def maxvio_lines(
 def piece_bars(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray, whole: float, what: str) -> go.Figure:
     """Max / mean of pieces of a run [n], a dark mark at what chance gives for so many tokens, a line at the whole run's."""
     figure = go.Figure(go.Bar(x=list(names), y=ratio, name="max / mean", customdata=n, marker_color=palette.AMOUNT["light"][2],
+                              meta=(named := {"x": "piece", "y": "max_over_mean", "customdata": ["n"]}),
                               hovertemplate="%{x}: %{y:.2f} × the mean load, n = %{customdata:,} tokens<extra></extra>"))  # fmt: skip
-    figure.add_scatter(x=list(names), y=chance, name="by chance, at most about", mode="markers",
+    figure.add_scatter(x=list(names), y=chance, name="by chance, at most about", mode="markers", meta=named,
                        hovertemplate="%{x}: at most about %{y:.2f} by chance<extra></extra>",
                        marker={"symbol": "line-ew-open", "size": 14, "color": "#666", "line": {"width": 3, "color": "#666"}})  # fmt: skip
-    figure.add_scatter(x=list(names), y=[whole] * len(names), name="the whole run", mode="lines", line={"color": palette.DEAD, "dash": "dot"},
+    figure.add_scatter(x=list(names), y=[whole] * len(names), name="the whole run", mode="lines", meta=named, line={"color": palette.DEAD, "dash": "dot"},
                        hovertemplate="whole run: %{y:.2f}<extra></extra>")  # fmt: skip
     figure.update_layout(legend=_ABOVE)
     figure.update_xaxes(title=what, type="category", categoryorder="array", categoryarray=list(names))
@@ -153,10 +213,12 @@ def token_map(values: np.ndarray, tokens: Sequence[str], rows: Sequence[str], wh
         hues = (*palette.EXPERTS, palette.OTHER)
         top = len(hues)
         shown = np.stack([busiest_hues(v) for v in values])
+        shown = shown if np.isnan(shown).any() else shown.astype(np.uint8)  # a quarter of the bytes
         colours = [(s, c) for i, c in enumerate(hues) for s in (i / top, (i + 1) / top)]
     figure = go.Figure(
         go.Heatmap(
-            z=shown, x=x, y=list(rows), customdata=values.astype(np.float32), colorscale=colours, showscale=not discrete,
+            z=shown, x=x, y=list(rows), customdata=values if discrete else shown, colorscale=colours, showscale=not discrete,
+            meta={"x": "token", "y": "layer", "z": "hue" if discrete else "drawn", "customdata": [what.replace(" ", "_")]},
             zmin=0 if discrete else None, zmax=top, hoverongaps=False, colorbar={"thickness": 12, "title": {"text": what}},
             hovertemplate="%{y}, token %{x}<br>" + what + " %{customdata:" + (".0f" if discrete else ".3f") + "}<extra></extra>",
         )
@@ -176,8 +238,15 @@ def slot_bars(kept: np.ndarray, dropped: np.ndarray, idle: np.ndarray, slots: np
         ("idle slots", idle, {"color": "rgba(140,140,140,0.3)", "line": {"width": 1, "color": "rgba(140,140,140,0.7)"}}),
         ("dropped", dropped, {"color": palette.DEAD, "pattern": {"shape": "/", "size": 5, "solidity": 0.35}}),
     ):
-        figure.add_bar(x=x, y=values[order], name=name, marker=look, hovertemplate=f"expert %{{x}}: %{{y:,}} {name}<extra></extra>")
-    figure.add_scatter(x=x, y=slots[order], name="expert capacity", mode="lines", line={"shape": "hvh", "color": "#888", "dash": "dot"},
+        figure.add_bar(
+            x=x,
+            y=values[order],
+            name=name,
+            marker=look,
+            meta={"x": "expert", "y": "assignments"},
+            hovertemplate=f"expert %{{x}}: %{{y:,}} {name}<extra></extra>",
+        )
+    figure.add_scatter(x=x, y=slots[order], name="expert capacity", mode="lines", meta={"x": "expert", "y": "assignments"}, line={"shape": "hvh", "color": "#888", "dash": "dot"},
                        hovertemplate="%{y:,} slots<extra></extra>")  # fmt: skip
     figure.update_layout(barmode="stack", legend=_ABOVE)
     figure.update_xaxes(title="expert, busiest first", type="category")
@@ -200,6 +269,7 @@ def slot_grid(tokens: Sequence[str], experts: np.ndarray, ranks: np.ndarray, cap
     figure = go.Figure()
     for name, x, y, words, symbol, colour in groups:
         figure.add_scatter(x=x + 1, y=[f"expert {e}" for e in y], text=words, name=name, mode="markers+text", hoverinfo="skip",
+                           meta={"x": "slot", "y": "expert", "customdata": ["token"]}, customdata=list(words),
                            textposition="middle center" if name == "processed" else "bottom center",
                            textfont={"color": "white"} if name == "processed" else None,
                            marker={"symbol": symbol, "size": 44 if name != "dropped" else 26, "color": colour, "line": {"width": 3, "color": colour}})  # fmt: skip
@@ -215,16 +285,16 @@ def slot_grid(tokens: Sequence[str], experts: np.ndarray, ranks: np.ndarray, cap
 
 def overflow_curves(factors: np.ndarray, dropped: np.ndarray, idle: np.ndarray, chance: np.ndarray, at: float) -> go.Figure:
     """Shares over capacity factors [F]: dropped and idle [sites, F] as median line and band over sites, dropped by chance [F]."""
-    figure = go.Figure()
+    figure, named = go.Figure(), {"x": "capacity_factor", "y": "share"}
     for name, values, colour, fill in (("dropped", dropped, palette.DEAD, "rgba(213,94,0,0.18)"),
                                        ("idle slots", idle, "#7f8c9b", "rgba(127,140,155,0.2)")):  # fmt: skip
         if len(values) > 1:
-            figure.add_scatter(x=factors, y=values.max(0), mode="lines", line={"width": 0}, hoverinfo="skip", showlegend=False)
-            figure.add_scatter(x=factors, y=values.min(0), mode="lines", line={"width": 0}, fill="tonexty", fillcolor=fill,
-                               hoverinfo="skip", showlegend=False)  # fmt: skip
-        figure.add_scatter(x=factors, y=np.median(values, axis=0), name=name, mode="lines", line={"color": colour, "width": 2.5},
+            edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "meta": named}
+            figure.add_scatter(x=factors, y=values.max(0), name=f"{name}, most of any layer", **edge)
+            figure.add_scatter(x=factors, y=values.min(0), name=f"{name}, least of any layer", fill="tonexty", fillcolor=fill, **edge)
+        figure.add_scatter(x=factors, y=np.median(values, axis=0), name=name, mode="lines", line={"color": colour, "width": 2.5}, meta=named,
                            hovertemplate=f"CF %{{x:g}}: %{{y:.1%}} {name}<extra></extra>")  # fmt: skip
-    figure.add_scatter(x=factors, y=chance, name="dropped by chance (uniform routing)", mode="lines",
+    figure.add_scatter(x=factors, y=chance, name="dropped by chance (uniform routing)", mode="lines", meta=named,
                        line={"color": palette.DEAD, "dash": "dot", "width": 1.5},
                        hovertemplate="CF %{x:g}: %{y:.2%} by chance<extra></extra>")  # fmt: skip
     figure.add_vline(x=at, line={"color": "#888", "dash": "dash"})
@@ -236,8 +306,10 @@ def overflow_curves(factors: np.ndarray, dropped: np.ndarray, idle: np.ndarray, 
 
 def share_bars(names: Sequence[str], shares: np.ndarray, counts: np.ndarray, mean: float, what: str) -> go.Figure:
     """Bars of dropped shares [n] by group with the share over all as a line; ``counts`` [n] assignments stand in the hover."""
-    figure = go.Figure(go.Bar(x=list(names), y=shares, customdata=counts, marker_color=palette.DEAD,
-                              hovertemplate="%{x}: %{y:.1%} of %{customdata:,} assignments dropped<extra></extra>"))  # fmt: skip
+    told = np.stack([counts, np.full(len(counts), mean)], -1)
+    figure = go.Figure(go.Bar(x=list(names), y=shares, customdata=told, marker_color=palette.DEAD,
+                              meta={"x": "group", "y": "dropped_share", "customdata": ["assignments", "dropped_share_of_the_layer"]},
+                              hovertemplate="%{x}: %{y:.1%} of %{customdata[0]:,} assignments dropped<extra></extra>"))  # fmt: skip
     figure.add_hline(y=mean, line={"color": "#888", "dash": "dot"}, annotation_text="whole layer", annotation_font_color="#888")
     figure.update_xaxes(title=what, type="category")
     figure.update_yaxes(title="dropped share", tickformat=".0%", rangemode="tozero")
@@ -255,17 +327,19 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
     x = [str(e) for e in experts]
     figure = go.Figure(
         go.Heatmap(z=z.astype(np.float32), x=x, y=list(names), colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
-                   xgap=1, ygap=1, hoverinfo="skip", colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES,
+                   xgap=1, ygap=1, hoverinfo="skip", meta=AGAIN, colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES,
                                                               "title": {"text": "over others"}, "thickness": 12})
     )  # fmt: skip
     row, column = (a.ravel() for a in np.indices(z.shape))
     weak = ~found.significant[cell].ravel()
-    figure.add_scatter(x=[x[c] for c in column[weak]], y=[names[r] for r in row[weak]], mode="markers", hoverinfo="skip", showlegend=False,
+    figure.add_scatter(x=[x[c] for c in column[weak]], y=[names[r] for r in row[weak]], mode="markers", hoverinfo="skip", showlegend=False, meta=AGAIN,
                        marker={"symbol": "x-thin", "size": 5, "line": {"width": 1, "color": "#888"}})  # fmt: skip
     told = np.stack([np.broadcast_to(experts, z.shape), *(getattr(found, n)[cell] for n in ("share", "elsewhere", "lift", "low", "high", "q")),
-                     np.broadcast_to(found.tokens[groups][:, None], z.shape)], -1).reshape(-1, 8)  # fmt: skip
+                     np.broadcast_to(found.tokens[groups][:, None], z.shape), found.enrichment[cell], found.significant[cell], z], -1).reshape(-1, 11)  # fmt: skip
     figure.add_scatter(
-        x=[x[c] for c in column], y=[names[r] for r in row], mode="markers", showlegend=False, customdata=told,
+        x=[x[c] for c in column], y=[names[r] for r in row], mode="markers", showlegend=False, customdata=told, name=UNSEEN,
+        meta={"x": "column", "y": "group", "customdata": ["expert", "share", "elsewhere", "lift", "log2_enrichment_low", "log2_enrichment_high", "q",
+                                                          "group_tokens", "log2_enrichment", "significant", "log2_enrichment_drawn"]},
         marker={"symbol": "square", "size": 20, "opacity": 0.001, "color": "#888"}, selected={"marker": {"opacity": 0.001}},
         unselected={"marker": {"opacity": 0.001}},
         hovertemplate="%{y}, expert %{customdata[0]:.0f}<br>used for %{customdata[1]:.1%} of its %{customdata[7]:,} tokens, %{customdata[2]:.1%}"
@@ -280,7 +354,9 @@ def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure
     """log2 enrichment of one expert by group with 95 % intervals; bars that are not significant are faded."""
     value, low, high = (np.array([getattr(u, n) for u in uses], float) for n in ("enrichment", "low", "high"))
     figure = go.Figure(
-        go.Bar(y=list(names), x=value, orientation="h", customdata=np.array([[u.share, u.elsewhere, u.count, u.n, u.q] for u in uses]),
+        go.Bar(y=list(names), x=value, orientation="h",
+               customdata=np.array([[u.share, u.elsewhere, u.count, u.n, u.q, u.significant] for u in uses]),
+               meta={"x": "log2_enrichment", "y": "group", "customdata": ["share", "elsewhere", "count", "n", "q", "significant"]},
                error_x={"type": "data", "symmetric": False, "array": np.nan_to_num(high - value), "arrayminus": np.nan_to_num(value - low),
                         "color": "#888", "thickness": 1},
                marker={"color": palette.AMOUNT["light"][3], "opacity": [1.0 if u.significant else 0.25 for u in uses]},
@@ -296,12 +372,18 @@ def information_bars(rows: Sequence[str], bits: np.ndarray, floor: np.ndarray) -
     """Mutual information per layer [L] in bits, beside what shuffled labels give."""
     figure = go.Figure()
     figure.add_bar(
-        x=list(rows), y=bits, name="measured", marker_color=palette.AMOUNT["light"][3], hovertemplate="%{x}: %{y:.3f} bits<extra></extra>"
+        x=list(rows),
+        y=bits,
+        name="measured",
+        meta=(named := {"x": "layer", "y": "bits"}),
+        marker_color=palette.AMOUNT["light"][3],
+        hovertemplate="%{x}: %{y:.3f} bits<extra></extra>",
     )
     figure.add_bar(
         x=list(rows),
         y=floor,
         name="labels shuffled over documents",
+        meta=named,
         marker_color="#9a9a9a",
         hovertemplate="%{x}: %{y:.3f} bits by chance<extra></extra>",
     )
@@ -316,7 +398,7 @@ def lift_map(lift: np.ndarray, rows: str, columns: str, theme: str) -> go.Figure
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.clip(np.log2(lift), -OCTAVES, OCTAVES).astype(np.float32)
     figure = go.Figure(
-        go.Heatmap(z=z, customdata=lift.astype(np.float32), colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
+        go.Heatmap(z=z, customdata=lift.astype(np.float32), meta={"x": "other", "y": "expert", "z": "log2_lift_drawn", "customdata": ["lift"]}, colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
                    hoverongaps=False, colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES, "thickness": 12},
                    hovertemplate="%{y} and %{x}: %{customdata:.2f} × expected<extra></extra>")
     )  # fmt: skip

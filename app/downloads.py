@@ -1,4 +1,4 @@
-"""Everything a page gives away: tables in every format, the same row of controls on each page, and figures as files."""
+"""The tables a page gives away: every format, the same row of controls on each page. Figures are in app/figures.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from analysis.export import FORMATS, TABLES, computed_bytes, export_bytes
 from analysis.trace import Trace
 
 from . import charts
-from .selection import picture_kind
 
 _ABOUT = MappingProxyType(
     {
@@ -25,16 +24,11 @@ _ABOUT = MappingProxyType(
 )
 
 
-def figure_config(trace: Trace, what: str) -> dict[str, Any]:
-    """Plotly's options for the figure called ``what``: saved as the header says, in a file named after run and figure."""
-    return charts.config(picture_kind(), trace.name, what)
-
-
 def downloads(trace: Trace, tables: Sequence[str] = tuple(TABLES)) -> None:
     """Choose a table and a format and take the file, which is made on the click."""
     row = st.container(horizontal=True, vertical_alignment="bottom")
     table = row.selectbox("Table", tables, key="table", width=180, help="; ".join(f"{n}: {TABLES[n].definition}" for n in tables))
-    _buttons(row, lambda kind: partial(export_bytes, trace, table, kind), charts.file_name(trace.name, table))
+    buttons(row, lambda kind: partial(export_bytes, trace, table, kind), charts.file_name(trace.name, table))
 
 
 def computed_downloads(trace: Trace, tables: Mapping[str, tuple[str, pa.Table]], settings: Mapping[str, Any]) -> None:
@@ -42,12 +36,12 @@ def computed_downloads(trace: Trace, tables: Mapping[str, tuple[str, pa.Table]],
     row = st.container(horizontal=True, vertical_alignment="bottom")
     table = row.selectbox("Table", list(tables), key="table", width=220, help="; ".join(f"{n}: {what}" for n, (what, _) in tables.items()))
     what, rows = tables[table]
-    _buttons(row, lambda kind: partial(computed_bytes, trace, rows, what, settings, kind),
-             charts.file_name(trace.name, table.replace(" ", "-")))  # fmt: skip
+    buttons(row, lambda kind: partial(computed_bytes, trace, rows, what, settings, kind),
+            charts.file_name(trace.name, table.replace(" ", "-")))  # fmt: skip
 
 
-def _buttons(row: Any, data: Callable[[str], Callable[[], bytes]], name: str) -> None:
+def buttons(row: Any, data: Callable[[str], Callable[[], bytes]], name: str, kinds: Sequence[str] = FORMATS, key: str = "download") -> None:
     """One button per format: nothing reruns between choosing a format and the click, which would lose the file."""
-    for kind in FORMATS:
-        row.download_button(f"{kind.upper()}", data=data(kind), key=f"download-{kind}", on_click="ignore",
+    for kind in kinds:
+        row.download_button(f"{kind.upper()}", data=data(kind), key=f"{key}-{kind}", on_click="ignore",
                             file_name=f"{name}.{kind}", help=_ABOUT[kind])  # fmt: skip

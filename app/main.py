@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 from streamlit.runtime.scriptrunner import StopException
 
-from app import jobs
+from app import figures, jobs
 from app.selection import header, publish
 from app.text import tighten
 
@@ -27,10 +27,13 @@ page = st.navigation(
 )
 tighten()
 header()
+figures.begin()
 try:
     page.run()
-except StopException:  # a page that has said all it can still stands in the URL
+except StopException:  # a page that has said all it can still gives its figures and stands in the URL
+    figures.take_figures()
     publish()
     raise
+figures.take_figures()
 publish()
 jobs.warm_up()

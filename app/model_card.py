@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from analysis.trace import LayerInfo, ModelCard
+import analysis
+from analysis.trace import LayerInfo, ModelCard, Trace
+
+
+def origin(trace: Trace) -> str:
+    """Where a figure or a report comes from; what their captions end in."""
+    made = trace.options.get("created")
+    return f"Run {trace.name}{f' of {made}' if made else ''}; Routerscope {analysis.__version__}."
 
 
 def router_rows(layers: Sequence[LayerInfo]) -> list[dict[str, Any]]:

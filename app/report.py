@@ -33,7 +33,7 @@ from analysis.specialization import by_label, label_information, seriation
 from analysis.trace import Trace
 
 from . import charts, palette
-from .model_card import facts, router_rows
+from .model_card import facts, origin, router_rows
 from .strip_data import first_text, strip_data
 from .text import axis_label, markup
 
@@ -57,8 +57,7 @@ class _Draft:
     @cached_property
     def origin(self) -> str:
         """What every caption ends in."""
-        made = self.trace.options.get("created")
-        return f"Run {self.trace.name}{f' of {made}' if made else ''}; Routerscope {analysis.__version__}."
+        return origin(self.trace)
 
     @cached_property
     def layers(self) -> list[str]:

@@ -12,7 +12,6 @@ import streamlit as st
 from analysis.store import RunError, RunSummary, open_run
 from analysis.trace import Trace
 
-from .charts import PICTURES
 from .components.theme_probe import probed_theme, theme_probe
 from .runs_folder import all_runs
 from .text import show_error, show_note
@@ -120,7 +119,7 @@ def publish() -> None:
 
 
 def header() -> None:
-    """The line at the top of every page: the run (``?run=``), the model behind it, how figures are saved (``?figure=``)."""
+    """The line at the top of every page: the run (``?run=``) and the model behind it."""
     st.session_state["_chosen"] = {}
     _read_link()
     runs = _complete()
@@ -138,14 +137,6 @@ def header() -> None:
     with row.container(width="stretch"):
         show_note(f"{trace.model.name} · {len(trace.layers)} routed layers · {shape} · {runs[name].n_tokens:,} tokens"
                          f" of {runs[name].n_documents:,} documents")  # fmt: skip
-    with row:
-        choice("figure", "Figures save as", {k: k.upper() for k in PICTURES}, PICTURES[0], draw=st.segmented_control,
-               help="The camera at the top right of a figure, shown when you point at it, saves the figure as such a file.")  # fmt: skip
-
-
-def picture_kind() -> str:
-    """What figures are saved as."""
-    return str(st.session_state["_chosen"].get("figure", PICTURES[0]))
 
 
 def current_trace() -> Trace:

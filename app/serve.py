@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import logging
 import re
 import uuid
@@ -16,7 +17,9 @@ import streamlit as st
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOSTS = ("localhost", "127.0.0.1")
@@ -101,8 +104,17 @@ def on_script_error(error: Exception) -> bool:
     return True
 
 
+def plotly_script(_: Request) -> FileResponse:
+    """plotly.js as the installed Plotly ships it, for figures that become files; asked for when the first one is saved."""
+    package = importlib.util.find_spec("plotly")  # where it is, without importing it
+    assert package is not None and package.origin is not None
+    path = Path(package.origin).parent / "package_data" / "plotly.min.js"
+    return FileResponse(path, media_type="text/javascript", headers={"Cache-Control": "max-age=3600"})
+
+
 app = st.App(
     "main.py",
+    routes=[Route("/plotly.min.js", plotly_script)],
     middleware=[Middleware(SecurityHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS)), Middleware(ClosedRoutes)],
     on_script_error=on_script_error,
 )

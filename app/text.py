@@ -77,13 +77,17 @@ def plain(text: str) -> str:
 
     A word joiner after a colon before a word stops shortcodes such as icons and emoji, which are replaced after parsing.
     """
-    shown = "".join(c if c == " " or _shows(c) else visible_token(c) for c in text)
-    return _MARKDOWN.sub(r"\\\1", re.sub(r":(?=\w)", ":\u2060", shown))
+    return _MARKDOWN.sub(r"\\\1", re.sub(r":(?=\w)", ":\u2060", visible_name(text)))
+
+
+def visible_name(text: str) -> str:
+    """A name or a sentence as it is shown where nothing is interpreted: spaces stay plain, controls are visible."""
+    return "".join(c if c == " " or _shows(c) else visible_token(c) for c in text)
 
 
 def markup(text: str) -> str:
     """Text for an HTML file, as content or as an attribute's value in quotes: nothing in it is markup, controls are visible."""
-    return html.escape("".join(c if c == " " or _shows(c) else visible_token(c) for c in text))
+    return html.escape(visible_name(text))
 
 
 def show_heading(text: str) -> None:

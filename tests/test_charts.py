@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -86,3 +88,24 @@ def test_piece_bars_keep_the_order_and_mark_chance_and_the_whole() -> None:
     bars, chance, whole = figure.data
     assert list(bars.x) == ["0", "10-20", "3-6"] == list(figure.layout.xaxis.categoryarray) and list(bars.customdata) == [5, 7, 9]
     assert list(chance.y) == [1.9, 1.2, 1.1] and list(whole.y) == [1.25] * 3
+
+
+def test_rows_are_what_is_drawn() -> None:
+    run, batch, least, most, chance = (np.array(x) for x in ([0.1, 0.2], [0.5, 0.9], [0.25, 0.9], [1.5, 1.0], [0.2, 0.2]))
+    rows = charts.rows(charts.maxvio_lines(["layer 0", "a &lt;b&gt;"], run, batch, least, most, chance)).to_pylist()
+    assert rows[0] == {"series": "mean of the batches", "layer": "layer 0", "maxvio": 0.5, "low": 0.25, "high": 1.5}
+    assert rows[-1] == {"series": "by chance in a batch", "layer": "a <b>", "maxvio": 0.2, "low": None, "high": None} and len(rows) == 6
+    tokens = charts.rows(charts.token_map(np.array([[0, 9, -1]]), ["a", "b", "c"], ["layer 0"], "expert", "light", True)).to_pydict()
+    assert tokens == {"layer": ["layer 0"] * 3, "token": ["0 a", "1 b", "2 c"], "hue": [0, 1, None], "expert": [0, 9, -1]}
+    ranked = charts.rows(charts.load_map([np.array([0.5, 2.5]), np.array([1.0])], ["l0", "l1"], "light", by_load=True)).to_pydict()
+    assert ranked["expert"] == [1, 0, 0, None] and ranked["relative_load"] == [2.5, 0.5, 1, None] and ranked["place"] == [0, 1, 0, 1]
+    grid = charts.rows(charts.slot_grid(("a", "b"), np.array([0, 1]), np.array([0, 0]), 1, 2)).to_pylist()
+    assert grid == [{"series": "processed", "slot": 1, "expert": f"expert {i}", "token": t} for i, t in enumerate("ab")]
+
+
+def test_a_printed_figure_is_light_and_without_what_only_the_mouse_sees() -> None:
+    figure = charts.load_map([np.array([1.0, 2.0])], ["layer 0"], "dark")
+    figure.add_scatter(x=[0], y=["layer 0"], name=charts.UNSEEN)
+    heat, *others = json.loads(charts.printed(figure))["data"]
+    assert heat["colorscale"] == [list(stop) for stop in palette.scale(palette.LOAD["light"])] and others == []
+    assert figure.data[0].colorscale[0][1] == palette.LOAD["dark"][0]  # the one on screen stays as it is

@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page, expect
 from analysis import __version__, open_run
 from analysis.__main__ import main
 from analysis.findings import first_finding
-from analysis.trace import LayerInfo, SiteRouting, Trace
+from analysis.trace import LayerInfo, Part, SiteRouting, Trace
 from app import palette, text
 from app.report import report_html, write_report
 from app.strip_data import first_text
@@ -45,16 +45,20 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def hostile_trace() -> Trace:
-    """Hostile tokens, labels, names, notes and warnings; at layer 0 the first label goes to experts 0 and 1 alone."""
-    layers = tuple(replace(x, note=FIRST) for x in PLAIN)
-    part = make_part(layers, [100] * 12, labels=[FIRST, SECOND], texts=NASTY, n_ids=len(NASTY))
+def hostile_part() -> Part:
+    """Hostile tokens and labels; at layer 0 the first label goes to experts 0 and 1 alone."""
+    part = make_part(PLAIN, [100] * 12, labels=[FIRST, SECOND], texts=NASTY, n_ids=len(NASTY))
     mine = np.array([label == FIRST for label in part.tokens["label"].to_pylist()])
     other = np.where(part.routing[0].experts[:, :1] % 2, 2, 4) + np.arange(2)
     planted = np.where(mine[:, None], np.arange(2), other).astype(part.routing[0].experts.dtype)
-    part = replace(part, routing=(SiteRouting(planted, part.routing[0].weights, planted), *part.routing[1:]))
+    return replace(part, routing=(SiteRouting(planted, part.routing[0].weights, planted), *part.routing[1:]))
+
+
+def hostile_trace() -> Trace:
+    """The same with hostile names, notes and warnings."""
+    layers = tuple(replace(x, note=FIRST) for x in PLAIN)
     model = replace(card(layers, FIRST), architecture=SECOND, digest=FIRST, warnings=(SECOND, "\ud800"))
-    return replace(make_trace(layers, [part], name=FIRST), model=model, options={"created": SECOND})
+    return replace(make_trace(layers, [hostile_part()], name=FIRST), model=model, options={"created": SECOND})
 
 
 @contextmanager

@@ -85,23 +85,6 @@ def assert_harmless(test: AppTest) -> None:
         assert set(found) <= {"<br", "<extra", "</extra"}, found
 
 
-@pytest.mark.parametrize("kind", ["svg", "png"])
-def test_every_figure_is_saved_as_the_header_says_under_a_name_of_its_own(runs: Path, kind: str) -> None:
-    store(runs / "mine", PLAIN, [30, 700])
-    names = []
-    for page in ("overview", "tokens", "load", "capacity", "specialization", "expert"):
-        test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
-        test.query_params.update({"run": "mine", "figure": kind})
-        test.run()
-        test.switch_page(f"views/{page}.py").run()
-        figures = [json.loads(f.proto.config)["toImageButtonOptions"] for f in test.get("plotly_chart")]
-        assert figures and {f["format"] for f in figures} == {kind} and test.query_params["figure"] in (kind, [kind])
-        here = [f["filename"] for f in figures]
-        assert len(set(here)) == len(here) and all(re.fullmatch(r"mine-[\w.-]+", n) for n in here)
-        names += here
-    assert len(names) >= 9 and "mine-load-map" in names
-
-
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs captured from families with two sites per layer, special classes, product keys, one routed layer."""

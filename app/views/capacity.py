@@ -16,7 +16,8 @@ from analysis.slots import PRESETS, CapacityError, make_batches
 from analysis.trace import Trace
 from app import charts, text
 from app.components.token_strip import token_strip
-from app.downloads import computed_downloads, figure_config
+from app.downloads import computed_downloads
+from app.figures import show_figure
 from app.selection import choice, current_trace, document_picker, recording_id
 
 SCOPES = {"documents": "micro-batches of documents", "document": "each document alone", "tokens": "micro-batches of tokens",
@@ -54,10 +55,14 @@ def who_pays(trace: Trace, applied: AppliedCapacity, site: int, mean: float) -> 
     rows = applied.by_label() if asked == "label" else applied.by_position()
     keys = rows["label" if asked == "label" else "first_position"].to_pylist()
     names = [text.axis_name(k or "no label") if asked == "label" else f"{k:,}" for k in keys]
-    st.plotly_chart(charts.share_bars(names, rows["dropped_share"].to_numpy(), rows["assignments"].to_numpy(), mean,
-                                      "label" if asked == "label" else "position in the document, first of each bin"),
-                    config=figure_config(trace, f"dropped-{WHO[asked]}-{trace.layers[site].title}-cf-{factor:g}"),
-                    key="who-chart", alt=f"Bars of the dropped share {WHO[asked]}.")  # fmt: skip
+    show_figure(
+        trace, charts.share_bars(names, rows["dropped_share"].to_numpy(), rows["assignments"].to_numpy(), mean,
+                                 "label" if asked == "label" else "position in the document, first of each bin"),
+        f"dropped-{WHO[asked]}-{trace.layers[site].title}-cf-{factor:g}", key="who-chart", alt=f"Bars of the dropped share {WHO[asked]}.",
+        definition=f"Share of the group's assignments at {trace.layers[site].title} that are dropped at capacity factor {factor:g}; the line is the"
+        f" share of all assignments of the layer. {setting}",
+        n=f"{int(rows['assignments'].to_numpy().sum()):,} assignments in {len(rows):,} groups",
+    )  # fmt: skip
     return {WHO[asked]: (f"one row per {asked}", rows)}
 
 
@@ -104,8 +109,13 @@ def explain() -> None:
     chosen = float(choice("six", "Factor in this lesson", {f: f for f in ("0.5", "1", "1.5", "2")}, "1", draw=st.segmented_control))
     queues = rank_site(experts, np.ones((6, 1), np.float32), 3, make_batches([6], "run"))
     total = queues.at(chosen).total()
-    st.plotly_chart(charts.slot_grid(names, experts[:, 0], queues.ranks[:, 0], total["largest_capacity"], 3),
-                    config=figure_config(trace, f"six-tokens-cf-{chosen:g}"), key="six-chart", alt="Six tokens in the slots of three experts.")  # fmt: skip
+    show_figure(
+        trace, charts.slot_grid(names, experts[:, 0], queues.ranks[:, 0], total["largest_capacity"], 3), f"six-tokens-cf-{chosen:g}",
+        key="six-chart", alt="Six tokens in the slots of three experts.",
+        definition=f"A made-up example, not this run: six tokens in the slots of three experts at capacity factor {chosen:g}; first come, first"
+        " served (figure 3 of arXiv 2101.03961).",
+        n="6 tokens, one expert each",
+    )  # fmt: skip
     st.markdown(
         f"Six tokens, three experts, one expert per token: an even share is 6 / 3 = 2 tokens. Times the factor {chosen:.1f}, rounded up, "
         f"each expert gets **{total['largest_capacity']:,} slots**. **{total['dropped']:,} of 6 tokens** find their expert full and skip it; "
@@ -166,6 +176,8 @@ pooled = pool_curves(mine)
 now = pooled.filter(pc.equal(pooled["factor"], factor)).to_pylist()[0]
 exact = policy not in ("reroute", "dropless")
 total, layer = applied.by_layer().to_pylist()[0], trace.layers[site]
+setting = (f"Capacity as in {PRESETS[preset].title}; served first: {policy.replace('_', ' ')}; {SCOPES[scope]}"
+           + (f", {size:,} per batch, {ORDERS[order]}" if size else "") + ".")  # fmt: skip
 text.show_heading(in_words(now if exact and shown_layer == "all" else total, pooled, factor).replace("assignments", (
     "assignments over all layers" if exact and shown_layer == "all" else f"assignments at {trace.layers[site].title}"), 1) + ".")  # fmt: skip
 text.show_note(
@@ -177,23 +189,25 @@ if not exact:
 
 st.subheader("Drops against idle slots")
 grid = [mine.filter(pc.equal(mine["site"], s)) for s in dict.fromkeys(mine["site"].to_pylist())]
-st.plotly_chart(
-    charts.overflow_curves(np.array(FACTORS), np.stack([g["dropped_share"].to_numpy() for g in grid]),
-                           1 - np.stack([g["slot_use"].to_numpy() for g in grid]), pooled["chance_dropped_share"].to_numpy(), factor),
-    config=figure_config(trace, f"capacity-curves-{shown_layer}-{policy}"), key="curves", alt="Shares of dropped assignments and idle slots over the capacity factor.",
+show_figure(
+    trace, charts.overflow_curves(np.array(FACTORS), np.stack([g["dropped_share"].to_numpy() for g in grid]),
+                                  1 - np.stack([g["slot_use"].to_numpy() for g in grid]), pooled["chance_dropped_share"].to_numpy(), factor),
+    f"capacity-curves-{shown_layer}-{policy}", key="curves", alt="Shares of dropped assignments and idle slots over the capacity factor.",
+    definition="Line: median over the layers shown; band: their range. Dropped: share of assignments; idle: share of slots. Dotted: what uniform"
+    f" routing would drop. {setting if exact else 'Drawn for first come, first served.'}",
+    n=f"{now['assignments']:,} assignments in {len(grid):,} layers",
 )  # fmt: skip
-st.caption("Line: median over the layers shown; band: their range. Dropped: share of assignments; idle: share of slots.")
 
 text.show_heading(f"Expert by expert at {layer.title}" + (", the layer that drops most" if shown_layer == "all" else ""))
 experts = applied.by_expert()
-st.plotly_chart(
-    charts.slot_bars(*(experts[c].to_numpy() for c in ("kept", "dropped", "idle", "slots"))),
-    config=figure_config(trace, f"slots-{layer.title}-{policy}-cf-{factor:g}"), key="slots", alt=f"Bars per expert of {layer.title}: processed, dropped and idle.",
+show_figure(
+    trace, charts.slot_bars(*(experts[c].to_numpy() for c in ("kept", "dropped", "idle", "slots"))), f"slots-{layer.title}-{policy}-cf-{factor:g}",
+    key="slots", alt=f"Bars per expert of {layer.title}: processed, dropped and idle.",
+    definition=f"Assignments and slots of {layer.title} at capacity factor {factor:g}, summed over {total['batches']:,} batches of"
+    f" {total['least_capacity']:,} to {total['largest_capacity']:,} slots per expert. An expert can drop in one batch and idle in another, so both"
+    f" may stand on one bar. {setting}",
+    n=f"{total['assignments']:,} assignments",
 )  # fmt: skip
-st.caption(
-    f"Sums over {total['batches']:,} batches, capacity {total['least_capacity']:,} to {total['largest_capacity']:,} slots per expert and "
-    "batch. An expert can drop in one batch and idle in another, so both may stand on one bar."
-)
 text.show_heading(f"Who pays at {layer.title}?")
 tables = {"curves": ("one row per layer and capacity factor", every), "by layer": ("one row per layer", pa.Table.from_pylist(here)),
           "by expert": ("one row per expert of the layer shown", experts), **who_pays(trace, applied, site, total["dropped_share"])}  # fmt: skip

@@ -14,7 +14,8 @@ from analysis.trace import Trace
 from analysis.vocabulary import DRAWS
 from app import charts, text
 from app.components.token_strip import token_strip
-from app.downloads import computed_downloads, figure_config
+from app.downloads import computed_downloads
+from app.figures import show_figure
 from app.selection import choice, current_trace, layer_picker, recording_id
 
 
@@ -30,11 +31,15 @@ def examples(_trace: Trace, run: str, site: int, expert: int) -> tuple[Passage, 
     return passages(_trace, site, expert)
 
 
-def uses(rows: Sequence[GroupUse], what: str) -> None:
+def uses(rows: Sequence[GroupUse], what: str, test: str) -> None:
     """Groups by lift, with interval and whether they are more than chance."""
-    st.plotly_chart(charts.enrichment_bars([text.axis_name(u.group) for u in rows], rows), key=f"uses-{what}",
-                    config=figure_config(trace, f"{trace.layers[site].title}-expert-{expert}-by-{what}"),
-                    alt=f"Bars of log2 enrichment by {what}, with intervals.")  # fmt: skip
+    show_figure(
+        trace, charts.enrichment_bars([text.axis_name(u.group) for u in rows], rows), f"{trace.layers[site].title}-expert-{expert}-by-{what}",
+        key=f"uses-{what}", alt=f"Bars of log2 enrichment by {what}, with intervals.",
+        definition=f"Expert {expert} of {trace.layers[site].title}: log2 of the share of the {what}'s tokens that use it over that of all others;"
+        f" 0 is no preference. Bars: 95 % interval over documents. Faded: no more than chance after correction.{test}",
+        n=f"{card.n:,} tokens in {len(rows):,} groups",
+    )  # fmt: skip
 
 
 def neighbours(rows: Sequence[Neighbour], title: str) -> None:
@@ -91,14 +96,10 @@ if not card.assignments:
     st.stop()
 if card.labels:
     st.subheader("Which texts use it?")
-    uses(card.labels, "label")
-    text.show_note(f"log2 of the share of the label's tokens that use it over that of all others, n = {card.n:,} tokens in all; bars: 95 % interval over documents. Faded: no more"
-                   f" than chance after correction. Test: {known.labels.method}.")  # fmt: skip
+    uses(card.labels, "label", f" Test: {known.labels.method}.")
 if card.classes:
     st.subheader("Which kinds of token?")
-    uses(card.classes, "class")
-    text.show_note(f"As above, for {len(card.classes)} classes of the layer's {card.n:,} tokens." + (
-        f" Test: {known.classes.method}." if known.classes is not None else ""))  # fmt: skip
+    uses(card.classes, "class", f" Test: {known.classes.method}." if known.classes is not None else "")
 if card.tokens:
     st.subheader("Which tokens, most of all?")
     st.dataframe(

@@ -23,7 +23,8 @@ from analysis.stability import (
 )
 from analysis.trace import Trace
 from app import charts, text
-from app.downloads import computed_downloads, figure_config
+from app.downloads import computed_downloads
+from app.figures import show_figure
 from app.selection import choice, current_trace, layer_picker, recording_id, theme
 
 SHOWN = ("max_over_mean", "chance_max_over_mean", "maxvio", "cv", "chance_cv", "gini", "effective_experts", "dead", "cold")
@@ -55,13 +56,14 @@ def show_map(relative: list[np.ndarray]) -> None:
     )
     text.show_note(f"n = {n:,} tokens; uniform random routing would give at most about {chance:.2f} times.")
     order = choice("order", "Experts in each layer", {"number": "by number", "load": "by load"}, "number", draw=st.segmented_control)
-    st.plotly_chart(
-        charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load"),
-        config=figure_config(trace, f"load-map-by-{order}"),
-        key="load_map",
-        alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
-    )
-    st.caption("Load over the layer's mean load, on a fixed scale from ⅛× to 8×. A cross marks a dead expert: no token at all.")
+    ns = [stats.n_tokens(x.index) for x in trace.layers]
+    show_figure(
+        trace, charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load"), f"load-map-by-{order}",
+        key="load_map", alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
+        definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×. A cross marks a dead expert: no token at all."
+        f" Uniform random routing would give at most about {chance:.2f} × at {layer.title}.",
+        n=f"{min(ns):,} tokens per layer" if len(set(ns)) == 1 else f"{min(ns):,} to {max(ns):,} tokens per layer",
+    )  # fmt: skip
     found = dead_experts(trace)
     where = f", at {', '.join(trace.layers[s].title for s in found.sites)}" if found.sites else ""
     text.show_text(
@@ -108,20 +110,19 @@ def show_batches() -> tuple[str, pa.Table]:
         text.show_note("This run has counts over all its text but no documents, so it cannot be cut into batches.")
         return what, rows
     value = {n: rows[n].to_numpy() for n in ("run", "batch", "least", "most", "chance_batch", "chance_run")}
-    st.plotly_chart(
-        charts.maxvio_lines([x.title for x in trace.layers], *(value[n] for n in ("run", "batch", "least", "most", "chance_batch"))),
-        config=figure_config(trace, "maxvio"), key="maxvio", alt="MaxVio per layer: over the whole run, mean of its batches with their range, and by chance.",
-    )  # fmt: skip
     every = rows.to_pylist()
     first, worst = every[0], every[int(np.nanargmax(value["batch"]))]
+    show_figure(
+        trace, charts.maxvio_lines([x.title for x in trace.layers], *(value[n] for n in ("run", "batch", "least", "most", "chance_batch"))),
+        f"maxvio-batch-{size}", key="maxvio", alt="MaxVio per layer: over the whole run, mean of its batches with their range, and by chance.",
+        definition="MaxVio: (largest load - mean) / mean; 0 is even (arXiv 2408.15664). Batches are whole documents in the order recorded:"
+        " sorted texts make batches of one kind. Whiskers: most to least even batch. By chance (uniform routing) at most about"
+        f" {first['chance_batch']:.3f} in such a batch and {first['chance_run']:.3f} over the run.",
+        n=f"{first['batches']:,} batches of {first['batch_n']:,.0f} tokens on average at the first layer",
+    )  # fmt: skip
     text.show_text(
         f"{trace.layers[worst['site']].title.capitalize()} is the least stable: MaxVio {worst['batch']:.2f} in a batch on average,"
         f" {worst['run']:.2f} over the whole run."
-    )
-    st.caption(
-        f"MaxVio: (largest load - mean) / mean; 0 is even (arXiv 2408.15664). n = {first['batches']:,} batches of {first['batch_n']:,.0f} tokens on average at the "
-        f"first layer, whole documents in the order recorded: sorted texts make batches of one kind. Whiskers: most to least even batch. By chance "
-        f"(uniform routing) at most about {first['chance_batch']:.3f} in such a batch and {first['chance_run']:.3f} over the run."
     )
     return what, rows
 
@@ -135,12 +136,13 @@ def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
     names = [text.axis_name(x) for x in rows["label"].to_pylist()] if piece == "label" else [
         f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in zip(rows["first"].to_pylist(), rows["last"].to_pylist(), strict=True)]  # fmt: skip
     ratio, n, chance = (rows[c].to_numpy() for c in ("max_over_mean", "n", "chance_max_over_mean"))
-    st.plotly_chart(charts.piece_bars(names, ratio, n, chance, whole, "label" if piece == "label" else "position in the document"),
-                    config=figure_config(trace, f"balance-{piece}"), key="pieces-chart", alt=f"Bars of max over mean load {PIECES[piece]}, with what chance gives.")  # fmt: skip
-    st.caption(
-        f"Largest load over mean load within each piece, n = {int(n.sum()):,} tokens in {len(n):,} pieces. Fewer tokens look less even by "
-        "chance alone: the dark mark is what uniform routing of the piece's tokens stays below on average."
-    )
+    show_figure(
+        trace, charts.piece_bars(names, ratio, n, chance, whole, "label" if piece == "label" else "position in the document"),
+        f"balance-{piece}-{trace.layers[site].title}", key="pieces-chart", alt=f"Bars of max over mean load {PIECES[piece]}, with what chance gives.",
+        definition=f"Largest load over mean load of {trace.layers[site].title} within each piece. Fewer tokens look less even by chance alone:"
+        " the dark mark is what uniform routing of the piece's tokens stays below on average.",
+        n=f"{int(n.sum()):,} tokens in {len(n):,} pieces",
+    )  # fmt: skip
     return {PIECES[piece]: (f"one row per {piece}: balance at the layer chosen, with n and chance", rows)}
 
 
@@ -180,9 +182,13 @@ batched = show_batches()
 site = layer_picker(trace)
 chosen = trace.layers[site]
 text.show_heading(f"{chosen.title.capitalize()}: {chosen.n_experts} experts, top-{chosen.top_k}")
-st.plotly_chart(charts.sorted_load(relative[site], theme()), config=figure_config(trace, f"load-{chosen.title}"), key="bars",
-                alt=f"Bars of the loads of {chosen.title}, busiest expert first, with a line at an even share.")  # fmt: skip
-text.show_note(f"n = {stats.n_tokens(site):,} tokens, {int(stats.load(site).sum()):,} assignments.")
+show_figure(
+    trace, charts.sorted_load(relative[site], theme()), f"load-{chosen.title}", key="bars",
+    alt=f"Bars of the loads of {chosen.title}, busiest expert first, with a line at an even share.",
+    definition=f"Load of each expert of {chosen.title} over their mean load, busiest first; 1 is an even share. Uniform random routing would give at"
+    f" most about {table['chance_max_over_mean'][site].as_py():.2f} ×.",
+    n=f"{stats.n_tokens(site):,} tokens, {int(stats.load(site).sum()):,} assignments",
+)  # fmt: skip
 if chosen.native_capacity is not None:
     lost = stats.dropped(site)
     text.show_text(

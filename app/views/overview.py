@@ -14,7 +14,7 @@ from analysis.stability import dead_experts
 from analysis.trace import Trace
 from app import charts, text
 from app.components.token_strip import token_strip
-from app.downloads import figure_config
+from app.figures import show_figure
 from app.report import report_bytes
 from app.selection import current_trace, recording_id, theme
 from app.strip_data import first_text
@@ -83,17 +83,14 @@ counts = [stats.n_tokens(x.index) for x in layers]
 each = f"{counts[0]:,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
 mark = (finding.site, finding.expert) if finding is not None else None
 st.subheader("Who carries the load? Each cell is one expert of one layer.")
-st.plotly_chart(
-    charts.load_map(relative, rows, theme(), mark),
-    config=figure_config(trace, "load-map"),
-    key="load_map",
+show_figure(
+    trace, charts.load_map(relative, rows, theme(), mark), "load-map", key="load_map",
     alt=f"Heatmap of {len(rows)} layers by {len(relative[0])} experts: load relative to an even share.",
-)
-text.show_note(
-    f"Load relative to an even share, n = {each} tokens per layer. Neutral is even, orange carries more, blue less; "
-    f"by chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×. "
-    "The framed cell is the finding above. Experts of different layers are unrelated, even with the same number."
-)
+    definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×: neutral is even, orange carries more, blue less; a cross"
+    f" marks a dead expert. By chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×."
+    + (f" Framed: {finding.claim}" if finding is not None else "") + " Experts of different layers are unrelated, even with the same number.",
+    n=f"{each} tokens per layer",
+)  # fmt: skip
 st.subheader("Where to look next")
 links = st.columns(3)
 links[0].page_link("views/tokens.py", label="Which expert does each token go to?", query_params={"run": trace.name})

@@ -14,7 +14,8 @@ from analysis.specialization import Preferences, by_label, by_position, label_in
 from analysis.trace import Trace
 from analysis.vocabulary import by_class, context_independence, input_tokens, top_tokens, vocabulary_specialization
 from app import charts, text
-from app.downloads import computed_downloads, figure_config
+from app.downloads import computed_downloads
+from app.figures import show_figure
 from app.selection import choice, current_trace, layer_picker, recording_id, theme
 
 KINDS = {
@@ -57,16 +58,16 @@ def show_preferences(found: Preferences, site: int) -> None:
         seriation(found.enrichment) if found.kind != "position" else (np.arange(len(found.groups)), np.arange(found.count.shape[1]))
     )
     names = [text.axis_name(found.groups[g]) for g in groups]
-    event = st.plotly_chart(
-        charts.enrichment_map(found, names, groups, experts, theme()), key=f"cells-{found.kind}", on_select="rerun",
-        config=figure_config(trace, f"enrichment-by-{found.kind}-{layer.title}"),
-        selection_mode="points", alt=f"Heatmap of {len(groups)} groups by {len(experts)} experts: log2 enrichment.",
+    event = show_figure(
+        trace, charts.enrichment_map(found, names, groups, experts, theme()), f"enrichment-by-{found.kind}-{layer.title}",
+        key=f"cells-{found.kind}", on_select="rerun", selection_mode="points",
+        alt=f"Heatmap of {len(groups)} groups by {len(experts)} experts: log2 enrichment.",
+        definition=f"Experts of {layer.title}. Colour: log2 of the share of the group's tokens that use the expert over the share of all other tokens;"
+        f" orange more, blue less. A small cross marks a cell that is no more than chance after correction (false discovery rate 5 %; {found.method});"
+        f" experts used by fewer than {charts.LEAST_USES:,} tokens have no colour. Rows and columns are ordered so that structure shows.",
+        n=f"{int(found.tokens.sum()):,} tokens of {documents:,} documents",
     )  # fmt: skip
-    st.caption(
-        "Colour: log2 of the share of the group's tokens that use the expert over the share of all other tokens; orange more, blue less. "
-        f"A small cross marks a cell that is no more than chance; experts used by fewer than {charts.LEAST_USES:,} tokens have no colour. "
-        "Rows and columns are ordered so that structure shows. Click a cell for its expert."
-    )
+    st.caption("Click a cell for its expert.")
     open_expert(event)
 
 
@@ -84,13 +85,13 @@ def show_layers() -> None:
     """How much label and expert tell about each other, layer by layer, beside what shuffled labels give."""
     found = informations(trace, run)
     st.subheader("In which layers do experts follow the labels?")
-    st.plotly_chart(charts.information_bars([x.title for x in trace.layers], np.array([i.corrected for i in found]), np.array([i.floor for i in found])),
-                    config=figure_config(trace, "label-information"), key="information", alt="Bars of the mutual information of expert and label per layer.")  # fmt: skip
-    top = found[0].entropy_y
-    st.caption(
-        f"Mutual information of expert and label in bits, bias-corrected; 0 = the label says nothing about the expert, at most {top:.2f} here. "
-        f"Grey: what remains when labels are moved between whole documents. n = {found[0].n:,} assignments per layer."
-    )
+    show_figure(
+        trace, charts.information_bars([x.title for x in trace.layers], np.array([i.corrected for i in found]), np.array([i.floor for i in found])),
+        "label-information", key="information", alt="Bars of the mutual information of expert and label per layer.",
+        definition="Mutual information of expert and label in bits, bias-corrected; 0 = the label says nothing about the expert, at most"
+        f" {found[0].entropy_y:.2f} here. Grey: what remains when labels are moved between whole documents.",
+        n=f"{found[0].n:,} assignments per layer",
+    )  # fmt: skip
 
 
 def show_vocabulary() -> pa.Table:
@@ -131,11 +132,13 @@ def show_pairs(pairs: PairCounts, kind: str) -> pa.Table:
         text.show_heading(f"{said} {lift[best]:.1f} times as often as their loads alone would give.")
     text.show_note(f"n = {pairs.n:,} pairs. Uniform routing would give each partner {pairs.chance_share:.1%}. Pairs are not tested one by one:"
                    " tokens of one document are not independent.")  # fmt: skip
-    st.plotly_chart(charts.lift_map(lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer", theme()),
-                    config=figure_config(trace, f"{kind}-{here}"), key=f"lift-{kind}", alt="Heatmap of observed over expected pairs of experts.")  # fmt: skip
-    st.caption(
-        "Colour: log2 of observed over expected pairs; 1× is what the experts' loads alone would give, on a fixed scale from ⅛× to 8×."
-    )
+    show_figure(
+        trace, charts.lift_map(lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer", theme()),
+        f"{kind}-{here}", key=f"lift-{kind}", alt="Heatmap of observed over expected pairs of experts.",
+        definition=("Pairs of experts that a token uses together" if kind == "pairs" else "Experts that a token uses, here and at the next layer")
+        + f", {here}. Colour: log2 of observed over expected pairs; 1× is what the experts' loads alone would give, on a fixed scale from ⅛× to 8×.",
+        n=f"{pairs.n:,} pairs",
+    )  # fmt: skip
     e, f = np.divmod(np.arange(rows * columns), columns)
     return pa.table({"expert": e, "other": f, "observed": pairs.observed.ravel(), "expected": pairs.expected.ravel(), "lift": lift.ravel()})
 

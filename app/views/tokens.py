@@ -11,10 +11,16 @@ from analysis.stats import first_choices
 from analysis.trace import SiteRouting, SiteScores
 from app import charts, text
 from app.components.token_strip import token_strip
-from app.downloads import figure_config
+from app.figures import show_figure
 from app.selection import choice, choose_token, chosen_token, current_trace, document_picker, layer_picker, recording_id, set_choice, theme
 
 WINDOW = 4_096
+MAPS = {
+    "expert": "Each cell is the expert with the largest gate weight, in the strip's colours: a hue for the 8 busiest of these tokens in each layer,"
+    " grey for the rest. Experts of different layers are unrelated, even in one hue. Empty: no expert.",
+    "router entropy": "Entropy of the router's distribution over all experts in nats: 0 is certain, ln E undecided.",
+    "margin": "Selection score of the last chosen expert less that of the best rejected one; near 0 means the choice was close.",
+}  # fmt: skip
 
 st.title("Which expert does each token go to?")
 trace = current_trace()
@@ -102,27 +108,18 @@ values = {
 }[kind]
 matrix = np.stack([values(r, s) for r, s in read])
 labels = [text.axis_label(t) for t in shown]
-st.plotly_chart(
-    charts.token_map(matrix, labels, titles, kind, theme(), kind == "expert"),
-    config=figure_config(trace, f"{kind}-document-{document + 1}"),
-    key="token_map",
-    alt=f"Heatmap of {len(titles)} layers by {len(shown)} tokens showing the {kind}.",
-)
-if kind == "expert":
-    st.caption(
-        "Each cell is the expert with the largest gate weight, in the strip's colours: a hue for the 8 busiest of these tokens in each"
-        " layer, grey for the rest. Experts of different layers are unrelated, even in one hue. Point for the number. Empty: no expert."
-    )
+show_figure(
+    trace, charts.token_map(matrix, labels, titles, kind, theme(), kind == "expert"), f"{kind}-document-{document + 1}", key="token_map",
+    alt=f"Heatmap of {len(titles)} layers by {len(shown)} tokens showing the {kind}.", definition=MAPS[kind], n=f"{len(shown):,} tokens",
+)  # fmt: skip
 
 st.subheader("How this document loads the experts")
 loads = [np.bincount(r.experts[r.experts >= 0], minlength=x.n_classes)[: x.n_experts] for x, (r, _) in zip(sites, read, strict=True)]
-st.plotly_chart(
-    charts.load_map([relative_load(n) for n in loads], titles, theme()),
-    config=figure_config(trace, f"load-document-{document + 1}"),
-    key="document_load",
+show_figure(
+    trace, charts.load_map([relative_load(n) for n in loads], titles, theme()), f"load-document-{document + 1}", key="document_load",
     alt="Heatmap of layers by experts: load of this document relative to an even share.",
-)
-st.caption(
-    f"n = {len(shown):,} tokens. One document is a small sample: by chance alone its loads vary by about "
-    f"±{chance_cv(len(shown), sites[0].n_experts, sites[0].top_k):.0%} (one standard deviation)."
-)
+    definition="Load of the tokens shown over the layer's mean load, on a fixed scale from ⅛× to 8×; a cross marks an expert that none of them"
+    " uses. One document is a small sample: by chance alone its loads vary by about"
+    f" ±{chance_cv(len(shown), sites[0].n_experts, sites[0].top_k):.0%} (one standard deviation).",
+    n=f"{len(shown):,} tokens",
+)  # fmt: skip

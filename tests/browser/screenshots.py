@@ -6,9 +6,22 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from playwright.sync_api import Browser, Page
+
 from .served import chromium, served
 
 PAGES = ("overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs", "glossary")
+SIZES = {1280: 900, 390: 844}
+
+
+def opened(browser: Browser, address: str, name: str, theme: str = "light", width: int = 1280) -> Page:
+    """A page of the app that has come to rest; the caller closes it."""
+    page = browser.new_page(viewport={"width": width, "height": SIZES[width]}, color_scheme=theme)
+    page.goto(f"{address}/{'' if name == 'overview' else name}")
+    page.get_by_test_id("stMainBlockContainer").locator("h1").first.wait_for(timeout=60_000)
+    page.locator("[data-test-script-state=notRunning]").first.wait_for(timeout=120_000)
+    page.wait_for_timeout(1_500)  # figures are painted after the script has ended
+    return page
 
 
 def take(folder: Path, wanted: list[str]) -> None:
@@ -17,13 +30,9 @@ def take(folder: Path, wanted: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch, served(Path(scratch) / "runs") as address, chromium() as browser:
         for name in wanted:
             for theme in ("light", "dark"):
-                for width, height in ((1280, 900), (390, 844)):
-                    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
-                    page.goto(f"{address}/{'' if name == 'overview' else name}")
-                    page.get_by_test_id("stMainBlockContainer").locator("h1").first.wait_for(timeout=60_000)
-                    page.locator("[data-test-script-state=notRunning]").first.wait_for(timeout=60_000)
-                    page.wait_for_timeout(2_000)
-                    page.screenshot(path=folder / f"{name}-{theme}-{width}.png", full_page=False)
+                for width in SIZES:
+                    page = opened(browser, address, name, theme, width)
+                    page.screenshot(path=folder / f"{name}-{theme}-{width}.png")
                     if width == 1280:
                         page.get_by_test_id("stMain").evaluate("e => e.scrollTo(0, 700)")
                         page.wait_for_timeout(1_500)

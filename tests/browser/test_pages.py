@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
@@ -273,20 +272,6 @@ def test_two_tabs_do_not_mix(browser: Browser, address: str, runs: Path) -> None
         assert f"run=tab-{i}" in (tab.get_by_role("link", name="Open it on the Tokens page").get_attribute("href") or "")
         assert "".join(open_run(runs / f"tab-{i}").tokens["token"].to_pylist()) == f"only in tab {i}"
         tab.context.close()
-
-
-def test_a_figure_is_saved_as_chosen_in_the_header(page: Page, address: str) -> None:
-    page.goto(f"{address}/load?run=nasty")
-    figure = page.locator(".js-plotly-plot").first
-    for kind, begins in (("SVG", b"<svg"), ("PNG", b"\x89PNG")):
-        page.get_by_role("radio", name=kind).click()
-        page.wait_for_url(re.compile(f"figure={kind.lower()}"))
-        page.locator("[data-test-script-state=notRunning]").wait_for()
-        figure.hover()
-        with page.expect_download() as got:
-            figure.locator(".modebar-btn[data-title^='Download plot']").click()
-        assert got.value.suggested_filename == f"nasty-load-map-by-number.{kind.lower()}"
-        assert Path(got.value.path()).read_bytes().startswith(begins)
 
 
 def test_the_whole_run_as_one_file(page: Page, address: str, runs: Path) -> None:

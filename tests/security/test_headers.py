@@ -15,6 +15,7 @@ PATHS = [
     "/_stcore/health",
     "/_stcore/host-config",
     "/static/nothing.js",
+    "/plotly.min.js",
     "/tokens",
     "/_stcore/metrics",
     "/../../etc/passwd",

@@ -54,7 +54,7 @@ def test_no_raw_markup(path: Path) -> None:
         assert banned not in source
 
 
-@pytest.mark.parametrize("name", ["components/token_strip/strip.js", "report_page/report.js"])
+@pytest.mark.parametrize("name", ["components/token_strip/strip.js", "components/figure_files/files.js", "report_page/report.js"])
 def test_our_scripts_build_no_markup(name: str) -> None:
     script = (ROOT / "app" / name).read_text(encoding="utf-8")
     assert len(script) > 1_000

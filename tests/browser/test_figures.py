@@ -1,0 +1,152 @@
+"""Figures as files in real Chromium: their size, their metadata read back, and nothing hostile in them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+from xml.etree import ElementTree
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from analysis import __version__
+from analysis.writing import RunWriter
+from tests.synthetic import PLAIN
+from tests.test_report import FIRST, hostile_part, hostile_trace
+
+from .served import served
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    runs = tmp_path_factory.mktemp("figures") / "runs"
+    runs.mkdir()
+    with RunWriter.open(runs / "nasty", replace(hostile_trace().model, warnings=()), {}) as writer:
+        writer.write(hostile_part())
+        writer.commit()
+    with served(runs) as url:
+        yield url
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True, color_scheme="dark")
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    troubles: list[str] = []
+    page.on("console", lambda m: troubles.append(m.text) if m.type == "error" and "_stcore" not in m.location["url"] else None)
+    page.on("pageerror", lambda e: troubles.append(str(e)))
+    page.on("dialog", lambda d: (troubles.append(d.message), d.dismiss()))
+    page.on("request", lambda r: troubles.append(r.url) if r.url.startswith("http") and not r.url.startswith(address) else None)
+    yield page
+    pwned = page.evaluate("window.__pwn")
+    context.close()
+    assert (pwned, troubles) == (None, [])
+
+
+def rest(page: Page) -> None:
+    page.locator("[data-test-script-state=notRunning]").wait_for()
+
+
+def open_row(page: Page, size: str) -> None:
+    """The row of the figures, with a size chosen."""
+    page.locator(".js-plotly-plot").first.wait_for()
+    rest(page)
+    page.get_by_text("Take the figures").click()
+    choose(page, "Size", size)
+
+
+def choose(page: Page, label: str, wanted: str) -> None:
+    box = page.get_by_role("combobox", name=label, exact=True)
+    box.click()
+    box.press_sequentially(wanted)
+    page.get_by_role("option", name=wanted).first.wait_for()
+    box.press("Enter")
+    expect(box).to_have_value(wanted)
+    rest(page)
+
+
+def save(page: Page, kind: str) -> tuple[str, bytes]:
+    with page.expect_download() as got:
+        page.get_by_role("button", name=kind, exact=True).last.click()
+    return got.value.suggested_filename, Path(got.value.path()).read_bytes()
+
+
+def chunks(png: bytes) -> dict[bytes, list[bytes]]:
+    """The chunks of a PNG by type, every checksum checked."""
+    found: dict[bytes, list[bytes]] = {}
+    at = 8
+    while at < len(png):
+        n, kind = int.from_bytes(png[at : at + 4], "big"), png[at + 4 : at + 8]
+        content = png[at + 8 : at + 8 + n]
+        assert zlib.crc32(kind + content) == int.from_bytes(png[at + 8 + n : at + 12 + n], "big")
+        found.setdefault(kind, []).append(content)
+        at += 12 + n
+    return found
+
+
+def told_by(png: bytes) -> dict[str, str]:
+    pairs = [content.split(b"\0\0\0\0\0", 1) for content in chunks(png)[b"iTXt"]]
+    return {key.decode(): text.decode() for key, text in pairs}
+
+
+def test_a_hostile_run_leaves_as_svg_and_png_of_the_size_asked_for(page: Page, address: str) -> None:
+    page.goto(f"{address}/?run=nasty")
+    open_row(page, "single column, 3.3 in")
+    name, data = save(page, "SVG")
+    root = ElementTree.fromstring(data)
+    assert name == "nasty-load-map.svg" and root.get("width") == "3.3in" and root.get("viewBox", "").startswith("0 0 316.8 ")
+    about = json.loads(root.findtext(f"{SVG}metadata") or "")
+    assert about["run"] == "nasty" and about["n"] == "1,200 tokens per layer" and about["routerscope"] == __version__
+    assert FIRST in about["definition"] and about["recorded"] and parse_qs(urlparse(about["url"]).query)["run"] == ["nasty"]
+    desc = root.findtext(f"{SVG}desc") or ""
+    assert FIRST in desc and "n = 1,200 tokens per layer" in desc and f"Routerscope {__version__}" in desc
+    assert {e.tag for e in root.iter()}.isdisjoint({f"{SVG}{t}" for t in ("script", "a", "foreignObject", "image", "iframe")})
+    assert not [k for e in root.iter() for k in e.attrib if k.startswith("on") or "href" in k]
+    written = " ".join("".join(e.itertext()) for e in root.findall(f"{SVG}text"))
+    assert written.replace(" ", "") == desc.replace(" ", "")  # the caption stands under the figure, whole
+    assert len([e for e in root.iter(f"{SVG}rect") if e.get("fill", "").startswith("rgb(")]) == sum(
+        x.n_experts for x in PLAIN
+    )  # cells are shapes
+    name, png = save(page, "PNG")
+    header, told = chunks(png)[b"IHDR"][0], told_by(png)
+    assert name == "nasty-load-map.png" and int.from_bytes(header[:4], "big") == 990  # 3.3 in at 300 dots per inch
+    assert chunks(png)[b"pHYs"][0] == (11_811).to_bytes(4, "big") * 2 + b"\1"
+    assert told["Description"] == desc and told["Software"] == f"Routerscope {__version__}" and json.loads(told["routerscope"]) == about
+    page.set_content("<p>")
+    page.evaluate("text => document.body.append(new DOMParser().parseFromString(text, 'image/svg+xml').documentElement)", data.decode())
+
+
+def test_a_slide_without_its_caption_and_the_numbers_it_shows(page: Page, address: str) -> None:
+    page.goto(f"{address}/load?run=nasty")
+    open_row(page, "slide, 1280 × 720")
+    page.get_by_text("Caption in the picture").click()
+    rest(page)
+    choose(page, "Figure", "maxvio batch 1024")
+    name, data = save(page, "SVG")
+    root = ElementTree.fromstring(data)
+    assert (name, root.get("width"), root.get("height")) == ("nasty-maxvio-batch-1024.svg", "1280", "720")
+    assert root.findall(f"{SVG}text") == [] and "MaxVio" in (root.findtext(f"{SVG}desc") or "")
+    size = chunks(save(page, "PNG")[1])[b"IHDR"][0][:8]
+    assert (int.from_bytes(size[:4], "big"), int.from_bytes(size[4:], "big")) == (1280, 720)
+    name, rows = save(page, "CSV")
+    assert name == "nasty-maxvio-batch-1024.csv" and rows.decode().splitlines()[0] == '"series","layer","maxvio","low","high"'
+
+
+def test_nothing_of_the_row_is_sent_before_it_is_opened(page: Page, address: str) -> None:
+    asked: list[str] = []
+    page.on("request", lambda r: asked.append(r.url) if "plotly.min" in r.url else None)
+    page.goto(f"{address}/load?run=demo-run")
+    page.locator(".js-plotly-plot").first.wait_for()
+    rest(page)
+    assert (
+        asked == []
+        and page.get_by_role("button", name="SVG").count() == 0
+        and page.locator(".modebar-btn[data-title^=Download]").count() == 0
+    )
