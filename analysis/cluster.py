@@ -37,7 +37,7 @@ class ClusterError(RunError):
 class Cluster:
     """Which cluster, and what each replica of the model gets of it.
 
-    ``address``: a running cluster's (host:port), or "auto": the one running here, else one started on the loopback address for this
+    ``address``: a running cluster's (host:port), or "auto": the one running here, else one started for this
     call. ``replicas``: None for as many as the cluster holds, at most one per part. ``threads`` (CPUs) and ``gpus`` are per replica.
     """
 

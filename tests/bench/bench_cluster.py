@@ -37,7 +37,7 @@ def main() -> None:
         path = Path(folder) / "model"
         model_of_issue().save_pretrained(path)
         tiny.tokenizer().save_pretrained(path)
-        loaded, texts = load_model(path), documents(DOCUMENTS, 240)
+        loaded, texts = load_model(path), documents(DOCUMENTS, 160)
 
         def alone(**given: Any) -> None:
             capture(*loaded, texts, model_path=path, **given)
