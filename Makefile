@@ -59,8 +59,8 @@ demo-run: env  ## record the demo run again, over data/demo-prompts.jsonl
 bench: env-dev  ## measure speed and memory (prints figures, judges nothing)
 	for bench in tests/bench/bench_*.py; do $(BIN)/python -m tests.bench.$$(basename "$$bench" .py); done
 
-faults: env-dev  ## the fault tests alone: kills, broken files, full disks
-	$(BIN)/python -m pytest tests/faults $(ARGS)
+faults: env-dev  ## the fault tests alone: kills (of cluster workers too), broken files, full disks
+	ROUTERSCOPE_KILLS=20 $(BIN)/python -m pytest tests/faults $(ARGS)
 
 screenshots: env-dev chromium  ## take the pictures of README and docs/ from the running app
 	$(BIN)/python -m tests.browser.screenshots --out build/screenshots
@@ -87,7 +87,7 @@ env-dev: .venv/.installed-dev
 	@$(PIP) install -qq --requirement requirements.txt
 	@touch $@
 
-.venv/.installed-dev: requirements-dev.txt .venv/.installed
+.venv/.installed-dev: requirements-dev.txt requirements-cluster.txt .venv/.installed
 	@$(SAY) "installing requirements-dev.txt into .venv"
 	@$(PIP) install -qq --requirement requirements-dev.txt
 	@touch $@

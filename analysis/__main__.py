@@ -20,7 +20,7 @@ import pyarrow as pa
 from .checkpoints import ModelError, find_checkpoint
 from .export import FORMATS, TABLES, ExportError, describe, export_table
 from .metrics import METRICS, balance_table
-from .store import RunError, delete_run, list_runs, open_run, valid_run_name, verify_run
+from .store import RunError, delete_run, list_runs, open_run, same_counts, valid_run_name, verify_run
 from .trace import TraceError
 from .untrusted import Prompt, UploadError, read_prompts
 from .whatif import EXAMPLES, Example, weigh
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     report = add("report", "write one HTML file of a run's main views that opens without a network", "report data/demo-run -o report.html")
     for command in (stats, verify, export, report):
         command.add_argument("run", type=Path, help="folder of the run")
+    _add_cluster_options(stats)
     export.add_argument(
         "--table", choices=sorted(TABLES), required=True, help="; ".join(f"{t.name}: {t.definition}" for t in TABLES.values())
     )
@@ -75,6 +76,10 @@ def parser() -> argparse.ArgumentParser:
     to.add_argument("-o", "--output", type=Path, help="the file to write")
     to.add_argument("--describe", action="store_true", help="print what the table means, as JSON, and write nothing")
     report.add_argument("-o", "--output", type=Path, required=True, help="the file to write")
+    copy = add("copy", "copy a finished run to or from a folder or an object store, every digest checked where it arrives",
+               "copy data/demo-run s3://bucket/runs/demo-run")  # fmt: skip
+    copy.add_argument("source", help="a run's folder, or its address (s3://..., gs://..., as pyarrow.fs reads them)")
+    copy.add_argument("target", help="the new run's folder or address")
     runs = add("runs", "list the runs in a folder", "runs data/runs")
     runs.add_argument("folder", type=Path)
     delete = add("delete", "delete a run for good", "delete data/runs mine")
@@ -94,6 +99,14 @@ def _add_capture_options(capture: argparse.ArgumentParser) -> None:
     capture.add_argument("--new-tokens", type=_at_least_none, default=0, help="continue each document greedily by so many tokens")
     capture.add_argument("--max-tokens", type=_at_least_one, help="refuse longer documents (default: the model's context)")
     capture.add_argument("--probabilities", action="store_true", help="keep every expert's probability (large)")
+    _add_cluster_options(capture)
+    capture.add_argument("--workers", type=_at_least_one, help="with --cluster: copies of the model (default: as many as have room)")
+    capture.add_argument("--gpus", type=_at_least_none, default=0, help="with --cluster: GPUs per copy (default 0)")
+
+
+def _add_cluster_options(command: argparse.ArgumentParser) -> None:
+    text = "spread the work over a Ray cluster: host:port, or auto (the one running here, else one started for this command)"
+    command.add_argument("--cluster", metavar="auto|ADDRESS", help=text)
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:
@@ -101,6 +114,8 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--allow-download", action="store_true", help="as --hub, but fetch from the hub what the cache lacks")
     command.add_argument("--revision", help="commit of a hub model, 40 hex digits")
     command.add_argument("--dtype", default="auto", choices=DTYPES, help="auto (default) is as stored")
+    command.add_argument("--device-map", choices=("auto",), help="spread a model larger than a device over GPUs, memory and disk")
+    command.add_argument("--offload-folder", type=Path, help="with --device-map: a folder for weights that fit nowhere else")
     command.add_argument("--threads", type=_at_least_one, default=1, help="CPU threads (default 1: small models are fastest so)")
 
 
@@ -167,14 +182,21 @@ def _capture(arguments: argparse.Namespace) -> int:
         rate = p.tokens / p.seconds if p.seconds else 0.0
         print(f"\r{p.documents}/{total} documents, {p.tokens:,} tokens, {rate:,.0f} tokens/s ", end="", file=sys.stderr)
 
+    options: dict[str, Any] = {
+        "labels": [p.label for p in prompts], "names": [p.name for p in prompts], "out": arguments.out, "batch_size": arguments.batch_size,
+        "new_tokens": arguments.new_tokens, "max_tokens": arguments.max_tokens, "probabilities": arguments.probabilities, "progress": show,
+    }  # fmt: skip
+    texts = [p.text for p in prompts]
     try:
-        folder, model, tokenizer = _load(arguments)
-        canary(model)
-        trace = capture(
-            model, tokenizer, [p.text for p in prompts], labels=[p.label for p in prompts], names=[p.name for p in prompts],
-            out=arguments.out, model_path=folder, batch_size=arguments.batch_size, new_tokens=arguments.new_tokens,
-            max_tokens=arguments.max_tokens, probabilities=arguments.probabilities, progress=show,
-        )  # fmt: skip
+        if arguments.cluster:
+            from .cluster import Cluster, capture_on_cluster
+
+            cluster = Cluster(arguments.cluster, arguments.workers, arguments.threads, arguments.gpus)
+            trace = capture_on_cluster(_checkpoint(arguments), texts, cluster=cluster, loading=_loading(arguments), **options)
+        else:
+            folder, model, tokenizer = _load(arguments)
+            canary(model)
+            trace = capture(model, tokenizer, texts, model_path=folder, **options)
     except (CaptureError, RouterError) as error:
         _say(f"\nerror: {error}", sys.stderr)
         return 2
@@ -195,16 +217,25 @@ def _before_torch() -> None:
     os.environ.setdefault("USE_HUB_KERNELS", "0")
 
 
+def _checkpoint(arguments: argparse.Namespace) -> Path:
+    hub = arguments.hub or arguments.allow_download
+    return find_checkpoint(arguments.model, hub=hub, revision=arguments.revision, download=arguments.allow_download)
+
+
+def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options of a command say to load_model."""
+    return {"dtype": arguments.dtype, "device_map": arguments.device_map, "offload_folder": arguments.offload_folder}
+
+
 def _load(arguments: argparse.Namespace) -> tuple[Path, Any, Any]:
     """(folder, model, tokenizer) as the options of a command say. Raises ModelError."""
-    hub = arguments.hub or arguments.allow_download
-    folder = find_checkpoint(arguments.model, hub=hub, revision=arguments.revision, download=arguments.allow_download)
+    folder = _checkpoint(arguments)
     import torch
 
     from .models import load_model
 
     torch.set_num_threads(arguments.threads)
-    return folder, *load_model(folder, dtype=arguments.dtype)
+    return folder, *load_model(folder, **_loading(arguments))
 
 
 def _params(arguments: argparse.Namespace) -> int:
@@ -257,6 +288,12 @@ def _verify_model(arguments: argparse.Namespace) -> int:
 
 def _stats(arguments: argparse.Namespace) -> int:
     trace = open_run(arguments.run)
+    if arguments.cluster:
+        from .cluster import Cluster, statistics_on_cluster
+
+        if not same_counts(trace.stats, statistics_on_cluster(arguments.run, Cluster(arguments.cluster))):
+            raise RunError(f"{trace.name}: its statistics are not those of its decisions, counted again: try python -m analysis verify")
+        _say("counted again from the recorded decisions on the cluster: equal to the stored statistics\n")
     table = balance_table(trace).to_pandas()
     table.insert(0, "", [x.title for x in trace.layers])
     _say(f"{trace.name}: {trace.model.name} ({trace.model.family}), one column per routed layer, n = tokens\n")
@@ -293,6 +330,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
     size = write_report(open_run(arguments.run), arguments.output)
     _say(f"{arguments.output}: {size / 1e6:,.1f} MB")
+    return 0
+
+
+def _copy(arguments: argparse.Namespace) -> int:
+    from .copying import copy_run
+
+    size = copy_run(arguments.source, arguments.target, lambda done, total: print(f"\r{done}/{total} files ", end="", file=sys.stderr))
+    _say(f"\n{arguments.target}: {size / 1e6:,.1f} MB", sys.stderr)
     return 0
 
 

@@ -9,6 +9,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +62,17 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class PlannedPart:
+    """A part before it is captured: its documents as (digest, label, name), and per stream its first row and number of rows."""
+
+    index: int
+    first_document: int
+    documents: tuple[tuple[str, str | None, str], ...]
+    first_rows: dict[str, int]
+    rows: dict[str, int]
+
+
+@dataclass(frozen=True)
 class _Document:
     index: int
     name: str
@@ -98,6 +110,7 @@ def capture_parts(
     probabilities: bool = False,
     new_tokens: int = 0,
     committed: Sequence[tuple[str, str | None, str]] = (),
+    first_document: int = 0,
     first_part: int = 0,
     first_rows: dict[str, int] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -110,14 +123,14 @@ def capture_parts(
     A model whose routing mixes the tokens of a forward (Doge) reads one document at a time whatever ``batch_size``.
     Encoder-decoder models read the text in the encoder; their decoder runs on its start token alone.
     Batches never straddle parts, so a resumed capture runs exactly the batches of an uninterrupted one. ``committed``
-    holds (digest, label, name) of the documents already recorded, which are compared and passed over.
+    holds (digest, label, name) of the documents already recorded, which are compared and passed over. ``first_document``,
+    ``first_part`` and ``first_rows`` are the numbers that the first text, its part and its rows get.
     Raises PromptTooLong, CaptureCancelled, CaptureError, RouterError, TraceError.
     """
     sites = find_sites(model)
     batch_size = 1 if any(s.kind.mixes for s in sites) else batch_size
     total = len(texts) if isinstance(texts, Sequence) else None
-    limit = min(x for x in (max_tokens, _context(model), 1 << 31) if x is not None)
-    documents = _documents(tokenizer, texts, labels, names, committed, limit - new_tokens)
+    documents = _documents(tokenizer, texts, labels, names, committed, _limit(model, max_tokens) - new_tokens, first_document)
     pieces_of, rows, began = Pieces.of(tokenizer), dict(first_rows or {}), time.monotonic()
     done = Progress(len(committed), total, 0, 0.0)
     for index in itertools.count(first_part):
@@ -141,6 +154,24 @@ def capture_parts(
         for stream in {p.stream for p in pieces}:
             rows[stream] = rows.get(stream, 0) + sum(len(p.ids) for p in pieces if p.stream == stream)
         yield part
+
+
+def plan_parts(model: Any, tokenizer: Any, texts: Iterable[str], *, labels: Iterable[str | None] | None = None,
+               names: Iterable[str] | None = None, part_tokens: int = PART_TOKENS, max_tokens: int | None = None) -> list[PlannedPart]:  # fmt: skip
+    """The parts that ``capture_parts`` will yield for the same arguments, without a forward; not for ``new_tokens``.
+
+    Raises PromptTooLong, CaptureError, as capturing would.
+    """
+    documents = _documents(tokenizer, texts, labels, names, (), _limit(model, max_tokens))
+    plan: list[PlannedPart] = []
+    rows: dict[str, int] = {}
+    while chunk := list(_until(documents, part_tokens)):
+        n = sum(len(d.ids) for d in chunk)
+        mine = {"encoder": n, "decoder": len(chunk)} if model.config.is_encoder_decoder else {"decoder": n}
+        known = tuple((token_digest(d.ids), d.label, d.name) for d in chunk)
+        plan.append(PlannedPart(len(plan), chunk[0].index, known, {s: rows.get(s, 0) for s in mine}, mine))
+        rows = {s: rows.get(s, 0) + mine[s] for s in mine}
+    return plan
 
 
 def capture(
@@ -173,22 +204,38 @@ def capture(
         return Trace(card, documents, stats, source, lambda: tokens, kept, name)
     with RunWriter.open(Path(out), card, kept) as writer:
         resumed: dict[str, Any] = {"committed": writer.committed(), "first_part": writer.parts, "first_rows": writer.rows}
-        for part in capture_parts(model, tokenizer, texts, labels=labels, names=names, **options, **resumed):
-            writer.write(part)
+        _written_behind(writer, capture_parts(model, tokenizer, texts, labels=labels, names=names, **options, **resumed))
         return writer.commit()
 
 
-def _context(model: nn.Module) -> int | None:
+def _written_behind(writer: RunWriter, parts: Iterable[Part]) -> None:
+    """Write each part in a second thread while the model works on the next.
+
+    Two parts are in memory at most: a model that is faster than the disk waits. What a write raises is raised here, before
+    the next one starts; where the capture stops first, the write under way is finished, so that no captured part is lost.
+    """
+    with ThreadPoolExecutor(1, "routerscope-writer") as thread:
+        writing: Future[None] | None = None
+        for part in parts:
+            if writing is not None:
+                writing.result()
+            writing = thread.submit(writer.write, part)
+        if writing is not None:
+            writing.result()
+
+
+def _limit(model: nn.Module, max_tokens: int | None) -> int:
+    """Tokens a document may have: the limit set or the model's context, whichever is less."""
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(config, "max_position_embeddings", None)
+    return min(x for x in (max_tokens, getattr(config, "max_position_embeddings", None), 1 << 31) if x is not None)
 
 
 def _documents(tokenizer: Any, texts: Iterable[str], labels: Iterable[str | None] | None, names: Iterable[str] | None,
-               committed: Sequence[tuple[str, str | None, str]], limit: int) -> Iterator[_Document]:  # fmt: skip
+               committed: Sequence[tuple[str, str | None, str]], limit: int, first: int = 0) -> Iterator[_Document]:  # fmt: skip
     end: Any = object()
     given: list[Iterator[Any]] = [iter(texts), *(itertools.repeat(None) if x is None else iter(x) for x in (labels, names))]
-    for index in itertools.count():
+    for index in itertools.count(first):
         text, label, name = (next(x, end) for x in given)
         if end in (text, *(v for v, x in ((label, labels), (name, names)) if x is not None)):
             if any(v is not end for v, x in ((text, texts), (label, labels), (name, names)) if x is not None):

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,21 @@ from .trace import ModelCard
 
 
 def load_model(
-    path: str | Path, *, hub: bool = False, revision: str | None = None, dtype: str = "auto", download: bool = False
+    path: str | Path,
+    *,
+    hub: bool = False,
+    revision: str | None = None,
+    dtype: str = "auto",
+    download: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in eval mode, tokenizer) from a local folder, or a hub id at one commit (see ``find_checkpoint``).
 
     ``dtype`` is "auto" (as stored) or a torch name. Transformers shows the progress of loading on stderr.
+    ``device_map`` "auto" spreads a model larger than a device over GPUs, memory and the disk (``offload_folder``), at most ``max_memory``
+    of each (``{0: "20GiB", "cpu": "60GiB"}``), as transformers documents it; needs accelerate. None is the CPU.
     Raises ModelError for anything that is not a plain safetensors checkpoint with a tokenizer.
     """
     folder = find_checkpoint(path, hub=hub, revision=revision, download=download)
@@ -51,6 +62,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             kind = model_class(config)
             options |= {"use_safetensors": True, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            options |= _placement(device_map, max_memory, offload_folder)
             if method == "mxfp4":
                 # Its packed form bypasses router and experts with a kernel, fetched as code from the hub where one fits.
                 options["quantization_config"] = Mxfp4Config(dequantize=True)
@@ -67,6 +79,17 @@ def load_model(
             )
     _restore_biases(model, folder)
     return model.eval(), tokenizer
+
+
+def _placement(device_map: Any, max_memory: Any, offload_folder: Any) -> dict[str, Any]:
+    """Options of from_pretrained for where the weights go. Raises ModelError where accelerate is absent or the map is missing."""
+    if device_map is None:
+        if max_memory is not None or offload_folder is not None:
+            raise ModelError("max_memory and offload_folder say nothing without a device map: give device_map (--device-map auto) too")
+        return {}
+    if find_spec("accelerate") is None:
+        raise ModelError("a device map needs accelerate: pip install -r requirements-cluster.txt")
+    return {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
 
 
 def _restore_biases(model: PreTrainedModel, folder: Path) -> None:
@@ -167,5 +190,19 @@ def _weights_digest(model: PreTrainedModel) -> str:
     """sha256 over parameters by name, for a model that came from no folder."""
     whole = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        whole.update(name.encode() + b"\0" + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        values = _offloaded(model, name) if p.is_meta else p.detach().cpu()
+        whole.update(name.encode() + b"\0" + values.contiguous().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
+
+
+def _offloaded(model: PreTrainedModel, name: str) -> Tensor:
+    """Values of a parameter that a device map left on disk or out of its device, read for this moment."""
+    if find_spec("accelerate") is not None:
+        from accelerate.utils import align_module_device, has_offloaded_params
+
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if has_offloaded_params(module):
+            with align_module_device(module, "cpu"):
+                return getattr(module, leaf).detach().clone()
+    raise ModelError(f"the values of {name} are offloaded where they cannot be read: give the model's folder (model_path)")

@@ -114,16 +114,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder.name} is not a finished run: {hint}") from None
     except OSError as error:
         raise RunError(f"{folder.name}/{MANIFEST} cannot be opened: {error.strerror}") from None
-    with os.fdopen(descriptor, encoding="utf-8") as file:
-        try:
-            manifest = json.load(file)
-            version = manifest["schema_version"]
-            if version in READABLE:
-                _check_manifest(manifest)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise RunError(f"{folder.name}/{MANIFEST} is damaged: restore it, or capture the run again") from None
+    with os.fdopen(descriptor, "rb") as file:
+        return checked_manifest(file.read(), folder.name)
+
+
+def checked_manifest(raw: bytes, name: str) -> dict[str, Any]:
+    """The manifest in ``raw``, of the run ``name``. RunError where it is not one."""
+    try:
+        manifest = json.loads(raw)
+        version = manifest["schema_version"]
+        if version in READABLE:
+            _check_manifest(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise RunError(f"{name}/{MANIFEST} is damaged: restore it, or capture the run again") from None
     if version not in READABLE:
-        raise RunError(f"{folder.name} has schema version {version}, this program reads {' and '.join(map(str, READABLE))}")
+        raise RunError(f"{name} has schema version {version}, this program reads {' and '.join(map(str, READABLE))}")
     return dict(manifest)
 
 
@@ -134,7 +139,7 @@ def open_run(folder: str | Path) -> Trace:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    for name, listed in _all_files(manifest).items():
+    for name, listed in listed_files(manifest).items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != listed["bytes"]:
             raise RunError(f"{folder.name}/{name} is missing or has the wrong size: restore it, or capture the run again")
@@ -166,7 +171,7 @@ def verify_run(folder: str | Path) -> tuple[str, ...]:
     folder = Path(folder)
     try:
         manifest = read_manifest(folder)
-        listed = _all_files(manifest)
+        listed = listed_files(manifest)
         problems = [f"{n}: its sha256 differs from the manifest" for n, s in listed.items()
                     if not (folder / n).is_file() or stamp(folder / n)["sha256"] != s["sha256"]]  # fmt: skip
         there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
@@ -192,16 +197,26 @@ def _counted_again(folder: Path, trace: Trace, parts: Sequence[Mapping[str, Any]
         if rows != trace.n_tokens(stream):
             raise TraceError(f"{folder.name}: {rows} tokens in the parts of stream {stream}, {trace.n_tokens(stream)} in documents.parquet")
     for record in parts:
-        name = f"tokens/part-{record['index']:05d}.parquet"
-        with _naming(folder, name):
-            tokens = pq.read_table(folder / name, page_checksum_verification=True)
-        ranges = [(record["first_rows"][x.stream], record["rows"][x.stream]) for x in trace.layers]
-        routing = tuple(trace.routing(i, a, a + n) for i, (a, n) in enumerate(ranges))
-        scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))
-        zeros = tuple(np.zeros(x.n_classes) for x in trace.layers)
-        part = Part(record["index"], tokens, trace.documents, routing, scores, zeros, record["first_rows"])
+        part = stored_part(folder, trace, record)
         check_part(part, trace.layers)
         yield part_statistics(part, trace.layers)
+
+
+def stored_part(folder: Path, trace: Trace, record: Mapping[str, Any]) -> Part:
+    """The part that a manifest's ``record`` lists, read again; its probability sums are 0, its documents are all of the run's."""
+    name = f"tokens/part-{record['index']:05d}.parquet"
+    with _naming(folder, name):
+        tokens = pq.read_table(folder / name, page_checksum_verification=True)
+    ranges = [(record["first_rows"][x.stream], record["rows"][x.stream]) for x in trace.layers]
+    routing = tuple(trace.routing(i, a, a + n) for i, (a, n) in enumerate(ranges))
+    scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))
+    zeros = tuple(np.zeros(x.n_classes) for x in trace.layers)
+    return Part(record["index"], tokens, trace.documents, routing, scores, zeros, record["first_rows"])
+
+
+def same_counts(a: Statistics, b: Statistics) -> bool:
+    """Whether two statistics agree in every key, count and sum, but for the probability sums, which only the capture knew."""
+    return not list(_other_counts(a, b))
 
 
 def _other_counts(stored: Statistics, counted: Statistics) -> Iterator[str]:
@@ -275,7 +290,8 @@ def delete_run(root: str | Path, name: str) -> None:
     shutil.rmtree(folder)
 
 
-def _all_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every file of a run but its manifest, by path in the run's folder: size in bytes and sha256."""
     files = dict(manifest["files"])
     for part in manifest["parts"]:
         files |= part["files"]
@@ -307,7 +323,7 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
             raise ValueError("a part lists other files")
     if set(manifest["files"]) != {"documents.parquet", *(n for n, _ in STATISTICS)}:
         raise ValueError("the run lists other files")
-    for listed in _all_files(manifest).values():
+    for listed in listed_files(manifest).values():
         if not isinstance(listed["bytes"], int) or not isinstance(listed["sha256"], str):
             raise ValueError("a file without size or digest")
     if not isinstance(manifest["options"], dict):

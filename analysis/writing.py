@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from .layout import write_routing, write_scores, write_table
 from .longtables import LongTable, by_site, write_long
 from .stats import Statistics, following_sites, merge_statistics, part_statistics
 from .store import MANIFEST, STATISTICS, RunError, open_run, valid_run_name
-from .trace import SCHEMA_VERSION, ModelCard, Part, Trace
+from .trace import SCHEMA_VERSION, LayerInfo, ModelCard, Part, Trace
 
 _PROGRESS = ("core", "tokens", "by_documents")  # the statistics of a part, as STATISTICS those of the run
 
@@ -34,13 +34,7 @@ class RunWriter:
 
     def __init__(self, folder: Path, card: ModelCard, options: Mapping[str, Any], lock: int) -> None:
         self.folder, self.card, self.options, self._lock = folder, card, dict(options), lock
-        self._records = _part_records(folder)
-        self.parts = len(self._records)
-        self.documents = sum(r["documents"] for r in self._records)
-        self.rows: dict[str, int] = {}
-        for record in self._records:
-            for stream, n in record["rows"].items():
-                self.rows[stream] = self.rows.get(stream, 0) + n
+        self.refresh()
 
     @classmethod
     def open(cls, folder: Path, card: ModelCard, options: Mapping[str, Any]) -> RunWriter:
@@ -67,10 +61,31 @@ class RunWriter:
             raise
         return cls(folder, card, options, lock)
 
+    def refresh(self) -> frozenset[int]:
+        """Look again at what is stored; numbers of the whole parts, of which those after a gap do not count yet."""
+        stored = _part_records(self.folder)
+        self._records: list[dict[str, Any]] = []
+        self.parts, self.documents = 0, 0
+        self.rows: dict[str, int] = {}
+        while self.parts in stored:
+            self._count(stored[self.parts])
+        return frozenset(stored)
+
+    def _count(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+        self.parts += 1
+        self.documents += record["documents"]
+        for stream, n in record["rows"].items():
+            self.rows[stream] = self.rows.get(stream, 0) + n
+
     def committed(self) -> list[tuple[str, str | None, str]]:
         """(digest, label, name) of every document already stored, in order."""
-        tables = [pq.read_table(self.folder / "progress" / f"documents-{i:05d}.parquet").to_pylist() for i in range(self.parts)]
-        rows = {r["document"]: (r["digest"], r["label"], r["name"]) for table in tables for r in table}
+        return [d for i in range(self.parts) for d in self.documents_of(i)]
+
+    def documents_of(self, part: int) -> list[tuple[str, str | None, str]]:
+        """(digest, label, name) of every document of a stored part, in order."""
+        table = pq.read_table(self.folder / "progress" / f"documents-{part:05d}.parquet").to_pylist()
+        rows = {r["document"]: (r["digest"], r["label"], r["name"]) for r in table}
         return [rows[d] for d in sorted(rows)]
 
     def __enter__(self) -> RunWriter:
@@ -83,30 +98,7 @@ class RunWriter:
         """Store one part; once this returns, a crash cannot lose it."""
         if part.index != self.parts:
             raise RunError(f"part {part.index} out of order: {self.folder.name} has {self.parts}")
-        layers, number = self.card.layers, f"{part.index:05d}"
-        stats = part_statistics(part, layers)
-        files = [f"{kind}/part-{number}.parquet" for kind in ("tokens", "routing", "scores")]
-        write_atomically(self.folder / files[0], lambda p: write_table(part.tokens, p))
-        write_atomically(self.folder / files[1], lambda p: write_routing(part, layers, p))
-        write_atomically(self.folder / files[2], lambda p: write_scores(part, layers, p))
-        progress = self.folder / "progress"
-        write_atomically(progress / f"documents-{number}.parquet", partial(write_table, part.documents))
-        for name, rows in zip(_PROGRESS, (stats.core_rows, stats.token_rows, stats.document_rows), strict=True):
-            write_atomically(progress / f"{name}-{number}.parquet", partial(_store, rows))
-        n_rows = {s: len(part.stream_tokens(s)) for s in part.first_rows}
-        record = {
-            "index": part.index,
-            "documents": len(set(part.documents["document"].to_pylist())),
-            "first_rows": dict(part.first_rows),
-            "rows": n_rows,
-            "files": {f: stamp(self.folder / f) for f in files},
-        }
-        write_json(progress / f"part-{number}.json", record)
-        self._records.append(record)
-        self.parts += 1
-        self.documents += record["documents"]
-        for stream, n in n_rows.items():
-            self.rows[stream] = self.rows.get(stream, 0) + n
+        self._count(write_part(self.folder, part, self.card.layers))
 
     def commit(self) -> Trace:
         """Merge the statistics, write the manifest, and open the finished run. RunError for a run of no parts."""
@@ -114,7 +106,8 @@ class RunWriter:
             raise RunError("nothing was captured: no documents were given")
         progress = self.folder / "progress"
 
-        documents = pa.concat_tables([pq.read_table(p) for p in sorted(progress.glob("documents-*.parquet"))])
+        sweep(self.folder)  # what killed workers of a cluster left
+        documents = pa.concat_tables([pq.read_table(progress / f"documents-{i:05d}.parquet") for i in range(self.parts)])
         write_atomically(self.folder / "documents.parquet", partial(write_table, documents))
         (progress / "sums").mkdir(exist_ok=True)
         stats = merge_statistics(self._part_statistics(), progress / "sums")
@@ -150,6 +143,31 @@ def _store(rows: pa.Table | LongTable, path: Path) -> None:
         write_long([rows] if "statistic" in rows.schema.names else by_site(rows), rows.schema, path)
 
 
+def write_part(folder: Path, part: Part, layers: Sequence[LayerInfo]) -> dict[str, Any]:
+    """Write a part's files below ``folder``, each atomically, its record last: until that is there, the part is not.
+
+    The same part gives the same bytes, so writing it again, or from two processes at once, changes nothing.
+    """
+    number, progress = f"{part.index:05d}", folder / "progress"
+    stats = part_statistics(part, layers)
+    files = [f"{kind}/part-{number}.parquet" for kind in ("tokens", "routing", "scores")]
+    write_atomically(folder / files[0], lambda p: write_table(part.tokens, p))
+    write_atomically(folder / files[1], lambda p: write_routing(part, layers, p))
+    write_atomically(folder / files[2], lambda p: write_scores(part, layers, p))
+    write_atomically(progress / f"documents-{number}.parquet", partial(write_table, part.documents))
+    for name, rows in zip(_PROGRESS, (stats.core_rows, stats.token_rows, stats.document_rows), strict=True):
+        write_atomically(progress / f"{name}-{number}.parquet", partial(_store, rows))
+    record = {
+        "index": part.index,
+        "documents": len(set(part.documents["document"].to_pylist())),
+        "first_rows": dict(part.first_rows),
+        "rows": {s: len(part.stream_tokens(s)) for s in part.first_rows},
+        "files": {f: stamp(folder / f) for f in files},
+    }
+    write_json(progress / f"part-{number}.json", record)
+    return record
+
+
 def _check_same_capture(path: Path, card: ModelCard, options: Mapping[str, Any]) -> None:
     """Record what is being captured, or compare with the record of the interrupted capture."""
     mine = json.loads(json.dumps({"model": card.to_json(), "options": dict(options), "schema_version": SCHEMA_VERSION}))
@@ -162,13 +180,11 @@ def _check_same_capture(path: Path, card: ModelCard, options: Mapping[str, Any])
             raise RunError(f"the interrupted capture in this folder used other {what}: use the same, or delete the run")
 
 
-def _part_records(folder: Path) -> list[dict[str, Any]]:
-    """Records of committed parts, in order; a part counts only when its record and all its files are whole."""
-    records: list[dict[str, Any]] = []
-    for path in sorted((folder / "progress").glob("part-*.json")):
+def _part_records(folder: Path) -> dict[int, dict[str, Any]]:
+    """Records of stored parts by number; a part counts only when its record and all its files are whole."""
+    records: dict[int, dict[str, Any]] = {}
+    for path in (folder / "progress").glob("part-*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        whole = all((folder / f).is_file() and (folder / f).stat().st_size == s["bytes"] for f, s in record["files"].items())
-        if record["index"] != len(records) or not whole:
-            break
-        records.append(record)
+        if all((folder / f).is_file() and (folder / f).stat().st_size == s["bytes"] for f, s in record["files"].items()):
+            records[record["index"]] = record
     return records

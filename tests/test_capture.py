@@ -1,15 +1,20 @@
 """From documents to a trace: drops, losses, parts, text, threads, every named error. What is routed: test_families.py."""
 
+import errno
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture, capture_parts, recording
+from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture, capture_parts, plan_parts, recording
+from analysis.store import verify_run
 from analysis.tokens import Pieces
 from analysis.trace import NO_EXPERT
+from analysis.writing import RunWriter
 
 from . import tiny
 from .synthetic import differences
@@ -182,3 +187,69 @@ def test_progress_counts_everything() -> None:
     seen: list[Any] = []
     capture(tiny.build("mixtral"), TOKENIZER, TEXTS, batch_size=1, progress=seen.append)
     assert [p.documents for p in seen] == [1, 2, 3] and seen[-1].tokens == sum(len(x.encode()) for x in TEXTS)
+
+
+def test_a_part_is_written_while_the_next_is_captured_and_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model must get on while a part is written, and wait before a third part is in memory."""
+    events: list[str] = []
+    original = RunWriter.write
+    captured = threading.Semaphore(0)
+
+    def slow(writer: RunWriter, part: Any) -> None:
+        assert part.index == 3 or captured.acquire(timeout=30), "the next part is not captured while this one is written"
+        time.sleep(0.1)  # were captures not held back, more would start now
+        original(writer, part)
+        events.append(f"written {part.index}")
+
+    def progress(p: Any) -> None:
+        events.append(f"captured {p.documents - 1}")
+        if p.documents > 1:
+            captured.release()
+
+    monkeypatch.setattr(RunWriter, "write", slow)
+    trace = capture(tiny.build("olmoe"), TOKENIZER, ["aaaa"] * 4, out=tmp_path / "run", part_tokens=4, progress=progress)
+    assert trace.n_tokens("decoder") == 16 and verify_run(tmp_path / "run") == ()
+    for i in range(2):
+        assert events.index(f"written {i}") < events.index(f"captured {i + 2}")
+
+
+def test_what_the_writer_raises_is_raised_and_a_cancelled_capture_keeps_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = tiny.build("olmoe"), list[Any]()
+    options: dict[str, Any] = {"out": tmp_path / "run", "part_tokens": 4, "progress": seen.append}
+    with pytest.raises(CaptureCancelled):
+        capture(model, TOKENIZER, ["aaaa"] * 6, **options, cancelled=lambda: len(seen) == 3)
+    assert len(list((tmp_path / "run/progress").glob("part-*.json"))) == 3
+    original = RunWriter.write
+
+    def full(writer: RunWriter, part: Any) -> None:
+        if part.index == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", "part-00004")
+        original(writer, part)
+
+    monkeypatch.setattr(RunWriter, "write", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        capture(model, TOKENIZER, ["aaaa"] * 6, **options)
+    assert caught.value.filename == "part-00004" and len(seen) <= 6
+    monkeypatch.undo()
+    assert capture(model, TOKENIZER, ["aaaa"] * 6, **options).n_tokens("decoder") == 24
+    assert not [t for t in threading.enumerate() if t.name.startswith("routerscope-writer")]
+
+
+@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+def test_planned_parts_captured_apart_are_those_of_one_capture(family: str) -> None:
+    """What a cluster rests on: documents and rows of a part are known beforehand, and nothing else ties it to the others."""
+    model, texts = tiny.build(family), [f"{i} " + "ab" * (i % 5 + 1) for i in range(9)]
+    options: dict[str, Any] = {"part_tokens": 16, "batch_size": 2}
+    whole = list(capture_parts(model, TOKENIZER, texts, **options))
+    plan = plan_parts(model, TOKENIZER, texts, part_tokens=16)
+    assert len(plan) == len(whole) > 3
+    for planned, part in reversed(list(zip(plan, whole, strict=True))):
+        mine = texts[planned.first_document : planned.first_document + len(planned.documents)]
+        (again,) = capture_parts(model, TOKENIZER, mine, names=[d[2] for d in planned.documents], first_document=planned.first_document,
+                                 first_part=planned.index, first_rows=planned.first_rows, **options)  # fmt: skip
+        assert again.tokens.equals(part.tokens) and again.documents.equals(part.documents)
+        assert (again.index, again.first_rows) == (part.index, part.first_rows)
+        assert planned.rows == {s: len(part.stream_tokens(s)) for s in part.first_rows}
+        assert all(np.array_equal(a.experts, b.experts) for a, b in zip(again.routing, part.routing, strict=True))
+    with pytest.raises(PromptTooLong, match="document 2 has 3 tokens"):
+        plan_parts(model, TOKENIZER, ["a", "abc"], max_tokens=2)

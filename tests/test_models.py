@@ -1,20 +1,24 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from analysis.capture import capture
 from analysis.checkpoints import find_checkpoint
-from analysis.models import ModelError, load_model, model_card
+from analysis.models import ModelError, _weights_digest, load_model, model_card
 from analysis.proofs import verify_model
 from analysis.trace import ModelCard
 
 from . import tiny
 from .families import FAMILIES, Family
 from .hub import COMMIT, NAME, local_hub
+from .synthetic import differences
+from .test_recorder import offloaded
 
 
 @pytest.fixture
@@ -205,3 +209,39 @@ def test_digest_follows_the_weights(saved: Path) -> None:
     raw[-1] ^= 1
     (saved / "model.safetensors").write_bytes(raw)
     assert model_card(model, tokenizer, saved).digest != before
+
+
+# ---- larger than a device ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_disk(saved: Path, tmp_path: Path) -> Any:
+    """The model with one layer in memory and the rest on disk."""
+    pytest.importorskip("accelerate", reason="no accelerate: pip install -r requirements-cluster.txt")
+    model, tokenizer = load_model(saved, device_map="auto", max_memory={"cpu": "220KB"}, offload_folder=tmp_path / "offload")
+    places = {str(p.device) for p in model.parameters()}
+    assert places == {"cpu", "meta"}, "the map must use both memory and disk"
+    return model, tokenizer
+
+
+def test_a_model_on_cpu_and_disk_routes_the_same(saved: Path, on_disk: Any) -> None:
+    texts = ["def f(x):", "Il pleut."]
+    spread, whole = capture(*on_disk, texts, model_path=saved), capture(*load_model(saved), texts, model_path=saved)
+    assert differences(spread, whole) == [] and spread.model == whole.model
+
+
+def test_digest_of_offloaded_weights_is_that_of_the_weights(saved: Path, on_disk: Any) -> None:
+    model, tokenizer = on_disk
+    model.name_or_path = ""
+    assert model_card(model, tokenizer).digest == _weights_digest(load_model(saved)[0])
+    offloaded(tiny_one := tiny.build("olmoe"))
+    with pytest.raises(ModelError, match="offloaded where they cannot be read"):
+        _weights_digest(tiny_one)
+
+
+def test_device_map_errors_are_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="say nothing without a device map"):
+        load_model(saved, max_memory={"cpu": "1GB"})
+    monkeypatch.setattr("analysis.models.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="needs accelerate: pip install -r requirements-cluster.txt"):
+        load_model(saved, device_map="auto")

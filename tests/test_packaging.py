@@ -31,7 +31,8 @@ def pins(name: str) -> dict[str, Requirement]:
 
 
 RUNTIME = pins("requirements.txt")
-EVERYTHING = RUNTIME | pins("requirements-dev.txt")
+OPTIONAL = pins("requirements-cluster.txt")
+EVERYTHING = RUNTIME | OPTIONAL | pins("requirements-dev.txt")
 
 
 # Pins
@@ -46,10 +47,11 @@ def test_pin_is_exact_and_installed(name: str) -> None:
 
 
 def test_no_package_is_pinned_twice() -> None:
-    assert set(RUNTIME) & set(pins("requirements-dev.txt")) == set()
+    names = [n for listed in (RUNTIME, OPTIONAL, pins("requirements-dev.txt")) for n in listed]
+    assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize(("listed", "names"), [("runtime", RUNTIME), ("all", EVERYTHING)])
+@pytest.mark.parametrize(("listed", "names"), [("runtime", RUNTIME), ("cluster", RUNTIME | OPTIONAL), ("all", EVERYTHING)])
 def test_what_packages_need_is_pinned_too(listed: str, names: dict[str, Requirement]) -> None:
     needed: dict[str, str] = {}
     for name in names:
@@ -83,11 +85,19 @@ def imported(folder: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folder", "names"),
-    [("analysis", RUNTIME), ("app", RUNTIME), ("data", RUNTIME), ("tests", EVERYTHING)],
+    [("analysis", RUNTIME | OPTIONAL), ("app", RUNTIME), ("data", RUNTIME), ("tests", EVERYTHING)],
     ids=["analysis", "app", "data", "tests"],
 )
 def test_every_import_is_pinned(folder: str, names: dict[str, Requirement]) -> None:
     assert imported(folder) - set(names) == set()
+
+
+@pytest.mark.parametrize("name", ["ray", "accelerate"])
+def test_optional_packages_are_imported_inside_functions(name: str) -> None:
+    """The program starts without them: nothing that a run of the web or a capture imports needs them."""
+    code = f"import sys; sys.modules[{name!r}] = None; import analysis.cluster, analysis.__main__, analysis.capture, app.jobs"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # Commands

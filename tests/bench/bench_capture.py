@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from analysis.capture import capture, capture_parts, recording
+from analysis.capture import _written_behind, capture, capture_parts, recording
+from analysis.models import model_card
 from analysis.routers import find_sites
+from analysis.writing import RunWriter
 from tests import tiny
 from tests.families import FAMILIES
 
@@ -75,6 +77,26 @@ def stored(dtype: torch.dtype, length: int = 200) -> None:
     print(f"{str(dtype).removeprefix('torch.')}: per token and site on disk {shares}; all logits in fp32 {EXPERTS * 4} bytes")
 
 
+def behind(rounds: int = 5) -> None:
+    """Ratios of wall and CPU time: parts written while the model works on the next, against one after the other; medians over pairs."""
+    model, tokenizer = model_of_issue(), tiny.tokenizer()
+    texts = [f"{i:03d} " + "x y z " * 40 for i in range(130)]
+
+    def one(way: Callable[[RunWriter, Any], None]) -> tuple[float, float]:
+        with tempfile.TemporaryDirectory() as folder, RunWriter.open(Path(folder) / "run", model_card(model, tokenizer), {}) as writer:
+            wall, cpu = time.monotonic(), time.process_time()
+            way(writer, capture_parts(model, tokenizer, texts, part_tokens=4096))
+            return time.monotonic() - wall, time.process_time() - cpu
+
+    def after(writer: RunWriter, parts: Any) -> None:
+        for part in parts:
+            writer.write(part)
+
+    pairs = [(one(after), one(_written_behind)) for _ in range(rounds + 1)][1:]
+    wall, cpu = (statistics.median(b[i] / a[i] for a, b in pairs) for i in (0, 1))
+    print(f"written behind / one after the other: wall {wall:.2f}, CPU {cpu:.2f} (medians of {rounds}; gains only where a core is idle)")
+
+
 def resident() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
@@ -95,6 +117,7 @@ def memory(tokens: int = 1_000_000) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     overhead()
+    behind()
     stored(torch.float32)
     stored(torch.bfloat16)
     memory()

@@ -1,0 +1,258 @@
+"""The same capture and the same statistics on a Ray cluster. Ray is optional and imported only where it is used.
+
+One process per copy of the model, a *replica*, captures whole parts and writes them as a capture in one process does, into a folder that
+every node sees; this process plans the parts, and writes the manifest when every part's record is there. A part is fixed beforehand by
+its documents and row numbers, so who captures it, when, and how often changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .stats import Statistics, merge_statistics, part_statistics
+from .store import RunError, open_run, read_manifest, stored_part
+from .trace import ModelCard, Trace
+from .writing import RunWriter, write_part
+
+if TYPE_CHECKING:
+    from .capture import PlannedPart, Progress
+
+RETRIES = 8  # of a part whose process died; one that kills every process it meets must not do so for ever
+POLL_SECONDS = 0.2
+STORE_BYTES = 128 * 2**20  # of a cluster started here, through which only texts and counts pass
+
+
+class ClusterError(RunError):
+    """A cluster that cannot be used, or a node that is not like the others; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Which cluster, and what each replica of the model gets of it.
+
+    ``address``: a running cluster's (host:port), or "auto": the one running here, else one started for this
+    call. ``replicas``: None for as many as the cluster holds, at most one per part. ``threads`` (CPUs) and ``gpus`` are per replica.
+    """
+
+    address: str = "auto"
+    replicas: int | None = None
+    threads: int = 1
+    gpus: int = 0
+
+
+class Replica:
+    """One copy of the model in a process of a node. It loads when first asked, so that what fails is an answer and not a dead process."""
+
+    def __init__(self, model: Path, loading: Mapping[str, Any], threads: int) -> None:
+        self.folder, self.loading, self.threads = model, dict(loading), threads
+        self.loaded: tuple[Any, Any, ModelCard] | None = None
+
+    def _model(self) -> tuple[Any, Any, ModelCard]:
+        if self.loaded is None:
+            import torch
+
+            from .models import load_model, model_card
+            from .proofs import canary
+
+            torch.set_num_threads(self.threads)
+            model, tokenizer = load_model(self.folder, **self.loading)
+            canary(model)
+            self.loaded = model, tokenizer, model_card(model, tokenizer, self.folder)
+        return self.loaded
+
+    def plan(self, texts: Sequence[str], labels: Any, names: Any, limits: Mapping[str, Any]) -> tuple[ModelCard, list[PlannedPart]]:
+        """The model's card, and the parts that ``texts`` make."""
+        from .capture import plan_parts
+
+        model, tokenizer, card = self._model()
+        return card, plan_parts(model, tokenizer, texts, labels=labels, names=names, **limits)
+
+    def capture(self, planned: PlannedPart, card: ModelCard, texts: Sequence[str], run: Path, options: Mapping[str, Any]) -> None:
+        """Capture one planned part and store it in the folder ``run``. Raises ClusterError where this node differs from the others."""
+        from .capture import capture_parts
+
+        if not (run / "progress" / "capture.json").is_file():
+            raise ClusterError(f"node {os.uname().nodename} does not see the folder of {run.name}: --out must be shared by all nodes")
+        model, tokenizer, mine = self._model()
+        if mine != card:
+            raise ClusterError(f"node {os.uname().nodename} has other weights or another tokenizer in {self.folder.name}: copy it again")
+        _, labels, names = zip(*planned.documents, strict=True)
+        numbers: dict[str, Any] = {
+            "first_document": planned.first_document, "first_part": planned.index, "first_rows": planned.first_rows}  # fmt: skip
+        parts = list(capture_parts(model, tokenizer, texts, labels=labels, names=names, **numbers, **options))
+        found = [(p.first_rows, {s: len(p.stream_tokens(s)) for s in p.first_rows}) for p in parts]
+        if found != [(planned.first_rows, planned.rows)]:
+            raise ClusterError(f"part {planned.index} came out with other rows than planned ({found}): report this with its documents")
+        write_part(run, parts[0], card.layers)
+
+
+def capture_on_cluster(
+    model: Path,
+    texts: Sequence[str],
+    *,
+    out: Path,
+    cluster: Cluster,
+    labels: Sequence[str | None] | None = None,
+    names: Sequence[str] | None = None,
+    loading: Mapping[str, Any] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    **options: Any,
+) -> Trace:
+    """As ``capture(..., out=out)`` in one process, spread over replicas of the model in the folder ``model``.
+
+    ``out`` and ``model`` are the same folders on every node; ``loading`` goes to load_model. An interrupted capture is resumed, whoever
+    started it. Raises ClusterError and what ``capture`` raises; generation is refused: row numbers must be known beforehand.
+    """
+    from .capture import PART_TOKENS
+
+    if options.get("new_tokens"):
+        raise ClusterError("a cluster records given text: how many tokens a model adds is not known beforehand; leave out new tokens")
+    out, model = out.resolve(), model.resolve()
+    limits = {"part_tokens": options.get("part_tokens", PART_TOKENS), "max_tokens": options.get("max_tokens")}
+    with _connected(cluster.address) as ray:
+        crew = _Crew(ray, cluster, model, loading or {})
+        try:
+            card, plan = crew.plan(list(texts), labels, names, limits)
+            with RunWriter.open(out, card, options) as writer:
+                done = writer.refresh()
+                _check_stored(writer, plan, done)
+                jobs = [(p, card, texts[p.first_document : p.first_document + len(p.documents)], out, options)
+                        for p in plan if p.index not in done]  # fmt: skip
+                crew.capture(jobs, plan, progress, cancelled)
+                crew.dismiss()
+                if missing := {p.index for p in plan} - writer.refresh():
+                    raise ClusterError(f"{len(missing)} parts were reported written but are not in {out.name}: is it shared by all nodes?")
+                return writer.commit()
+        finally:
+            crew.dismiss()
+
+
+def statistics_on_cluster(run: Path, cluster: Cluster) -> Statistics:
+    """The statistics of a stored run, counted again from its decisions part by part on the nodes, and added up here in order.
+
+    Counts equal the stored ones; sums of router probabilities, which only the capture knew, are 0. Raises ClusterError, RunError.
+    """
+    run = run.resolve()
+    numbers = [p["index"] for p in read_manifest(run)["parts"]]
+    with _connected(cluster.address) as ray:
+        task = ray.remote(num_cpus=cluster.threads, max_retries=RETRIES, scheduling_strategy="SPREAD")(count_part)
+        window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        return merge_statistics(_in_order(ray, task, run, numbers, window))
+
+
+def count_part(run: Path, number: int) -> Statistics:
+    """The statistics of one part of a stored run, from its decisions."""
+    trace = open_run(run)
+    return part_statistics(stored_part(run, trace, read_manifest(run)["parts"][number]), trace.layers)
+
+
+def _in_order(ray: Any, task: Any, run: Path, numbers: Iterable[int], window: int) -> Iterator[Statistics]:
+    """Results of ``task`` in the order of ``numbers``, at most ``window`` of them waiting."""
+    waiting: deque[Any] = deque()
+    for number in numbers:
+        if len(waiting) == window:
+            yield _answer(ray, waiting.popleft())
+        waiting.append(task.remote(run, number))
+    while waiting:
+        yield _answer(ray, waiting.popleft())
+
+
+class _Crew:
+    """The replicas of one capture: they plan, capture what there is to capture, and are dismissed."""
+
+    def __init__(self, ray: Any, cluster: Cluster, model: Path, loading: Mapping[str, Any]) -> None:
+        self.ray, self.cluster = ray, cluster
+        has = ray.cluster_resources()
+        self.room = int(min(has.get("CPU", 0) // cluster.threads, has.get("GPU", 0) // cluster.gpus if cluster.gpus else 1 << 30))
+        if self.room < (cluster.replicas or 1):
+            raise ClusterError(f"the cluster has room for {self.room} replicas of {cluster.threads} CPUs and {cluster.gpus} GPUs:"
+                               " ask for fewer, for fewer threads each, or add nodes")  # fmt: skip
+        actor = ray.remote(num_cpus=cluster.threads, num_gpus=cluster.gpus, max_restarts=-1, max_task_retries=RETRIES,
+                           scheduling_strategy="SPREAD")(Replica)  # fmt: skip
+        self._new = lambda: actor.remote(model, dict(loading), cluster.threads)
+        self.actors = [self._new()]
+
+    def plan(self, *given: Any) -> tuple[ModelCard, list[PlannedPart]]:
+        answer: tuple[ModelCard, list[PlannedPart]] = _answer(self.ray, self.actors[0].plan.remote(*given))
+        return answer
+
+    def capture(self, jobs: Sequence[tuple[Any, ...]], plan: Sequence[PlannedPart], progress: Callable[[Progress], None] | None,
+                cancelled: Callable[[], bool] | None) -> None:  # fmt: skip
+        """Spread ``jobs``, the arguments of Replica.capture, over the replicas; one at a time each."""
+        from .capture import Progress
+        from .recorder import CaptureCancelled
+
+        while len(self.actors) < min(self.cluster.replicas or self.room, len(jobs)):
+            self.actors.append(self._new())
+        began, total, tokens = time.monotonic(), sum(len(p.documents) for p in plan), 0
+        documents = total - sum(len(job[0].documents) for job in jobs)
+        waiting, idle = deque(jobs), list(self.actors)
+        running: dict[Any, tuple[Any, PlannedPart]] = {}
+        while waiting or running:
+            while waiting and idle:
+                actor, job = idle.pop(), waiting.popleft()
+                running[actor.capture.remote(*job)] = actor, job[0]
+            if cancelled is not None and cancelled():
+                raise CaptureCancelled("capture cancelled")
+            for answer in self.ray.wait(list(running), timeout=POLL_SECONDS)[0]:
+                actor, planned = running.pop(answer)
+                _answer(self.ray, answer)
+                idle.append(actor)
+                documents, tokens = documents + len(planned.documents), tokens + max(planned.rows.values())
+                if progress is not None:
+                    progress(Progress(documents, total, tokens, time.monotonic() - began))
+
+    def dismiss(self) -> None:
+        """End the replicas, whatever they are doing: a part they have not finished is not there."""
+        while self.actors:
+            self.ray.kill(self.actors.pop())
+
+
+def _answer(ray: Any, reference: Any) -> Any:
+    """What a node answered; what it raised is raised here as itself."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"a process of the cluster died {RETRIES + 1} times at the same part ({type(error).__name__}): is its memory"
+                           " enough for the model?") from error  # fmt: skip
+
+
+def _check_stored(writer: RunWriter, plan: Sequence[PlannedPart], done: frozenset[int]) -> None:
+    """Raise RunError unless the parts that are there hold the documents planned for them."""
+    planned = {p.index: p.documents for p in plan}
+    if any(tuple(writer.documents_of(i)) != planned.get(i) for i in done):
+        raise RunError(f"{writer.folder.name} was interrupted with other texts: give the same texts, or delete the run")
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """Ray, connected as a Cluster's ``address`` says; a connection made here ends here. Raises ClusterError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read at import
+    try:
+        import ray
+    except ImportError:
+        raise ClusterError("a cluster needs Ray: pip install -r requirements-cluster.txt") from None
+    if ray.is_initialized():
+        yield ray
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        if address != "auto" or not isinstance(error, ConnectionError):
+            raise ClusterError(f"no cluster answers at {address!r} ({type(error).__name__}): give host:port of its head node") from error
+        ray.init(include_dashboard=False, object_store_memory=STORE_BYTES, _node_ip_address="127.0.0.1", **quiet)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

@@ -1,0 +1,152 @@
+"""Capture and statistics on two real Ray nodes: the same files as in one process, also where a worker is killed."""
+
+from __future__ import annotations
+
+import builtins
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.__main__ import main
+from analysis.capture import CaptureCancelled, PromptTooLong, capture
+from analysis.cluster import Cluster, ClusterError, capture_on_cluster, count_part, statistics_on_cluster
+from analysis.models import ModelError, load_model
+from analysis.stats import merge_statistics
+from analysis.store import RunError, open_run, verify_run
+from analysis.trace import Trace
+
+from .raylets import documents, saved, two_nodes
+
+TEXTS = documents(24)
+LABELS = ["x", None, "y"] * 8
+OPTIONS: dict[str, Any] = {"batch_size": 3, "part_tokens": 80}
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[str]:
+    if find_spec("ray") is None:
+        pytest.skip("no Ray: pip install -r requirements-cluster.txt")
+    with two_nodes() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run as one process records it."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    capture(*load_model(model), TEXTS, labels=LABELS, out=out, model_path=model, **OPTIONS)
+    return out
+
+
+def spread(model: Path, out: Path, texts: list[str] = TEXTS, **given: Any) -> Trace:
+    return capture_on_cluster(model, texts, out=out, cluster=given.pop("cluster", Cluster()), **{"labels": LABELS, **OPTIONS, **given})
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of a run; of the manifest all but the time it was made."""
+    files = {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    files["run.json"] = b"\n".join(x for x in files["run.json"].split(b"\n") if b'"created"' not in x)
+    return files
+
+
+def test_every_file_equals_that_of_one_process(nodes: str, model: Path, alone: Path, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    trace = spread(model, tmp_path / "spread", progress=seen.append)
+    assert contents(tmp_path / "spread") == contents(alone) and len(trace.options) == len(OPTIONS) + 1
+    assert len(list((alone / "routing").iterdir())) == len(seen) >= 8
+    assert [p.documents for p in seen] == sorted(p.documents for p in seen) and seen[-1].documents == seen[-1].total == len(TEXTS)
+    assert seen[-1].tokens == trace.n_tokens("decoder")
+
+
+def test_two_streams_equal_those_of_one_process(nodes: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", "switch_transformers")
+    capture(*load_model(model), TEXTS[:6], labels=LABELS[:6], out=tmp_path / "alone", model_path=model, **OPTIONS)
+    spread(model, tmp_path / "spread", TEXTS[:6], labels=LABELS[:6])
+    assert contents(tmp_path / "spread") == contents(tmp_path / "alone")
+
+
+def test_a_killed_worker_loses_and_duplicates_nothing(nodes: str, model: Path, alone: Path, tmp_path: Path) -> None:
+    import psutil
+
+    killed: list[int] = []
+
+    def kill(progress: Any) -> None:
+        if not killed and progress.documents > 3:
+            busy = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Replica")]
+            busy[0].kill()
+            killed.append(busy[0].pid)
+
+    spread(model, tmp_path / "spread", progress=kill)
+    assert killed and not psutil.pid_exists(killed[0])
+    assert contents(tmp_path / "spread") == contents(alone) and verify_run(tmp_path / "spread") == ()
+
+
+def test_cancelled_and_resumed_by_whom_ever(nodes: str, model: Path, alone: Path, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    with pytest.raises(CaptureCancelled):
+        spread(model, tmp_path / "spread", progress=seen.append, cancelled=lambda: len(seen) >= 3)
+    stored = len(list((tmp_path / "spread/progress").glob("part-*.json")))
+    assert 3 <= stored < 8 and not (tmp_path / "spread/run.json").exists()
+    with pytest.raises(RunError, match="other texts"):
+        spread(model, tmp_path / "spread", ["other", *TEXTS[1:]])
+    seen.clear()
+    again = tmp_path / "one"
+    shutil.copytree(tmp_path / "spread", again)
+    spread(model, tmp_path / "spread", progress=seen.append)
+    assert seen[0].documents > 3 and contents(tmp_path / "spread") == contents(alone)
+    capture(*load_model(model), TEXTS, labels=LABELS, out=again, model_path=model, **OPTIONS)
+    assert contents(again) == contents(alone)
+
+
+def test_statistics_over_parts_equal_those_counted_here(nodes: str, alone: Path) -> None:
+    parts = len(list((alone / "routing").iterdir()))
+    expected = merge_statistics(count_part(alone, i) for i in range(parts))
+    found = statistics_on_cluster(alone, Cluster())
+    assert all(getattr(found, t).equals(getattr(expected, t)) for t in ("core", "by_token", "by_document"))
+
+
+def test_the_command_line(nodes: str, model: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    assert main(["capture", "--model", str(model), "--text", "Il pleut", "--out", str(out), "--cluster", "auto", "--workers", "1"]) == 0
+    assert "8 decoder tokens" in capsys.readouterr().err and verify_run(out) == ()
+    assert main(["stats", str(out), "--cluster", "auto"]) == 0
+    assert "on the cluster: equal to the stored statistics" in capsys.readouterr().out
+    monkeypatch.setattr("analysis.cluster.statistics_on_cluster", lambda *_: open_run(alone).stats)
+    assert main(["stats", str(out), "--cluster", "auto"]) == 2
+    assert "its statistics are not those of its decisions" in capsys.readouterr().err
+
+
+def test_what_a_node_raises_is_raised_here(nodes: str, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(PromptTooLong, match="document 2 has 300 tokens"):
+        spread(model, tmp_path / "a", ["fine", "x" * 300], labels=None)
+    with pytest.raises(ModelError, match="no model at"):
+        spread(tmp_path / "nowhere", tmp_path / "b")
+    with pytest.raises(ClusterError, match="room for 2 replicas of 1 CPUs"):
+        spread(model, tmp_path / "c", cluster=Cluster(replicas=3))
+    with pytest.raises(ClusterError, match="room for 0 replicas of 1 CPUs and 1 GPUs"):
+        spread(model, tmp_path / "d", cluster=Cluster(gpus=1))
+    with pytest.raises(ClusterError, match="not known beforehand"):
+        spread(model, tmp_path / "e", new_tokens=3)
+
+
+def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *given: Any, **named: Any) -> Any:
+        if name == "ray":
+            raise ImportError(name)
+        return real(name, *given, **named)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ClusterError, match="pip install -r requirements-cluster.txt"):
+        spread(tmp_path, tmp_path / "run")

@@ -1,0 +1,87 @@
+"""Runs copied between folders, and to and from an S3 server on the loopback address where one is at hand."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from analysis.copying import copy_run
+from analysis.store import RunError, open_run, verify_run
+
+from .conftest import ROOT
+from .synthetic import differences
+
+DEMO = ROOT / "data/demo-run"
+
+
+def test_a_copy_is_the_run(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    size = copy_run(str(DEMO), str(tmp_path / "copy"), lambda *p: seen.append(p))
+    assert size == sum(p.stat().st_size for p in DEMO.rglob("*") if p.is_file())
+    assert seen[-1][0] == seen[-1][1] == len(seen) and verify_run(tmp_path / "copy") == ()
+    with pytest.raises(RunError, match="already"):
+        copy_run(str(DEMO), str(tmp_path / "copy"))
+
+
+def test_a_changed_file_is_not_copied_as_a_run(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "run")
+    raw = bytearray((tmp_path / "run/documents.parquet").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "run/documents.parquet").write_bytes(raw)
+    with pytest.raises(RunError, match=r"documents.parquet arrived .* another sha256"):
+        copy_run(str(tmp_path / "run"), str(tmp_path / "copy"))
+    with pytest.raises(RunError, match=r"no run\.json"):
+        open_run(tmp_path / "copy")
+
+
+def test_addresses_that_are_none(tmp_path: Path) -> None:
+    for wrong, said in ((("ftp://x/y", str(tmp_path / "a")), "no address that pyarrow opens"), ((str(tmp_path), str(tmp_path / "a")), "no run"),
+                        ((str(DEMO), str(tmp_path / "Not a name")), "a run name has")):  # fmt: skip
+        with pytest.raises(RunError, match=said):
+            copy_run(*wrong)
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A bucket of a moto server. moto needs an older python-dateutil than is pinned, so it lives in an environment of its own."""
+    program = os.environ.get("ROUTERSCOPE_MOTO") or shutil.which("moto_server")
+    if not program:
+        pytest.skip("no S3 server: pip install 'moto[s3,server]' into another environment and name its moto_server in ROUTERSCOPE_MOTO")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("AWS_ACCESS_KEY_ID", "testing"), ("AWS_SECRET_ACCESS_KEY", "testing"), ("AWS_EC2_METADATA_DISABLED", "true")):
+        monkeypatch.setenv(name, value)
+    with subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
+                    urllib.request.urlopen(request, timeout=5).close()
+                    break
+                except OSError:
+                    assert time.monotonic() < deadline and server.poll() is None, "the S3 server does not start"
+                    time.sleep(0.5)
+            yield f"s3://bucket/runs/%s?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=false"
+        finally:
+            server.kill()
+
+
+def test_to_s3_and_back(s3: str, tmp_path: Path) -> None:
+    copy_run(str(DEMO), s3 % "demo")
+    with pytest.raises(RunError, match="already"):
+        copy_run(str(DEMO), s3 % "demo")
+    copy_run(s3 % "demo", s3 % "again")
+    copy_run(s3 % "again", str(tmp_path / "back"))
+    assert verify_run(tmp_path / "back") == () and differences(open_run(tmp_path / "back"), open_run(DEMO)) == []
+    with pytest.raises(RunError, match="no run"):
+        copy_run(s3 % "absent", str(tmp_path / "none"))
