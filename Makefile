@@ -20,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export USE_HUB_KERNELS ?= 0
 export PYTHONUNBUFFERED ?= 1
 
-.PHONY: help run test lint format env env-dev chromium demo-model demo-run bench faults screenshots clean
+.PHONY: help run test lint format env env-dev chromium s3-server demo-model demo-run bench faults screenshots clean
 
 help:  ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ run: env  ## serve the dashboard at localhost:8501 (PORT=9000 for another port)
 	@$(SAY) "serving http://localhost:$(PORT) with the demo run open; Ctrl-C stops it"
 	exec $(BIN)/python -m streamlit run app/serve.py --server.port $(PORT)
 
-test: env-dev chromium  ## run every test, the browser tests included
+test: env-dev chromium s3-server  ## run every test, the browser tests included
 	@$(SAY) "running the tests"
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -90,6 +90,14 @@ env-dev: .venv/.installed-dev
 .venv/.installed-dev: requirements-dev.txt requirements-cluster.txt .venv/.installed
 	@$(SAY) "installing requirements-dev.txt into .venv"
 	@$(PIP) install -qq --requirement requirements-dev.txt
+	@touch $@
+
+s3-server: .venv/s3/.installed
+
+.venv/s3/.installed: tests/s3-server.txt | .venv/bin/python
+	@$(SAY) "installing tests/s3-server.txt into .venv/s3"
+	@$(PYTHON) -m venv .venv/s3
+	@.venv/s3/bin/python -m pip --disable-pip-version-check --no-input install -qq --requirement tests/s3-server.txt
 	@touch $@
 
 chromium:
