@@ -423,7 +423,8 @@ def curve(experts, weights, bits, order, starts, n_experts, policy, slots, place
     dropped, fully = np.zeros(slots.shape[1], np.int64), np.zeros(slots.shape[1], np.int64)
     lost, counts = np.zeros(slots.shape[1]), np.zeros(n_experts, np.int32)
     ranks, work = workspace(starts, experts.shape[1], n_experts, policy)
-    alive, tokens, mass = np.zeros(len(ranks) + 1, np.int64), np.zeros(len(ranks) + 1, np.int64), np.zeros(len(ranks) + 1)
+    longest = ranks.size + 1  # of a queue, should every token name one expert in every slot
+    alive, tokens, mass = np.zeros(longest, np.int64), np.zeros(longest, np.int64), np.zeros(longest)
     assignments, total = 0, 0.0
     for b in range(len(starts) - 1):
         rows = order[starts[b] : starts[b + 1]]

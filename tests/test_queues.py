@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import outcomes, queues
+from analysis.overflow import drop_curve
+from analysis.slots import expert_capacity, make_batches
 
 ROOT = Path(__file__).parent.parent
 COMPILING = settings(deadline=None)  # the first call of a kernel compiles it
@@ -89,3 +91,11 @@ def test_numba_is_imported_only_when_something_is_ranked() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("policy", ["position", "choice", "probability", "batch_priority", "random"])
+def test_a_token_that_names_one_expert_in_every_slot_is_counted_within_bounds(policy: str) -> None:
+    experts, weights = np.zeros((40, 8), np.int16), np.ones((40, 8), np.float32)
+    found = drop_curve(experts, weights, 3, make_batches([40], "run"), [0.5, 3.0], policy)
+    slots = [expert_capacity(40, 3, 8, f) for f in (0.5, 3.0)]
+    assert found.dropped.tolist() == [max(0, 320 - n) for n in slots] and found.gate_mass == 320
