@@ -17,6 +17,7 @@ from app.text import visible_token
 from tests.nasty import NASTY
 from tests.synthetic import PLAIN, card, make_part
 
+from .conftest import watch
 from .served import served
 
 
@@ -42,6 +43,23 @@ def download(page: Page) -> str:
     with page.expect_download() as got:
         page.get_by_role("button", name="CSV", exact=True).click()
     return Path(got.value.path()).read_text()
+
+
+def test_the_page_of_these_tests_counts_each_kind_of_trouble(browser: Browser, address: str) -> None:
+    context = browser.new_context()
+    troubles, page = watch(context, address), context.new_page()
+    page.goto("about:blank")
+    page.evaluate("""async () => {
+        await fetch("http://other.invalid/x").catch(() => 0);
+        console.error("said");
+        setTimeout(() => { throw new Error("thrown"); });
+        alert("asked");
+        try { new WebSocket("ws://other.invalid/y"); } catch {}
+    }""")
+    page.goto(f"{address}/_stcore/metrics")  # a closed route
+    context.close()
+    assert {t.split()[0].rstrip(":") for t in troubles} == {"foreign", "failed", "console", "script", "dialog", "status"}
+    assert any("x" in t for t in troubles) and [t for t in troubles if t.startswith("foreign: ws")] == ["foreign: ws://other.invalid/y"]
 
 
 def test_first_view(page: Page, address: str) -> None:
