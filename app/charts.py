@@ -23,6 +23,7 @@ AGAIN = "again"  # a trace's meta: it shows what another one tells, so it has no
 UNSEEN = "unseen"  # a trace's name: it is there for the mouse, and is not printed
 BAR: Mapping[str, Any] = MappingProxyType({"displaylogo": False, "modeBarButtonsToRemove": ["toImage", "select2d", "lasso2d"]})
 OCTAVES = 3
+CLICKABLE = 15_000  # cells of a map; more markers over them would hold up the browser
 LEAST_USES = 20  # tokens an expert must have for its row of effects to be coloured
 _TIMES = ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"]
 _ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
@@ -104,11 +105,12 @@ def _cells(values: np.ndarray) -> pa.Array:
 
 
 def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, mark: tuple[int, int] | None = None,
-             by_load: bool = False) -> go.Figure:  # fmt: skip
+             by_load: bool = False, clickable: bool = False) -> go.Figure:  # fmt: skip
     """Layers x experts, log2 of load over an even share, fixed at 1/8 to 8 times. Dead experts carry a cross.
 
     ``relative`` holds one array [E] per row; rows may differ in E. ``mark`` frames one (row, expert). ``by_load`` puts each
-    row's busiest expert first, so that a column is a rank; the hover names the expert.
+    row's busiest expert first, so that a column is a rank; the hover names the expert. ``clickable`` lets a click through, with
+    the expert as customdata[0] and the row's name as y.
     """
     width = max(len(r) for r in relative)
     orders = [np.argsort(-r, kind="stable") if by_load else np.arange(len(r)) for r in relative]
@@ -133,6 +135,11 @@ def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, ma
                            marker={"symbol": "x-thin", "size": 10, "line": {"width": 2, "color": palette.DEAD}},
                            customdata=[float(experts[i, p]) for p, i in places],
                            hovertemplate="expert %{customdata:.0f}: no token at all<extra></extra>", showlegend=False)  # fmt: skip
+    if clickable and shown.size <= CLICKABLE:
+        there, place = np.nonzero(np.isfinite(shown))
+        figure.data[0].hoverinfo, figure.data[0].hovertemplate = "skip", None
+        _cells_over(figure, place, [rows[int(i)] for i in there], np.stack([experts[there, place], shown[there, place]], -1),
+                    "%{y}, expert %{customdata[0]:.0f}<br>%{customdata[1]:.2f} × its even share<extra></extra>", AGAIN)  # fmt: skip
     if mark is not None:
         line, at = mark[0], int(np.flatnonzero(orders[mark[0]] == mark[1])[0])
         figure.add_shape(type="rect", x0=at - 0.5, x1=at + 0.5, y0=line - 0.5, y1=line + 0.5, line={"width": 3, "color": palette.DEAD})
@@ -372,18 +379,24 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
                        marker={"symbol": "x-thin", "size": 5, "line": {"width": 1, "color": "#888"}})  # fmt: skip
     told = np.stack([np.broadcast_to(experts, z.shape), *(getattr(found, n)[cell] for n in ("share", "elsewhere", "lift", "low", "high", "q")),
                      np.broadcast_to(found.tokens[groups][:, None], z.shape), found.enrichment[cell], found.significant[cell], z], -1).reshape(-1, 11)  # fmt: skip
-    figure.add_scatter(
-        x=[x[c] for c in column], y=[names[r] for r in row], mode="markers", showlegend=False, customdata=told, name=UNSEEN,
-        meta={"x": "column", "y": "group", "customdata": ["expert", "share", "elsewhere", "lift", "log2_enrichment_low", "log2_enrichment_high", "q",
-                                                          "group_tokens", "log2_enrichment", "significant", "log2_enrichment_drawn"]},
-        marker={"symbol": "square", "size": 20, "opacity": 0.001, "color": "#888"}, selected={"marker": {"opacity": 0.001}},
-        unselected={"marker": {"opacity": 0.001}},
-        hovertemplate="%{y}, expert %{customdata[0]:.0f}<br>used for %{customdata[1]:.1%} of its %{customdata[7]:,} tokens, %{customdata[2]:.1%}"
+    _cells_over(
+        figure, [x[c] for c in column], [names[r] for r in row], told,
+        "%{y}, expert %{customdata[0]:.0f}<br>used for %{customdata[1]:.1%} of its %{customdata[7]:,} tokens, %{customdata[2]:.1%}"
         " elsewhere<br>lift %{customdata[3]:.2f}, log2 enrichment %{customdata[4]:.1f} to %{customdata[5]:.1f}, q = %{customdata[6]:.2g}<extra></extra>",
+        {"x": "column", "y": "group", "customdata": ["expert", "share", "elsewhere", "lift", "log2_enrichment_low", "log2_enrichment_high", "q",
+                                                     "group_tokens", "log2_enrichment", "significant", "log2_enrichment_drawn"]},
     )  # fmt: skip
     figure.update_xaxes(title="expert", type="category", categoryorder="array", categoryarray=x, constrain="domain")
     figure.update_yaxes(autorange="reversed", type="category", categoryorder="array", categoryarray=list(names))
     return _sized(figure, max(260, 28 * len(names) + 100))
+
+
+def _cells_over(figure: go.Figure, x: Any, y: Sequence[str], told: np.ndarray, hover: str, meta: Any) -> None:
+    """Transparent markers over a heatmap's cells: they take hover and clicks, which Plotly's heatmaps do not pass on to Streamlit."""
+    unseen = {"marker": {"opacity": 0.001}}
+    draw = go.Scatter if len(told) <= 1_024 else go.Scattergl  # SVG takes a second from some thousand markers on
+    figure.add_trace(draw(x=x, y=y, mode="markers", showlegend=False, customdata=told, name=UNSEEN, meta=meta, hovertemplate=hover,
+                          marker={"symbol": "square", "size": 20, "opacity": 0.001, "color": "#888"}, selected=unseen, unselected=unseen))  # fmt: skip
 
 
 def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure:

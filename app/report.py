@@ -193,7 +193,7 @@ def _labels(draft: _Draft, site: int) -> None:
     groups, experts = seriation(found.enrichment)
     names = [axis_label(found.groups[g], 22) for g in groups]
     caption = ("Colour: log2 of the share of the label's tokens that use the expert over the share of all other tokens. A small cross marks a"
-               f" cell that is no more than chance after correction for all cells (false discovery rate 5 %; {found.method})."
+               f" cell that is no more than chance after correction for all cells (false discovery rate 5%; {found.method})."
                f" n = {int(found.tokens.sum()):,} tokens of {int(found.documents.sum()):,} documents.")  # fmt: skip
     draft.add(
         f"Which labels does {layer.title} send where?",

@@ -246,3 +246,11 @@ def choose_token(position: int) -> None:
     chosen = st.session_state["_chosen"]
     chosen["token"] = str(position)
     st.session_state["_token"] = chosen["run"], chosen["doc"], chosen["token"]
+
+
+def open_expert(trace: Trace, event: object, layer: str | None = None) -> None:
+    """A click on an expert's cell leads to its page; without ``layer``, the cell's row names it."""
+    points = getattr(getattr(event, "selection", None), "points", [])
+    if points:
+        expert = str(int(points[0]["customdata"]["0"]))
+        st.switch_page("views/expert.py", query_params={"run": trace.name, "layer": layer or str(points[0]["y"]), "expert": expert})

@@ -228,9 +228,9 @@ def test_the_answer_in_words() -> None:
     said = in_words(ranked.at(1.0).summary(), pooled, 1.0)
     assert (
         said
-        == "CF 1 drops 25 % of assignments (25 % of tokens lose all experts); for 1 % or less CF 1.5 is needed, and then 33.3 % of the slots are idle"
+        == "CF 1 drops 25% of assignments (25% of tokens lose all experts); for 1% or less CF 1.5 is needed, and then 33.3% of the slots are idle"
     )
-    assert in_words(ranked.at(1.0).summary(), pool_curves(ranked.curves([1.0, 1.25])), 1.0).endswith("no factor up to 1.25 keeps it at 1 %")
+    assert in_words(ranked.at(1.0).summary(), pool_curves(ranked.curves([1.0, 1.25])), 1.0).endswith("no factor up to 1.25 keeps it at 1%")
 
 
 @pytest.mark.parametrize("task", ["intent", "law"])

@@ -52,9 +52,11 @@ def test_keys_ascend_as_floats_descend(values: list[float]) -> None:
 
 @pytest.mark.parametrize("policy", [queues.POSITION, queues.CHOICE, queues.SORTED, queues.BATCH_PRIORITY])
 @pytest.mark.parametrize("bad", [3, -2, 32_000, -32_768])
-def test_a_bad_id_is_reported_by_every_kernel(policy: int, bad: int) -> None:
-    experts = np.array([[0, 1], [2, bad], [1, 0]], np.int16)
-    weights, order, starts = np.ones((3, 2), np.float32), np.arange(3), np.array([0, 3])
+@pytest.mark.parametrize("slot", [0, 1, 2])  # either of a pair, and the odd one out
+def test_a_bad_id_is_reported_by_every_kernel(policy: int, bad: int, slot: int) -> None:
+    experts = np.array([[0, 1, 2], [2, 0, 1], [1, 0, 2]], np.int16)
+    experts[1, slot] = bad
+    weights, order, starts = np.ones((3, 3), np.float32), np.arange(3), np.array([0, 3])
     bits, slots = weights.view(np.uint32), np.array([[1, 2]])
     assert queues.rank_all(experts, bits, order, starts, 3, policy)[2]
     assert queues.curve(experts, weights, bits, order, starts, 3, policy, slots, np.array([[0, 1]]), np.zeros(1, np.int32))[4]

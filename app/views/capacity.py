@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
-from analysis.capacity import AppliedCapacity, RankedTrace, capacity_curves, compare_policies, in_words, pool_curves, rank_trace
+from analysis.capacity import AppliedCapacity, RankedTrace, capacity_curves, compare_policies, in_words, percent, pool_curves, rank_trace
 from analysis.overflow import FACTORS, POLICIES, MissingScores, rank_site
 from analysis.slots import PRESETS, CapacityError, make_batches
 from analysis.trace import Trace
@@ -199,7 +199,7 @@ text.show_heading(in_words(now if exact and shown_layer == "all" else total, poo
     "assignments over all layers" if exact and shown_layer == "all" else f"assignments at {trace.layers[site].title}"), 1) + ".")  # fmt: skip
 text.show_note(
     f"n = {now['assignments']:,} assignments of {trace.n_tokens(layer.stream):,} tokens, in {batches:,} batches. By chance, uniform"
-    f" routing in the same batches would drop {now['chance_dropped_share']:.2%}. Capacity: {PRESETS[preset].source}."
+    f" routing in the same batches would drop {percent(now['chance_dropped_share'])}. Capacity: {PRESETS[preset].source}."
 )
 if not exact:
     text.show_note(f"The curves below are those of first come, first served: {policy} has no threshold per assignment.")

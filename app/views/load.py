@@ -29,7 +29,7 @@ from analysis.trace import Trace
 from app import charts, text
 from app.downloads import computed_downloads
 from app.figures import show_figure
-from app.selection import choice, current_trace, layer_picker, recording_id, theme
+from app.selection import choice, current_trace, layer_picker, open_expert, recording_id, theme
 
 SHOWN = ("max_over_mean", "chance_max_over_mean", "maxvio", "cv", "chance_cv", "gini", "effective_experts", "dead", "cold")
 COUNTS = ("dead", "cold")
@@ -63,13 +63,15 @@ def show_map(relative: list[np.ndarray]) -> None:
     text.show_note(f"n = {n:,} tokens; uniform random routing would give at most about {chance:.2f} times.")
     order = choice("order", "Experts in each layer", {"number": "by number", "load": "by load"}, "number", draw=st.segmented_control)
     ns = [stats.n_tokens(x.index) for x in trace.layers]
-    show_figure(
-        trace, charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load"), f"load-map-by-{order}",
-        key="load_map", alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
+    clicked = show_figure(
+        trace, charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load", clickable=True),
+        f"load-map-by-{order}", key="load_map", on_select="rerun", selection_mode="points", alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
         definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×. A cross marks a dead expert: no token at all."
         f" Uniform random routing would give at most about {chance:.2f} × at {layer.title}.",
         n=f"{min(ns):,} tokens per layer" if len(set(ns)) == 1 else f"{min(ns):,} to {max(ns):,} tokens per layer",
     )  # fmt: skip
+    st.caption("Click a cell for its expert.")
+    open_expert(trace, clicked)
     found = dead_experts(trace)
     where = f", at {', '.join(trace.layers[s].title for s in found.sites)}" if found.sites else ""
     text.show_text(

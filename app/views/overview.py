@@ -16,7 +16,7 @@ from app import charts, text, tour
 from app.components.token_strip import token_strip
 from app.figures import show_figure
 from app.report import report_bytes
-from app.selection import current_trace, recording_id, theme
+from app.selection import current_trace, open_expert, recording_id, theme
 from app.strip_data import first_text
 
 
@@ -99,14 +99,16 @@ counts = [stats.n_tokens(x.index) for x in layers]
 each = f"{counts[0]:,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
 mark = (finding.site, finding.expert) if finding is not None else None
 st.header("Who carries the load? Each cell is one expert of one layer.")
-show_figure(
-    trace, charts.load_map(relative, rows, theme(), mark), "load-map", key="load_map",
+clicked = show_figure(
+    trace, charts.load_map(relative, rows, theme(), mark, clickable=True), "load-map", key="load_map", on_select="rerun", selection_mode="points",
     alt=f"Heatmap of {len(rows)} layers by {len(relative[0])} experts: load relative to an even share.",
     definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×: neutral is even, orange carries more, blue less; a cross"
     f" marks a dead expert. By chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×."
     + (f" Framed: {finding.claim}" if finding is not None else "") + " Experts of different layers are unrelated, even with the same number.",
     n=f"{each} tokens per layer",
 )  # fmt: skip
+st.caption("Click a cell for its expert.")
+open_expert(trace, clicked)
 st.header("Where to look next")
 links = st.columns(3)
 links[0].page_link("views/tokens.py", label="Which expert does each token go to?", query_params={"run": trace.name})

@@ -31,7 +31,7 @@ from analysis.vocabulary import (
 from app import charts, text
 from app.downloads import computed_downloads
 from app.figures import show_figure
-from app.selection import choice, comparable_runs, current_trace, layer_picker, recording_id, theme
+from app.selection import choice, comparable_runs, current_trace, layer_picker, open_expert, recording_id, theme
 
 KINDS = {
     "label": "by label",
@@ -74,7 +74,7 @@ def show_preferences(found: Preferences, site: int) -> None:
     text.show_heading(f"{named} of {layer.n_classes} experts of {layer.title} prefer at least one {found.kind} beyond chance.")
     text.show_note(
         f"n = {int(found.tokens.sum()):,} tokens of {documents:,} documents. Beyond chance: used at least {CLEAR:g} times as"
-        f" often as overall, and significant after correction for all {found.count.size:,} cells (false discovery rate 5 %). Uniform routing"
+        f" often as overall, and significant after correction for all {found.count.size:,} cells (false discovery rate 5%). Uniform routing"
         f" would use each expert for {chance:.1%} of every {found.kind}. Test: {found.method}."
     )
     groups, experts = (
@@ -86,22 +86,12 @@ def show_preferences(found: Preferences, site: int) -> None:
         key=f"cells-{found.kind}", on_select="rerun", selection_mode="points",
         alt=f"Heatmap of {len(groups)} groups by {len(experts)} experts: log2 enrichment.",
         definition=f"Experts of {layer.title}. Colour: log2 of the share of the group's tokens that use the expert over the share of all other tokens;"
-        f" orange more, blue less. A small cross marks a cell that is no more than chance after correction (false discovery rate 5 %; {found.method});"
+        f" orange more, blue less. A small cross marks a cell that is no more than chance after correction (false discovery rate 5%; {found.method});"
         f" experts used by fewer than {charts.LEAST_USES:,} tokens have no colour. Rows and columns are ordered so that structure shows.",
         n=f"{int(found.tokens.sum()):,} tokens of {documents:,} documents",
     )  # fmt: skip
     st.caption("Click a cell for its expert.")
-    open_expert(event)
-
-
-def open_expert(event: object) -> None:
-    """A click on a cell leads to the page of its expert."""
-    points = getattr(getattr(event, "selection", None), "points", [])
-    if points:
-        st.switch_page(
-            "views/expert.py",
-            query_params={"run": trace.name, "layer": trace.layers[site].title, "expert": str(int(points[0]["customdata"]["0"]))},
-        )
+    open_expert(trace, event, layer.title)
 
 
 def show_layers() -> None:
@@ -235,7 +225,7 @@ def show_agreement(others: Mapping[str, Trace]) -> pa.Table:
                                            ("by chance, tokens turned within documents", value["shuffled"], None),
                                            ("by chance, uniform routing", value["chance"], None)], "same experts"),
         f"saturation-vs-{name}", key="saturation", alt="Router saturation per layer between two runs, with intervals and two kinds of chance.",
-        definition=f"Router saturation (OLMoE eq. 5) with {name}: the share of a token's k experts that both runs chose, mean over tokens; bars: 95 %"
+        definition=f"Router saturation (OLMoE eq. 5) with {name}: the share of a token's k experts that both runs chose, mean over tokens; bars: 95%"
         " interval over documents. Turning the tokens keeps what a document's topic does to routing, so what lies above that line is agreement on"
         " single tokens. Expert numbers are compared as they are: two models trained apart agree by chance alone.",
         n=f"{row['n']:,} tokens of both runs",

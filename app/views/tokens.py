@@ -12,7 +12,18 @@ from analysis.trace import SiteRouting, SiteScores
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.figures import show_figure
-from app.selection import choice, choose_token, chosen_token, current_trace, document_picker, layer_picker, recording_id, set_choice, theme
+from app.selection import (
+    choice,
+    choose_token,
+    chosen_token,
+    current_trace,
+    document_picker,
+    layer_picker,
+    open_expert,
+    recording_id,
+    set_choice,
+    theme,
+)
 
 WINDOW = 4_096
 MAPS = {
@@ -116,11 +127,14 @@ show_figure(
 
 st.header("How this document loads the experts")
 loads = [np.bincount(r.experts[r.experts >= 0], minlength=x.n_classes)[: x.n_experts] for x, (r, _) in zip(sites, read, strict=True)]
-show_figure(
-    trace, charts.load_map([relative_load(n) for n in loads], titles, theme()), f"load-document-{document + 1}", key="document_load",
+clicked = show_figure(
+    trace, charts.load_map([relative_load(n) for n in loads], titles, theme(), clickable=True), f"load-document-{document + 1}",
+    key="document_load", on_select="rerun", selection_mode="points",
     alt="Heatmap of layers by experts: load of this document relative to an even share.",
     definition="Load of the tokens shown over the layer's mean load, on a fixed scale from ⅛× to 8×; a cross marks an expert that none of them"
     " uses. One document is a small sample: by chance alone its loads vary by about"
     f" ±{chance_cv(len(shown), sites[0].n_experts, sites[0].top_k):.0%} (one standard deviation).",
     n=f"{len(shown):,} tokens",
 )  # fmt: skip
+st.caption("Click a cell for its expert.")
+open_expert(trace, clicked)

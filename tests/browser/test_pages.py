@@ -272,3 +272,15 @@ def test_the_whole_run_as_one_file(page: Page, address: str, runs: Path) -> None
         page.get_by_role("button", name="Save this run as one HTML file").click()
     assert got.value.suggested_filename == "nasty-report.html"
     assert Path(got.value.path()).read_text(encoding="utf-8") == report_html(open_run(runs / "nasty"))
+
+
+@pytest.mark.parametrize("view", ["", "load", "tokens"])
+def test_a_cell_of_a_load_map_leads_to_its_expert(page: Page, address: str, view: str) -> None:
+    page.goto(f"{address}/{view}?run=demo-run")
+    figure = page.locator(".js-plotly-plot").filter(has=page.locator(".cbaxis")).last
+    figure.scroll_into_view_if_needed()
+    area = figure.locator(".nsewdrag").first.bounding_box()
+    assert area is not None
+    page.mouse.click(area["x"] + area["width"] * 2.5 / 16, area["y"] + area["height"] * 1.5 / 6)  # expert 2 of layer 1
+    expect(page.get_by_role("heading", name="Layer 1, expert 2:")).to_be_visible()
+    assert "layer=layer+1" in page.url and "expert=2" in page.url
