@@ -16,7 +16,6 @@ import streamlit as st
 
 _MARKS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 _STYLE = (
-    ".stMainBlockContainer { padding-top: 4.2rem; }",
     "[data-testid=stButtonGroup] button[data-selected=true] p { color: CanvasText; }",
     "@media (max-width: 640px) { [data-testid=stButtonGroup] > * { flex-wrap: wrap; overflow: visible; } }",
 )
@@ -130,7 +129,7 @@ def counted(n: int, one: str, many: str | None = None) -> str:
 def tighten() -> None:
     """Our one piece of markup, without data, for what Streamlit has no option for.
 
-    6rem above the first line, where the navigation needs 4; the chosen segment in the primary colour, which on dark has a contrast of
-    3.7 where 4.5 are asked for (white on a primary button needs it as dark as it is); a row of segments cut off on a narrow screen.
+    The chosen segment in the primary colour, which on dark has a contrast of 3.7 where 4.5 are asked for (white on a primary button
+    needs it as dark as it is); a row of segments cut off on a narrow screen.
     """
     st.html("<style>" + "".join(_STYLE) + "</style>")  # noqa: TID251

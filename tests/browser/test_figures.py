@@ -6,18 +6,19 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 from xml.etree import ElementTree
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page
 
 from analysis import __version__
 from analysis.writing import RunWriter
 from tests.synthetic import PLAIN
 from tests.test_report import FIRST, hostile_part, hostile_trace
 
+from .acts import choose, open_figures, rerun, rest, save
+from .conftest import watched
 from .served import served
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -36,46 +37,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def page(browser: Browser, address: str) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True, color_scheme="dark")
-    page = context.new_page()
-    page.set_default_timeout(60_000)
-    troubles: list[str] = []
-    page.on("console", lambda m: troubles.append(m.text) if m.type == "error" and "_stcore" not in m.location["url"] else None)
-    page.on("pageerror", lambda e: troubles.append(str(e)))
-    page.on("dialog", lambda d: (troubles.append(d.message), d.dismiss()))
-    page.on("request", lambda r: troubles.append(r.url) if r.url.startswith("http") and not r.url.startswith(address) else None)
-    yield page
-    pwned = page.evaluate("window.__pwn")
-    context.close()
-    assert (pwned, troubles) == (None, [])
-
-
-def rest(page: Page) -> None:
-    page.locator("[data-test-script-state=notRunning]").wait_for()
-
-
-def open_row(page: Page, size: str) -> None:
-    """The row of the figures, with a size chosen."""
-    page.locator(".js-plotly-plot").first.wait_for()
-    rest(page)
-    page.get_by_text("Take the figures").click()
-    choose(page, "Size", size)
-
-
-def choose(page: Page, label: str, wanted: str) -> None:
-    box = page.get_by_role("combobox", name=label, exact=True)
-    box.click()
-    box.press_sequentially(wanted)
-    page.get_by_role("option", name=wanted).first.wait_for()
-    box.press("Enter")
-    expect(box).to_have_value(wanted)
-    rest(page)
-
-
-def save(page: Page, kind: str) -> tuple[str, bytes]:
-    with page.expect_download() as got:
-        page.get_by_role("button", name=kind, exact=True).last.click()
-    return got.value.suggested_filename, Path(got.value.path()).read_bytes()
+    """On a dark page, whose figures go to light paper."""
+    with watched(browser, address, color_scheme="dark") as page:
+        yield page
 
 
 def chunks(png: bytes) -> dict[bytes, list[bytes]]:
@@ -98,7 +62,7 @@ def told_by(png: bytes) -> dict[str, str]:
 
 def test_a_hostile_run_leaves_as_svg_and_png_of_the_size_asked_for(page: Page, address: str) -> None:
     page.goto(f"{address}/?run=nasty")
-    open_row(page, "single column, 3.3 in")
+    open_figures(page, "single column, 3.3 in")
     name, data = save(page, "SVG")
     root = ElementTree.fromstring(data)
     assert name == "nasty-load-map.svg" and root.get("width") == "3.3in" and root.get("viewBox", "").startswith("0 0 316.8 ")
@@ -125,9 +89,9 @@ def test_a_hostile_run_leaves_as_svg_and_png_of_the_size_asked_for(page: Page, a
 
 def test_a_slide_without_its_caption_and_the_numbers_it_shows(page: Page, address: str) -> None:
     page.goto(f"{address}/load?run=nasty")
-    open_row(page, "slide, 1280 × 720")
-    page.get_by_text("Caption in the picture").click()
-    rest(page)
+    open_figures(page, "slide, 1280 × 720")
+    with rerun(page):
+        page.get_by_text("Caption in the picture").click()
     choose(page, "Figure", "maxvio batch 1024")
     name, data = save(page, "SVG")
     root = ElementTree.fromstring(data)

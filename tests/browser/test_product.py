@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
+from .acts import rest
 from .screenshots import PAGES
 from .served import served
 
-LOOKS = [(theme, width) for theme in ("light", "dark") for width in (1280, 390)]
+SEEN = (*PAGES, "load?tour=2", "load?run=gone")
+LOOKS = {("light", 1280): SEEN, ("dark", 390): SEEN, ("dark", 1280): (few := ("overview", "load")), ("light", 390): few}
 
 
 @pytest.fixture(scope="module")
@@ -25,26 +27,38 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-def opened(browser: Browser, address: str, page: str, theme: Any = "light", width: int = 1280) -> Page:
-    """A page at rest."""
-    it = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+def opened(browser: Browser | BrowserContext, address: str, page: str) -> Page:
+    """A page at rest, wide where the context does not say otherwise."""
+    it = browser.new_page(viewport={"width": 1280, "height": 900}) if isinstance(browser, Browser) else browser.new_page()
     it.set_default_timeout(60_000)
     it.goto(f"{address}/{page}")
     it.get_by_test_id("stMainBlockContainer").locator("h1").first.wait_for()
-    it.locator("[data-test-script-state=notRunning]").first.wait_for()
+    rest(it)
     return it
 
 
 @pytest.mark.parametrize(("theme", "width"), LOOKS)
-@pytest.mark.parametrize("page", [*PAGES, "load?tour=2", "load?run=gone"])
-def test_axe_finds_nothing_serious_and_nothing_runs_over(browser: Browser, address: str, page: str, theme: str, width: int) -> None:
-    it = opened(browser, address, "" if page == "overview" else page, theme, width)
-    it.wait_for_timeout(500)  # until text that faded in is opaque
-    found = Axe().run(it).response["violations"]
-    over = it.get_by_test_id("stMain").evaluate("e => e.scrollWidth - e.clientWidth")
-    it.close()
-    bad = [v for v in found if v["impact"] in ("serious", "critical") or v["id"] == "heading-order"]
-    assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in bad] == [] and over <= 0
+def test_axe_finds_nothing_worse_than_minor_and_nothing_runs_over(browser: Browser, address: str, theme: Any, width: int) -> None:
+    """Every page light and wide, and dark and narrow; two of them the other way round: colours and widths do not depend on each other.
+
+    What axe calls minor is left out: the one such is the role of Streamlit's own file uploader.
+    """
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+    bad = {}
+    for page in LOOKS[theme, width]:
+        it = opened(context, address, "" if page == "overview" else page)
+        it.wait_for_timeout(500)  # until text that faded in is opaque
+        found = [
+            (v["impact"], v["id"], [n["html"][:200] for n in v["nodes"]])
+            for v in Axe().run(it).response["violations"]
+            if v["impact"] != "minor"
+        ]
+        over = it.get_by_test_id("stMain").evaluate("e => e.scrollWidth - e.clientWidth")
+        it.close()
+        if found or over > 0:
+            bad[page] = found, over
+    context.close()
+    assert bad == {}
 
 
 def test_the_tour_goes_through_five_pages_and_closes(browser: Browser, address: str) -> None:
@@ -54,7 +68,7 @@ def test_the_tour_goes_through_five_pages_and_closes(browser: Browser, address: 
     for step, where in enumerate(("tokens", "load", "expert", "capacity", "runs"), start=1):
         expect(page.locator(".st-key-tour")).to_contain_text(f"Tour, {step} of 5")
         page.wait_for_url(lambda url, w=where, s=step: f"/{w}?" in url and f"tour={s}" in url)
-        page.locator("[data-test-script-state=notRunning]").first.wait_for()
+        rest(page)
         if step < 5:
             page.get_by_role("link", name="Next →").click()
     page.get_by_role("link", name="← Back").click()
