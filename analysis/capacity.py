@@ -45,7 +45,7 @@ class RankedTrace:
 
     def curves(self, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
         """One row per site and factor: Curve.table with shares, and what overflows by chance (uniform routing, same batches)."""
-        return _curve_tables(self.trace, self.queues.items(), factors, _rule(preset))
+        return pa.concat_tables([t for _, t in _curve_tables(self.trace, self.queues.items(), factors, _rule(preset))])
 
     def curves_by(self, name: str, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
         """AppliedCapacity.by_label or by_position at every factor in one pass: ``name`` is "label" or "first_position"."""
@@ -145,6 +145,14 @@ def capacity_curves(trace: Trace, factors: Sequence[float] | np.ndarray = FACTOR
                     size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
                     layers: Sequence[int] | None = None) -> pa.Table:  # fmt: skip
     """As ``rank_trace(...).curves(...)``, holding one site at a time: for long runs with many sites."""
+    found = site_curves(trace, factors, policy, scope, size=size, mixed=mixed, preset=preset, seed=seed, layers=layers)
+    return pa.concat_tables([table for _, table in found])
+
+
+def site_curves(trace: Trace, factors: Sequence[float] | np.ndarray = FACTORS, policy: str = "position", scope: str = "document", *,
+                size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
+                layers: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Table]]:  # fmt: skip
+    """(site, its rows of ``capacity_curves``), one site after the other."""
     return _curve_tables(trace, _ranked(trace, policy, scope, size, mixed, seed, layers), factors, _rule(preset))
 
 
@@ -231,8 +239,7 @@ def _ranked(trace: Trace, policy: str, scope: str, size: int | None, mixed: int 
 
 def _curve_tables(
     trace: Trace, ranked: Iterable[tuple[int, Queues]], factors: Sequence[float] | np.ndarray, rule: CapacityRule
-) -> pa.Table:
-    tables = []
+) -> Iterator[tuple[int, pa.Table]]:
     chances: dict[tuple[str, int, int, int], np.ndarray] = {}
     for i, queues in ranked:
         layer = trace.layers[i]
@@ -241,8 +248,7 @@ def _curve_tables(
             chances[same] = chance_curve(queues.batches.sizes, *same[1:3], factors, rule, layer.n_special)
         curve = queues.curve(factors, rule)
         table = curve.table().append_column("chance_dropped", pa.array(chances[same] * curve.assignments))
-        tables.append(_of_site(layer, with_shares(table)))
-    return pa.concat_tables(tables)
+        yield i, _of_site(layer, with_shares(table))
 
 
 def _rule(preset: str | CapacityRule) -> CapacityRule:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from .information import DENSE, Information, entropy, shuffled_tables, sparse_information
 from .significance import family_p, rearranged_labels
-from .specialization import Preferences, blocks, by_group
+from .specialization import ROWS, Preferences, blocks, by_group
 from .trace import Trace, TraceError
 
 LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"
@@ -156,9 +156,9 @@ def _coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray
     if kind == "predicted next token":
         predicted = table["predicted"]
         known = np.full(len(predicted), -1)
-        ids, known[predicted.is_valid().to_numpy()] = np.unique(predicted.drop_null().to_numpy().astype(np.int64), return_inverse=True)
+        ids, known[predicted.is_valid().to_numpy()] = _coded_ids(predicted.drop_null().to_numpy().astype(np.int64))
         return ids, known
-    ids, code = np.unique(table["token_id"].to_numpy().astype(np.int64), return_inverse=True)
+    ids, code = _coded_ids(table["token_id"].to_numpy().astype(np.int64))
     if kind == "input token":
         return ids, code
     document = table["document"].to_numpy()
@@ -166,16 +166,32 @@ def _coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray
     return ids, np.where(follows, np.append(code[1:], 0)[: len(code)], -1)
 
 
+def _coded_ids(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(distinct values ascending, int64 index of each value into them)."""
+    if not len(values) or values.min() < 0 or values.max() >= DENSE:
+        ids, code = np.unique(values, return_inverse=True)
+        return ids, code
+    there = np.bincount(values) > 0
+    return np.flatnonzero(there), (np.cumsum(there) - 1)[values]
+
+
 def _counted(trace: Trace, site: int, kind: str) -> TokenCounts:
     """One pass over a site's decisions."""
-    layer, parts = trace.layers[site], []
+    layer = trace.layers[site]
     ids, code = _coded(trace, layer.stream, kind)
+    size = len(ids) * layer.n_classes
+    count_all = size <= 16 * ROWS * layer.top_k  # counting beats sorting where a block fills much of the table
+    dense, cells, n = np.zeros(size if count_all else 0, np.int64), [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for start, experts in blocks(trace, layer):
         mine = code[start : start + len(experts), None]
-        kept = (experts >= 0) & (mine >= 0)
-        parts.append(np.unique((mine * layer.n_classes + experts)[kept], return_counts=True))
-    cell, at = np.unique(np.concatenate([c for c, _ in parts]), return_inverse=True)
-    count = np.bincount(at, np.concatenate([n for _, n in parts]), len(cell)).astype(np.int64)
+        keys = (mine * layer.n_classes + experts)[(experts >= 0) & (mine >= 0)]
+        if count_all:
+            dense += np.bincount(keys, minlength=size)
+        else:
+            found = np.unique(keys, return_counts=True)
+            cells, n = [*cells, found[0]], [*n, found[1]]
+    cell = np.flatnonzero(dense)
+    cell, count = (cell, dense[cell]) if count_all else _summed(np.concatenate(cells), np.concatenate(n))
     tokens = np.bincount(code[code >= 0], minlength=len(ids))
     return TokenCounts(site, kind, layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count)
 
@@ -303,12 +319,12 @@ def _top_shares(counts: TokenCounts, row: np.ndarray, count: np.ndarray, least: 
             float((share * n).sum() / n.sum()) if len(n) else nothing)  # fmt: skip
 
 
-def vocabulary_table(trace: Trace, least: int = LEAST) -> pa.Table:
-    """One row per site and variant the run can tell ("input", "next", "predicted"): site, layer, token (the variant), n (tokens), ids, then
+def vocabulary_table(trace: Trace, least: int = LEAST, layers: Sequence[int] | None = None) -> pa.Table:
+    """One row per site of ``layers`` (default all) and variant the run can tell ("input", "next", "predicted"): site, layer, token (the variant), n (tokens), ids, then
     VocabularySpecialization's figures with their chance. One pass per site and variant; TraceError without tokens.
     """
     rows = []
-    for layer in trace.layers:
+    for layer in trace.layers if layers is None else [trace.layers[i] for i in layers]:
         for variant, count in VARIANTS.items():
             if variant == "predicted" and not predicts(trace, layer.stream):
                 continue
@@ -353,26 +369,32 @@ def document_use(trace: Trace, counts: TokenCounts) -> DocumentUse | None:
         return None
     layer = trace.layers[counts.site]
     ids, code = _coded(trace, layer.stream, counts.kind)
-    owner = np.unique(trace.stream_tokens(layer.stream)["document"].to_numpy(), return_inverse=True)[1]
+    owner = _coded_ids(trace.stream_tokens(layer.stream)["document"].to_numpy().astype(np.int64))[1]
     known = code >= 0
     n_documents, width = int(owner.max(initial=-1)) + 1, layer.n_classes
-    place = code * n_documents + owner
+    place = owner * max(len(ids), 1) + code  # by document first: pieces of the run then follow one another, but where one cuts a document
     pairs, occurs = np.unique(place[known], return_counts=True)
-    size, load = np.bincount(owner[known], minlength=n_documents), np.zeros(n_documents * width, np.int64)
+    size = np.bincount(owner[known], minlength=n_documents)
     cells, n = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for start, experts in blocks(trace, layer):
         rows = slice(start, start + len(experts))
-        kept = (experts >= 0) & known[rows, None]
-        load += np.bincount((owner[rows, None] * width + experts)[kept], minlength=len(load))
-        found = np.unique((place[rows, None] * width + experts)[kept], return_counts=True)
+        found = np.unique((place[rows, None] * width + experts)[(experts >= 0) & known[rows, None]], return_counts=True)
         cells, n = [*cells, found[0]], [*n, found[1]]
-    cell, at = np.unique(np.concatenate(cells), return_inverse=True)
-    count = np.bincount(at, np.concatenate(n), len(cell))
-    pair, expert = cell // width, cell % width
-    document = pair % n_documents if n_documents else pair
+    cell, count = _summed(np.concatenate(cells), np.concatenate(n))
+    pair, expert = np.divmod(cell, width)
+    document, row = np.divmod(pair, max(len(ids), 1))
+    load = np.bincount(document * width + expert, count)
     leans = count * size[document] > load[document * width + expert] * occurs[np.searchsorted(pairs, pair)]
-    leaning = np.bincount((pair // max(n_documents, 1) * width + expert)[leans], minlength=len(ids) * width)
-    return DocumentUse(np.bincount(pairs // max(n_documents, 1), minlength=len(ids)), leaning.reshape(len(ids), width))
+    leaning = np.bincount((row * width + expert)[leans], minlength=len(ids) * width)
+    return DocumentUse(np.bincount(pairs % max(len(ids), 1), minlength=len(ids)), leaning.reshape(len(ids), width))
+
+
+def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(keys ascending, sum of their counts), int64; fast for keys that are sorted runs, as a merge sort is."""
+    order = keys.argsort(kind="stable")
+    keys = keys[order]
+    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
+    return keys[starts], np.add.reduceat(counts[order], starts) if len(starts) else counts
 
 
 def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAST, most: int = 20, draws: int = DRAWS,

@@ -134,7 +134,7 @@ def header() -> None:
     """The line at the top of every page: the run (``?run=``) and the model behind it."""
     st.session_state["_chosen"] = {}
     _read_link()
-    runs = _complete()
+    runs = st.session_state["_runs"] = _complete()  # listed once for the run of the script: each folder is walked through
     if not runs:
         return
     row = st.container(horizontal=True, vertical_alignment="bottom")
@@ -153,7 +153,7 @@ def header() -> None:
 
 def current_trace() -> Trace:
     """The Trace of the header's run. Stops the page with a sentence where there is none."""
-    runs = _complete()
+    runs = st.session_state["_runs"]
     if not runs:
         st.info("No run is recorded yet. Record your own text on the Runs page, or make the demo run with `make demo-run`.")
         st.page_link("views/runs.py", label="Record your own text")
@@ -173,7 +173,7 @@ def comparable_runs(trace: Trace) -> dict[str, Trace]:
     rows = trace.documents.select(["document", "n_tokens"])
     size = sum(rows["n_tokens"].to_pylist()), len(set(rows["document"].to_pylist()))
     found = {}
-    for name, run in _complete().items():
+    for name, run in st.session_state["_runs"].items():
         if name == trace.name or (run.n_tokens, run.n_documents) != size:
             continue
         try:

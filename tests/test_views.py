@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import streamlit as st
 from streamlit.testing.v1 import AppTest
 
+from analysis import vocabulary
 from analysis.capture import capture
 from analysis.glossary import TERMS, search
 from analysis.metrics import METRICS
@@ -293,6 +295,46 @@ def test_specialization_by_token_is_that_of_the_token_asked_for(runs: Path, vari
     share = plain(f"alone explains {alone.share_of(alone.entropy_y):.0%} of which")
     assert any(share in m.value for m in test.markdown) and not test.exception
     assert len({round(context_independence(f(trace, 5)).share_of(alone.entropy_y), 2) for f in VARIANTS.values()}) == 3
+
+
+def test_what_reads_every_decision_waits_until_its_part_is_opened(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, whole = [], vocabulary.vocabulary_table
+    monkeypatch.setattr(vocabulary, "vocabulary_table", lambda trace, **options: asked.append(options["layers"]) or whole(trace, **options))
+    st.cache_resource.clear()
+    test = shown("specialization", "demo-run")
+    test.query_params["by"] = "token"
+    assert not test.run().exception and asked == []
+    test.query_params["follow"] = "open"
+    test.run()
+    assert not test.exception and asked == [[i] for i in range(len(open_run(ROOT / "data" / "demo-run").layers))]
+    assert any("names the token that a layer" in c.value for c in test.caption)
+    test.run()
+    assert len(asked) == len(set(map(tuple, asked)))  # kept
+
+
+def test_layers_done_are_kept_when_a_view_is_left() -> None:
+    def script() -> None:
+        import pyarrow as pa
+        import streamlit as st
+
+        from app.layers import kept, layer_by_layer
+        from tests.synthetic import PLAIN, make_trace
+
+        def make(sites: list[int]) -> object:
+            st.session_state["asked"] = list(sites)
+            for number in sites:
+                if number and "left" not in st.session_state:
+                    st.session_state["left"] = True
+                    st.stop()
+                yield number, pa.table({"site": [number]})
+
+        st.session_state["told"] = layer_by_layer(make_trace(PLAIN), kept("a run", ("a test",)), make)["site"].to_pylist()
+
+    st.cache_resource.clear()
+    test = AppTest.from_function(script, default_timeout=180).run()
+    assert "told" not in test.session_state and not test.exception
+    test.run()
+    assert test.session_state["asked"] == list(range(1, len(PLAIN))) and test.session_state["told"] == list(range(len(PLAIN)))
 
 
 def test_weights_are_compared_where_the_model_of_the_run_is_here(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from math import comb
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from analysis import vocabulary
-from analysis.specialization import label_information
+from analysis.specialization import blocks, label_information
 from analysis.trace import SiteRouting, Trace, TraceError
 from analysis.vocabulary import (
     CLASSES,
@@ -31,6 +32,7 @@ from analysis.vocabulary import (
     top_tokens,
     top_tokens_of,
     vocabulary_specialization,
+    vocabulary_table,
 )
 from tests.counters import read_counters
 from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace, site, zipf_parts
@@ -206,6 +208,26 @@ def test_vocabulary_specialization_by_hand() -> None:
     assert vocabulary_specialization(counts, least=12).n_frequent == 2 and vocabulary_specialization(counts, least=13).n_frequent == 1
     assert found.chance_weighted < found.weighted and vocabulary_specialization(counts, least=21).n_frequent == 0
     assert np.isnan(vocabulary_specialization(counts, least=21).frequent)
+
+
+@pytest.mark.parametrize("kind", ["next", "predicted"])
+def test_tables_too_large_to_count_whole_are_sorted_to_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = make_trace(TWO_STREAMS)
+    whole = VARIANTS[kind](trace, 1)
+    monkeypatch.setattr(vocabulary, "ROWS", 0)  # no table is small enough
+    monkeypatch.setattr(vocabulary, "blocks", partial(blocks, rows=7))  # pieces that cut documents
+    pieces = VARIANTS[kind](trace, 1)
+    assert [x.tolist() for x in (pieces.row, pieces.expert, pieces.count)] == [x.tolist() for x in (whole.row, whole.expert, whole.count)]
+    monkeypatch.undo()
+    use = document_use(trace, whole)
+    monkeypatch.setattr(vocabulary, "blocks", partial(blocks, rows=7))
+    cut = document_use(trace, whole)
+    assert use is not None and cut is not None and use.leaning.sum() > 0 and (cut.leaning == use.leaning).all()
+
+
+def test_the_table_of_some_layers_is_its_part_of_the_whole() -> None:
+    trace = make_trace(TWO_STREAMS)
+    assert repr(vocabulary_table(trace, layers=[1]).to_pylist()) == repr([r for r in vocabulary_table(trace).to_pylist() if r["site"] == 1])
 
 
 def test_vocabulary_specialization_beside_chance() -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
-from analysis.capacity import AppliedCapacity, RankedTrace, capacity_curves, compare_policies, in_words, percent, pool_curves, rank_trace
+from analysis.capacity import AppliedCapacity, RankedTrace, compare_policies, in_words, percent, pool_curves, rank_trace, site_curves
 from analysis.overflow import FACTORS, POLICIES, MissingScores, rank_site
 from analysis.slots import PRESETS, CapacityError, make_batches
 from analysis.trace import Trace
@@ -19,6 +19,7 @@ from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
 from app.figures import show_figure
+from app.layers import kept, layer_by_layer
 from app.selection import choice, current_trace, document_picker, recording_id, section
 
 SCOPES = {"documents": "micro-batches of documents", "document": "each document alone", "tokens": "micro-batches of tokens",
@@ -35,11 +36,13 @@ def ranked(_trace: Trace, run: str, site: int, policy: str, scope: str, size: in
     return rank_trace(_trace, policy, scope, size=size, mixed=mixed, layers=[site])
 
 
-@st.cache_resource(max_entries=12, show_spinner="Reading every layer once …")
-def curves(_trace: Trace, run: str, policy: str, scope: str, size: int | None, mixed: int | None, preset: str) -> pa.Table:
+def curves(trace: Trace, run: str, policy: str, scope: str, size: int | None, mixed: int | None, preset: str) -> pa.Table:
     """The curve of every site. Rerouting and dropless have none by thresholds: "position" drops as much as any other."""
     asked = "position" if policy in ("reroute", "dropless") else policy
-    return capacity_curves(_trace, FACTORS, asked, scope, size=size, mixed=mixed, preset=preset)
+    known = kept(run, ("capacity", asked, scope, size, mixed, preset))
+    return layer_by_layer(
+        trace, known, lambda layers: site_curves(trace, FACTORS, asked, scope, size=size, mixed=mixed, preset=preset, layers=layers)
+    )
 
 
 @st.cache_resource(max_entries=12, show_spinner="Asking who pays …")

@@ -52,6 +52,12 @@ def batches(_trace: Trace, run: str, batch_tokens: int, mixed: int | None) -> pa
     return maxvio_table(_trace, batch_tokens, mixed)
 
 
+@st.cache_resource(max_entries=32, show_spinner="Measuring every document …")
+def documents(_trace: Trace, run: str, site: int) -> pa.Table:
+    """Balance of every document at one site."""
+    return document_balance(_trace, site)
+
+
 def show_map(relative: list[np.ndarray]) -> None:
     """Who carries the load: the least even layer in a sentence, every layer as a map, and the dead."""
     worst = int(np.nanargmax([r.max() for r in relative]))
@@ -158,7 +164,7 @@ def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
 
 def show_documents() -> dict[str, tuple[str, pa.Table]]:
     """Balance of each document at the layer chosen; the most uneven are named and lead to the Tokens page."""
-    rows = document_balance(trace, site)
+    rows = documents(trace, run, site)
     if len(rows) < 2:
         return {}
     st.header("Is it even within each document?")

@@ -31,7 +31,8 @@ from analysis.vocabulary import (
 from app import charts, text
 from app.downloads import computed_downloads
 from app.figures import show_figure
-from app.selection import choice, comparable_runs, current_trace, layer_picker, open_expert, recording_id, theme
+from app.layers import kept, layer_by_layer
+from app.selection import choice, comparable_runs, current_trace, layer_picker, open_expert, recording_id, section, theme
 
 KINDS = {
     "label": "by label",
@@ -107,12 +108,6 @@ def show_layers() -> None:
     )  # fmt: skip
 
 
-@st.cache_resource(max_entries=8, show_spinner="Counting tokens at every layer …")
-def vocabularies(_trace: Trace, run: str) -> pa.Table:
-    """Vocabulary specialization of every site by each kind of token; ``run`` names the trace with its date."""
-    return vocabulary_table(_trace)
-
-
 @st.cache_resource(max_entries=32, show_spinner="Dealing every expert's assignments to the tokens again …")
 def vocabulary(
     _trace: Trace, run: str, site: int, variant: str
@@ -151,8 +146,19 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         " are left out. In brackets: in how many of the documents that hold the token it uses the expert more often than the rest of the document"
         " does; by chance in about half or fewer. A token of one document may be that document's habit."
     )
-    st.header("Which token do the layers follow?")
-    table, titles = vocabularies(trace, run), [x.title for x in trace.layers]
+    tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in enumerate(found) for t in uses])
+    tables = {"tokens by expert": ("one row per expert and token; p takes each occurrence for independent", tokens)}
+    follow = section("follow", "Which token do the layers follow? Reads every decision of the run")
+    if follow.open:
+        with follow:
+            tables["vocabulary specialization"] = "one row per layer and kind of token", show_followed(variants, words.least, alone.n)
+    return tables
+
+
+def show_followed(variants: Mapping[str, str], least: int, n: int) -> pa.Table:
+    """Vocabulary specialization of every layer by each kind of token of ``variants``."""
+    table = layer_by_layer(trace, kept(run, ("vocabulary",)), lambda layers: ((i, vocabulary_table(trace, layers=[i])) for i in layers))
+    titles = [x.title for x in trace.layers]
     frame = table.to_pandas()
     lines = [(TOKEN[v], frame[frame.token == v].set_index("site")["frequent"].reindex(range(len(titles))).to_numpy(), None)
              for v in variants]  # fmt: skip
@@ -160,13 +166,11 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     show_figure(
         trace, charts.layer_lines(titles, [*lines, ("by chance (input token)", chance, None)], "vocabulary specialization"),
         "vocabulary-specialization", key="vocabulary", alt="Vocabulary specialization per layer by input, next and predicted next token, with chance.",
-        definition=f"Mean over ids seen at least {words.least:,} times of the largest share any expert has of the id's tokens (OLMoE eq. 8); by chance:"
+        definition=f"Mean over ids seen at least {least:,} times of the largest share any expert has of the id's tokens (OLMoE eq. 8); by chance:"
         " the same assignments dealt again to the tokens. A line above the others names the token that a layer's routing follows most.",
-        n=f"{alone.n:,} assignments per layer",
+        n=f"{n:,} assignments per layer",
     )  # fmt: skip
-    tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in enumerate(found) for t in uses])
-    return {"tokens by expert": ("one row per expert and token; p takes each occurrence for independent", tokens),
-            "vocabulary specialization": ("one row per layer and kind of token", table)}  # fmt: skip
+    return table
 
 
 def shown(use: TokenUse) -> str:

@@ -1,0 +1,33 @@
+"""Work on every layer of a run that takes seconds: told on screen as it goes on, and kept layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import pyarrow as pa
+import streamlit as st
+
+from analysis.trace import Trace
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def kept(run: str, what: tuple[object, ...]) -> dict[int, pa.Table]:
+    """What is known so far of each site; ``run`` is the run with its date, ``what`` names the question and its settings."""
+    return {}
+
+
+def layer_by_layer(trace: Trace, known: dict[int, pa.Table], make: Callable[[Sequence[int]], Iterable[tuple[int, pa.Table]]]) -> pa.Table:
+    """The tables of all sites, one below the other. ``make`` yields (site, table) of the sites that are not ``known`` yet.
+
+    A person who leaves in the middle loses no layer: the next view goes on from there.
+    """
+    missing = [x.index for x in trace.layers if x.index not in known]
+    if missing:
+        bar = st.progress(0.0, text=f"Layer by layer: 0 of {len(missing):,} …")
+        try:
+            for done, (site, table) in enumerate(make(missing), 1):
+                known[site] = table
+                bar.progress(done / len(missing), text=f"Layer by layer: {done:,} of {len(missing):,} …")
+        finally:
+            bar.empty()
+    return pa.concat_tables([known[x.index] for x in trace.layers])
