@@ -31,7 +31,7 @@ class DenseSum:
         site, key, expert = (pc.min_max(table[n]).as_py() for n in table.schema.names[:3])
         sites, experts = (-(-(x["max"] + 1) // _LANE) * _LANE for x in (site, expert))
         room = CELLS // (sites * experts) if min(site["min"], expert["min"]) >= 0 else 0
-        first = -1 if -1 <= key["min"] and key["max"] < room - 1 else key["min"]  # a lower id may come; -1 is a token without one
+        first = -1 if key["min"] >= -1 and key["max"] < room - 1 else key["min"]  # a lower id may come; -1 is a token without one
         span = key["max"] - first + 1
         return cls(table.schema, first, min(room, span + span // 8 + 1), sites, experts) if span <= room else None
 
@@ -40,7 +40,8 @@ class DenseSum:
         left = []
         for batch in table.select(self._schema.names).cast(self._schema).to_batches():
             homeless = np.zeros(batch.num_rows, np.bool_)
-            if _add_cells(*(x.to_numpy() for x in batch.columns), self._first, self._cells, homeless):
+            site, key, expert, count = (x.to_numpy() for x in batch.columns)
+            if _add_cells(site, key, expert, count, self._first, self._cells, homeless):
                 left.append(batch.filter(pa.array(homeless)))
         return pa.Table.from_batches(left, self._schema)
 
@@ -58,7 +59,9 @@ class DenseSum:
         types = self._schema.types
         columns = [
             pa.repeat(pa.scalar(site, types[0]), n),
-            *(pa.array(x[:n], t) for x, t in zip((key, expert, count), types[1:], strict=True)),
+            pa.array(key[:n], types[1]),
+            pa.array(expert[:n], types[2]),
+            pa.array(count[:n]),
         ]
         return pa.table(columns, schema=self._schema)
 
