@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .counting import compiled
-from .longtables import LongTable, where, whole, write_long
+from .densesums import DenseSum
+from .longtables import LongTable, by_site, where, whole, write_long
 
-PENDING_ROWS = 2**21  # kept before they are added up: 38 MB
+PENDING_ROWS = 2**19  # kept before they are added up: 12 MB
 SPILL_ROWS = 2**20  # of a sum, before it is written to disk
 SWEEP_ROWS = 2**20  # read from disk before they are added up
 FAN_IN = 64  # runs added up at once
@@ -94,13 +95,15 @@ class RunningSum:
 class LongSum:
     """The sum of tables of counts by (site, ``key``, expert): in memory while it is small or there is no folder, else in sorted runs there.
 
-    Memory holds SPILL_ROWS, and a row group of each of FAN_IN runs. Tables that lie on disk already are runs themselves.
+    What outgrows SPILL_ROWS is added up in an array where its keys lie close enough together, and only what finds no place there is
+    sorted. Memory holds that array, SPILL_ROWS, and a row group of each of FAN_IN runs. Tables that lie on disk already are runs themselves.
     """
 
     def __init__(self, schema: pa.Schema, key: str, folder: Path | None) -> None:
         self._schema, self._key, self._folder = schema, key, folder
         self._sorted = pa.schema([schema.field(n) for n in ("site", key, "expert", "count")])
         self._memory = RunningSum(self._sorted, 1)
+        self._dense: DenseSum | None = None
         self._runs: list[LongTable] = []
         self._written = 0
 
@@ -109,23 +112,49 @@ class LongSum:
         if self._folder is not None and isinstance(rows, LongTable):
             self._runs.append(rows)
             return
-        self._memory.add(whole(rows))
+        table = whole(rows)
+        self._memory.add(table if self._dense is None else self._dense.add(table))
         if self._folder is not None and self._memory.rows > SPILL_ROWS:
-            self._spill()
+            self._make_room()
 
     def total(self) -> pa.Table | LongTable:
         """The sum, sorted by site, key and expert: a file in the folder, or a table where everything was in memory."""
-        if not self._runs:
+        if not self._runs and self._dense is None:
             return self._memory.table().select(self._schema.names)
-        if self._memory.rows:
+        if not self._runs:
+            return self._run(self._held())
+        if self._dense is not None or self._memory.rows:
             self._spill()
         while len(self._runs) > FAN_IN:
             self._runs = [*self._runs[FAN_IN:], self._run(_sums(self._runs[:FAN_IN], self._sorted))]
         return self._run(_sums(self._runs, self._sorted))
 
+    def _make_room(self) -> None:
+        """Move what is in memory to an array, or to disk, with the array that had no place for it."""
+        if self._dense is not None:
+            self._spill()
+            return
+        rows = self._memory.table()
+        self._memory, self._dense = RunningSum(self._sorted, 1), DenseSum.around(rows)
+        self._memory.add(rows if self._dense is None else self._dense.add(rows))
+        if self._memory.rows > SPILL_ROWS:
+            self._spill()
+
     def _spill(self) -> None:
-        self._runs.append(self._run(self._memory.blocks()))
-        self._memory = RunningSum(self._sorted, 1)
+        self._runs.append(self._run(self._held()))
+        self._memory, self._dense = RunningSum(self._sorted, 1), None
+
+    def _held(self) -> Iterator[pa.Table]:
+        """The sum of what is in the array and what is sorted, site by site."""
+        dense, sparse = self._dense, self._memory.table()
+        if dense is None or not len(sparse):
+            yield from by_site(sparse) if dense is None else dense.blocks()
+            return
+        for site in range(max(dense.sites, pc.max(sparse["site"]).as_py() + 1)):
+            both = RunningSum(self._sorted, 1)
+            both.add(dense.site(site))
+            both.add(where(sparse, "site", site))
+            yield from both.blocks()
 
     def _run(self, tables: Iterable[pa.Table]) -> LongTable:
         assert self._folder is not None

@@ -123,3 +123,27 @@ def test_parts_are_taken_one_by_one() -> None:
 
     merge_statistics(parts())
     assert alive == [0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("shift", [0, 10**6], ids=["vocabulary", "documents"])
+@pytest.mark.parametrize("name", ["by_token", "by_document"])
+def test_sums_in_an_array_are_those_of_a_group_by(name: str, shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells that overflow 8 bits, keys below and above those of the first table, counts of 0, an expert and a site not seen before."""
+    schema, key = {"by_token": (BY_TOKEN, "token_id"), "by_document": (BY_DOCUMENT, "document")}[name]
+    monkeypatch.setattr(merging, "SPILL_ROWS", 300)
+    tables = []
+    for n, span, most in ((500, 40, 9), (400, 40, 130), (60, 40, 300), (50, 200, 9), (50, 44, 9), (9, 2**31 - 1 - shift, 9), (400, 40, 90)):
+        table, rng = made(schema, n, n + most, span), np.random.default_rng(n)
+        new = {key: pa.array(table[key].to_numpy() + shift, pa.int32()), "count": pa.array(rng.integers(0, most, n))}
+        if n == 60:
+            new |= {"expert": pa.array(rng.integers(0, 30, n), pa.int32()), "site": pa.array(rng.integers(0, 20, n), pa.int16())}
+        tables.append(pa.table([new.get(x, table[x]) for x in schema.names], schema=schema))
+    total = LongSum(schema, key, tmp_path)
+    arrays = []
+    for table in tables:
+        total.add(table)
+        arrays.append(total._dense is not None)
+    found, keys = total.total(), ["site", key, "expert"]
+    assert any(arrays) and isinstance(found, LongTable)
+    assert found.table().combine_chunks().equals(summed_by_sorting(tables, schema, keys))
+    assert {a == b for a, b in found.extents("site")} == {True}
