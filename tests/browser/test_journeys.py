@@ -162,7 +162,7 @@ def test_a_pretraining_engineer_asks_what_factor_is_needed(page: Page, browser: 
     answer = in_words(now, pooled, 1.25).replace("assignments", "assignments over all layers", 1)
     expect(page.get_by_role("heading", name=f"{answer}.")).to_be_visible()
     least = min(r["factor"] for r in pooled.to_pylist() if r["dropped_share"] <= 0.01)
-    assert f"for 1 % or less CF {least:g} is needed" in answer
+    assert f"for 1% or less CF {least:g} is needed" in answer
 
     name, data = save(page, "CSV")
     assert name == "demo-run-curves.csv"
