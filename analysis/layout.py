@@ -32,7 +32,7 @@ def write_routing(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
     if any(x.native_capacity is not None for x in layers):
         kinds.append(("c", ids))
     columns = [(f"{kind}{i}", type_) for kind, type_ in kinds for i in range(width)]
-    schema = pa.schema([("row", pa.int32()), ("site", pa.uint16()), ("document", pa.int32()), *columns])
+    schema = pa.schema([("row", pa.int64()), ("site", pa.uint16()), ("document", pa.int32()), *columns])
     encodings = {f"w{i}": "BYTE_STREAM_SPLIT" for i in range(width)} | {"row": "DELTA_BINARY_PACKED"}
     coded = ["site", "document", *(n for n, _ in columns if n[0] != "w")]
 
@@ -50,7 +50,7 @@ def write_scores(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
     names = ["entropy", "margin", "logsumexp"]
     width = max((s.probabilities.shape[1] for s in part.scores if s.probabilities is not None), default=0)
     columns = [*names, *(f"p{i}" for i in range(width))]
-    schema = pa.schema([("row", pa.int32()), ("site", pa.uint16()), *((n, pa.float32()) for n in columns)])
+    schema = pa.schema([("row", pa.int64()), ("site", pa.uint16()), *((n, pa.float32()) for n in columns)])
     encodings = {n: "BYTE_STREAM_SPLIT" for n in columns} | {"row": "DELTA_BINARY_PACKED"}
 
     def tables() -> Iterator[pa.Table]:
@@ -123,7 +123,7 @@ def _read_rows(file: pq.ParquetFile, site: int, names: list[str], start: int, st
 def _keys(part: Part, layer: LayerInfo) -> list[pa.Array]:
     tokens = part.stream_tokens(layer.stream)
     first = part.first_rows[layer.stream]
-    rows = np.arange(first, first + len(tokens), dtype=np.int32)
+    rows = np.arange(first, first + len(tokens), dtype=np.int64)
     return [pa.array(rows), pa.array(np.full(len(rows), layer.index, np.uint16)), tokens["document"].combine_chunks()]
 
 
