@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 import analysis
 from analysis.balance import relative_load
-from analysis.capacity import capacity_curves, in_words, pool_curves
+from analysis.capacity import capacity_curves, in_words, percent, pool_curves
 from analysis.files import write_atomically
 from analysis.findings import Finding, first_finding
 from analysis.metrics import METRICS, balance_table
@@ -184,7 +184,7 @@ def _capacity(draft: _Draft) -> None:
         np.array(FACTORS), np.stack([g["dropped_share"].to_numpy() for g in grid]), 1 - np.stack([g["slot_use"].to_numpy() for g in grid]),
         pooled["chance_dropped_share"].to_numpy(), FACTOR,
     )  # fmt: skip
-    draft.add(f"{in_words(now, pooled, FACTOR)}.", f"Uniform routing in the same batches would drop {now['chance_dropped_share']:.2%}.",
+    draft.add(f"{in_words(now, pooled, FACTOR)}.", f"Uniform routing in the same batches would drop {percent(now['chance_dropped_share'])}.",
               draft.figure("capacity", drawn, caption, "Shares of dropped assignments and idle slots over the capacity factor."))  # fmt: skip
 
 
