@@ -400,7 +400,7 @@ def _cells_over(figure: go.Figure, x: Any, y: Sequence[str], told: np.ndarray, h
 
 
 def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure:
-    """log2 enrichment of one expert by group with 95 % intervals; bars that are not significant are faded."""
+    """log2 enrichment of one expert by group with 95% intervals; bars that are not significant are faded."""
     value, low, high = (np.array([getattr(u, n) for u in uses], float) for n in ("enrichment", "low", "high"))
     figure = go.Figure(
         go.Bar(y=list(names), x=value, orientation="h",
