@@ -156,7 +156,7 @@ def current_trace() -> Trace:
     runs = st.session_state["_runs"]
     if not runs:
         st.info("No run is recorded yet. Record your own text on the Runs page, or make the demo run with `make demo-run`.")
-        st.page_link("views/runs.py", label="Record your own text")
+        st.page_link("views/runs.py", label="Record your own text →")
         st.stop()
     run = runs[st.session_state["_chosen"]["run"]]
     try:
@@ -164,7 +164,7 @@ def current_trace() -> Trace:
     except RunError as error:
         show_error(str(error))
         st.markdown("Choose another run above. The Runs page can delete a run that cannot be read; record its text again there.")
-        st.page_link("views/runs.py", label="To the Runs page")
+        st.page_link("views/runs.py", label="To the Runs page →")
         st.stop()
 
 

@@ -129,7 +129,7 @@ def _link(trace: Trace, step: int, back: bool = False) -> None:
 
 def start_link(trace: Trace) -> None:
     """The way in: a link to the first step."""
-    st.page_link(f"views/{STEPS[0].page}.py", label="New here? Take the tour: five steps", query_params=_query(trace, 1), width="content")
+    st.page_link(f"views/{STEPS[0].page}.py", label="New here? Take the tour: five steps →", query_params=_query(trace, 1), width="content")
 
 
 def _close() -> None:

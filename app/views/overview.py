@@ -60,8 +60,8 @@ if finding is not None:
     text.show_note(finding.evidence)
     of_finding = {"run": trace.name, "layer": layers[finding.site].title, "expert": str(finding.expert)}
     with st.container(horizontal=True):
-        st.page_link("views/expert.py", label="Everything about this expert", query_params=of_finding, width="content")
-        st.page_link("views/specialization.py", label="All experts of its layer, tested", width="content",
+        st.page_link("views/expert.py", label="Everything about this expert →", query_params=of_finding, width="content")
+        st.page_link("views/specialization.py", label="All experts of its layer, tested →", width="content",
                      query_params={k: v for k, v in of_finding.items() if k != "expert"})  # fmt: skip
     if trace.load_tokens is not None:
         first_lines(trace, finding)
@@ -90,7 +90,7 @@ numbers.metric(
     help=f"Of {dead.experts:,} experts over all layers, those that received no token of this run. Uniform routing would leave {dead.chance:.1f}.",
 )
 
-st.page_link("views/expert.py", label="What is the busiest expert for?", width="content",
+st.page_link("views/expert.py", label="What is the busiest expert for? →", width="content",
              query_params={"run": trace.name, "layer": layers[at].title, "expert": str(busiest)})  # fmt: skip
 
 rows = [x.title for x in layers]
@@ -111,9 +111,9 @@ st.caption("Click a cell for its expert.")
 open_expert(trace, clicked)
 st.header("Where to look next")
 links = st.columns(3)
-links[0].page_link("views/tokens.py", label="Which expert does each token go to?", query_params={"run": trace.name})
-links[1].page_link("views/load.py", label="How uneven is each layer?", query_params={"run": trace.name})
-links[2].page_link("views/runs.py", label="Record your own text")
+links[0].page_link("views/tokens.py", label="Which expert does each token go to? →", query_params={"run": trace.name})
+links[1].page_link("views/load.py", label="How uneven is each layer? →", query_params={"run": trace.name})
+links[2].page_link("views/runs.py", label="Record your own text →")
 st.download_button("Save this run as one HTML file", data=partial(report_bytes, trace), key="report", on_click="ignore", mime="text/html",
                    file_name=f"{charts.file_name(trace.name, 'report')}.html", icon=":material/download:",
                    help="The views above, balance, capacity and specialization: opens without a network, to keep or to send.")  # fmt: skip

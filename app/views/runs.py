@@ -101,7 +101,7 @@ def watch() -> None:
     if job.state == "done":
         st.success(f"Recorded in {job.seconds:.1f} s.")
         text.show_text(f"{text.counted(job.tokens, 'token')} of {text.counted(job.documents, 'prompt')}.")
-        st.page_link("views/tokens.py", label="Open it on the Tokens page", query_params={"run": job.out.name})
+        st.page_link("views/tokens.py", label="Open it on the Tokens page →", query_params={"run": job.out.name})
     elif job.state == "cancelled":
         st.info("The capture was cancelled and nothing of it is kept. What you gave is still above: press Record to start again.")
     else:

@@ -37,7 +37,7 @@ st.title("Which expert does each token go to?")
 trace = current_trace()
 if trace.load_tokens is None:
     st.info("This run holds statistics only. The Load page shows them; capture the text again to see tokens.")
-    st.page_link("views/load.py", label="To the Load page", query_params={"run": trace.name})
+    st.page_link("views/load.py", label="To the Load page →", query_params={"run": trace.name})
     st.stop()
 pickers = st.container(horizontal=True)
 with pickers:
