@@ -32,8 +32,9 @@ class Step:
     choices: Callable[[Trace], dict[str, str]] = lambda _: {}
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _finding(_trace: Trace, run: str) -> Finding | None:
+@st.cache_resource(max_entries=32, show_spinner="Looking for the one thing to know …")
+def found_first(_trace: Trace, run: str) -> Finding | None:
+    """What to say first; ``run`` names the trace with its date."""
     return first_finding(_trace)
 
 
@@ -60,12 +61,12 @@ def _load(trace: Trace) -> str:
 
 
 def _expert(trace: Trace) -> str:
-    found = _finding(trace, recording_id(trace))
+    found = found_first(trace, recording_id(trace))
     return f"{found.claim} {found.evidence} Faded bars below are no more than chance." if found else "This run has no token to tell by."
 
 
 def _its_expert(trace: Trace) -> dict[str, str]:
-    found = _finding(trace, recording_id(trace))
+    found = found_first(trace, recording_id(trace))
     return {"layer": trace.layers[found.site].title, "expert": str(found.expert)} if found else {}
 
 

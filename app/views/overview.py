@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from analysis.balance import relative_load
-from analysis.findings import Finding, first_finding
+from analysis.findings import Finding
 from analysis.metrics import METRICS
 from analysis.stability import dead_experts
 from analysis.trace import Trace
@@ -18,12 +18,6 @@ from app.figures import show_figure
 from app.report import report_bytes
 from app.selection import current_trace, open_expert, recording_id, theme
 from app.strip_data import first_text
-
-
-@st.cache_resource(max_entries=32, show_spinner="Looking for the one thing to know …")
-def found_first(_trace: Trace, run: str) -> Finding | None:
-    """What to say first; ``run`` names the trace with its date."""
-    return first_finding(_trace)
 
 
 def first_lines(trace: Trace, finding: Finding) -> None:
@@ -46,7 +40,7 @@ def first_lines(trace: Trace, finding: Finding) -> None:
 
 
 trace = current_trace()
-finding = found_first(trace, recording_id(trace))
+finding = tour.found_first(trace, recording_id(trace))
 stats, card, layers = trace.stats, trace.model, trace.layers
 
 st.title("What does this router do?")
