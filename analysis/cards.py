@@ -27,6 +27,7 @@ from .vocabulary import (
     class_codes,
     document_use,
     input_tokens,
+    leading_ids,
     top_tokens,
 )  # fmt: skip
 
@@ -124,7 +125,7 @@ def site_evidence(trace: Trace, site: int) -> SiteEvidence:
         crossed = _crossed(trace, site, labels.groups, classes, codes)
     if trace.tokens is not None or trace.stats.load(site).sum() == trace.stats.n_tokens(site) * layer.top_k:
         tokens = input_tokens(trace, site)
-        token_use = document_use(trace, tokens)
+        token_use = document_use(trace, tokens, leading_ids(tokens, range(layer.n_classes)))
     else:
         missing.append("top tokens: assignments were dropped, and without tokens an id's occurrences are unknown")
     if not before:

@@ -357,36 +357,46 @@ class TokenUse:
 
 @dataclass(frozen=True)
 class DocumentUse:
-    """Per row of a TokenCounts: ``documents`` int64 [V] that hold the id; ``leaning`` int64 [V, classes], see TokenUse."""
+    """Per id of ``ids``, int64 [I] ascending: ``documents`` int64 [I] that hold it; ``leaning`` int64 [I, classes], see TokenUse."""
 
+    ids: np.ndarray
     documents: np.ndarray
     leaning: np.ndarray
 
 
-def document_use(trace: Trace, counts: TokenCounts) -> DocumentUse | None:
-    """In how many documents ids lean to experts. One pass over the site; None for a run without decisions or tokens."""
+def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None) -> DocumentUse | None:
+    """In how many documents ``ids`` (ascending, of counts.ids; default all) lean to experts: the fewer, the faster.
+
+    One pass over the site; None for a run without decisions or tokens.
+    """
     if trace.source is None or trace.tokens is None:
         return None
     layer = trace.layers[counts.site]
-    ids, code = _coded(trace, layer.stream, counts.kind)
+    every, code = _coded(trace, layer.stream, counts.kind)
+    ids = every if ids is None else ids
+    row = np.full(len(every) + 1, -1)  # the last for tokens that have no id
+    row[np.searchsorted(every, ids)] = np.arange(len(ids))
     owner = _coded_ids(trace.stream_tokens(layer.stream)["document"].to_numpy().astype(np.int64))[1]
-    known = code >= 0
-    n_documents, width = int(owner.max(initial=-1)) + 1, layer.n_classes
-    place = owner * max(len(ids), 1) + code  # by document first: pieces of the run then follow one another, but where one cuts a document
-    pairs, occurs = np.unique(place[known], return_counts=True)
-    size = np.bincount(owner[known], minlength=n_documents)
+    known, asked, height, width = code >= 0, row[code] >= 0, max(len(ids), 1), layer.n_classes
+    place = owner * height + row[code]  # by document first: pieces of the run then follow one another, but where one cuts a document
+    pairs, occurs = np.unique(place[asked], return_counts=True)
+    size = np.bincount(owner[known])
+    load = np.zeros((int(owner.max(initial=-1)) + 1) * width, np.int64)
     cells, n = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for start, experts in blocks(trace, layer):
-        rows = slice(start, start + len(experts))
-        found = np.unique((place[rows, None] * width + experts)[(experts >= 0) & known[rows, None]], return_counts=True)
+        here = slice(start, start + len(experts))
+        first = int(owner[here].min(initial=len(load)))
+        met = np.bincount(((owner[here, None] - first) * width + experts)[(experts >= 0) & known[here, None]])
+        load[first * width : first * width + len(met)] += met
+        mine = experts[asked[here]]
+        found = np.unique((place[here][asked[here], None] * width + mine)[mine >= 0], return_counts=True)
         cells, n = [*cells, found[0]], [*n, found[1]]
     cell, count = _summed(np.concatenate(cells), np.concatenate(n))
     pair, expert = np.divmod(cell, width)
-    document, row = np.divmod(pair, max(len(ids), 1))
-    load = np.bincount(document * width + expert, count)
+    document, at = np.divmod(pair, height)
     leans = count * size[document] > load[document * width + expert] * occurs[np.searchsorted(pairs, pair)]
-    leaning = np.bincount((row * width + expert)[leans], minlength=len(ids) * width)
-    return DocumentUse(np.bincount(pairs % max(len(ids), 1), minlength=len(ids)), leaning.reshape(len(ids), width))
+    leaning = np.bincount((at * width + expert)[leans], minlength=len(ids) * width)
+    return DocumentUse(ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width))
 
 
 def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -397,11 +407,19 @@ def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return keys[starts], np.add.reduceat(counts[order], starts) if len(starts) else counts
 
 
+def leading_ids(counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20) -> np.ndarray:
+    """int64, ascending: the ids that ``top_tokens`` names for any of ``experts``."""
+    often = _dealt(counts, least)[1]
+    found = [counts.ids[often][_leading(counts, often, expert, most)[0]] for expert in experts]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
+
+
 def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAST, most: int = 20, draws: int = DRAWS,
                seed: int = 0, use: DocumentUse | None = None) -> tuple[TokenUse, ...]:  # fmt: skip
     """The expert's ids by falling lift, among those seen at least ``least`` times and used more often than elsewhere.
 
-    Ties by falling count, then by id. Empty where nothing is. ``use`` is ``document_use(trace, counts)``.
+    Ties by falling count, then by id. Empty where nothing is. ``use``: ``document_use`` of the same counts, of all ids or
+    at least of ``leading_ids``.
     """
     return top_tokens_of(trace, counts, [expert], least, most, draws, seed, use)[0]
 
@@ -409,8 +427,8 @@ def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAS
 def top_tokens_of(trace: Trace, counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20, draws: int = DRAWS,
                   seed: int = 0, use: DocumentUse | None = None) -> tuple[tuple[TokenUse, ...], ...]:  # fmt: skip
     """``top_tokens`` of each of ``experts``, shared out among the cores."""
-    dealt = np.bincount(counts.row, counts.count, len(counts.ids)).astype(np.int64)
-    one = partial(_top_uses, counts, dealt, (counts.tokens >= least) & (dealt > 0), most=most, draws=draws, seed=seed, use=use)
+    dealt, often = _dealt(counts, least)
+    one = partial(_top_uses, counts, dealt, often, most=most, draws=draws, seed=seed, use=use)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, WORKERS)) as pool:  # draws, nearly all of the time, run without Python's lock
         found = list(pool.map(one, experts))
     ids = np.unique([use.token_id for uses in found for use in uses]).astype(np.int64)
@@ -418,31 +436,46 @@ def top_tokens_of(trace: Trace, counts: TokenCounts, experts: Sequence[int], lea
     return tuple(tuple(replace(use, text=text[use.token_id]) for use in uses) for uses in found)
 
 
+def _dealt(counts: TokenCounts, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [V] assignments of each id, bool [V] ids that are looked at)."""
+    dealt = np.bincount(counts.row, counts.count, len(counts.ids)).astype(np.int64)
+    return dealt, (counts.tokens >= least) & (dealt > 0)
+
+
+def _leading(counts: TokenCounts, often: np.ndarray, expert: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(order, used, share, lift): the ``most`` leading of the ids ``often``, as indices into those, and figures of them all."""
+    mine = counts.expert == expert
+    whole = np.bincount(counts.row[mine], counts.count[mine], len(counts.ids)).astype(np.int64)
+    used, total = whole[often], int(whole.sum())
+    share = used / counts.tokens[often]
+    lift = share / (total / int(counts.tokens.sum())) if total else np.zeros(len(used))
+    high = np.flatnonzero(lift > 1)
+    if len(high) > most:  # sort few
+        high = high[lift[high] >= -np.partition(-lift[high], most)[most]]
+    return high[np.lexsort((counts.ids[often][high], -used[high], -lift[high]))][:most], used, share, lift
+
+
 def _top_uses(counts: TokenCounts, dealt: np.ndarray, often: np.ndarray, expert: int, *, most: int, draws: int,
               seed: int, use: DocumentUse | None) -> list[TokenUse]:  # fmt: skip
-    """Without texts. ``dealt`` int64 [V]: assignments of each id; ``often`` bool [V]: those that are looked at."""
-    mine = counts.expert == expert
-    used = np.bincount(counts.row[mine], counts.count[mine], len(counts.ids)).astype(np.int64)
-    total, n = int(used.sum()), int(counts.tokens.sum())
-    if not total or not often.any():
+    """Without texts. ``dealt`` and ``often`` of ``_dealt``."""
+    order, used, share, lift = _leading(counts, often, expert, most)
+    if not len(order):
         return []
-    share = used[often] / counts.tokens[often]
-    lift = share / (total / n)
+    total = int(counts.count[counts.expert == expert].sum())
     rate = total / dealt.sum()
     expected, spread = dealt[often] * rate, np.sqrt(dealt[often])  # binomial error but for a factor all ids share
-    standing = (used[often] - expected) / spread
-    ids, count, tokens = counts.ids[often], used[often], counts.tokens[often]
-    documents, leaning = (None, None) if use is None else (use.documents[often].tolist(), use.leaning[often, expert].tolist())
-    order = [i for i in np.lexsort((ids, -count, -lift)) if lift[i] > 1][:most]
-    if order and draws * _reached(dealt[often], rate, float(standing[order].min())) < CERTAIN:
+    standing = (used - expected) / spread
+    if draws * _reached(dealt[often], rate, float(standing[order].min())) < CERTAIN:
         maximum = np.full(draws, -np.inf)  # no draw comes near
     else:
         colours = np.append(dealt[often], dealt.sum() - dealt[often].sum())  # rare ids together: none of them is looked at
         null = np.random.default_rng(seed).multivariate_hypergeometric(colours, total, draws, method="marginals")[:, :-1]
         maximum = ((null - expected) / spread).max(1)
-    p = family_p(standing, maximum, False)
-    return [TokenUse(int(ids[i]), None, int(count[i]), int(tokens[i]), float(share[i]), float(lift[i]), float(p[i]),
-                     documents and documents[i], leaning and leaning[i]) for i in order]  # fmt: skip
+    ids, tokens, p = counts.ids[often][order], counts.tokens[often][order], family_p(standing[order], maximum, False)
+    row = None if use is None else np.searchsorted(use.ids, ids)
+    documents, leaning = (None, None) if use is None else (use.documents[row].tolist(), use.leaning[row, expert].tolist())
+    return [TokenUse(int(ids[i]), None, int(used[at]), int(tokens[i]), float(share[at]), float(lift[at]), float(p[i]),
+                     documents and documents[i], leaning and leaning[i]) for i, at in enumerate(order)]  # fmt: skip
 
 
 def _reached(dealt: np.ndarray, rate: float, standing: float) -> float:

@@ -25,6 +25,7 @@ from analysis.vocabulary import (
     document_use,
     input_tokens,
     label_information_given_token,
+    leading_ids,
     predicted_tokens,
     predicts,
     token_class,
@@ -300,6 +301,19 @@ def test_documents_that_lean_by_hand(layers: tuple, variant: str) -> None:
             ]
             assert found.leaning[row, expert] == sum(here > there + 1e-12 for here, there in rate)
     assert document_use(replace(trace, load_tokens=None, source=None), counts) is None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_documents_of_the_leading_ids_alone_are_those_of_all(variant: str) -> None:
+    trace = make_trace(PLAIN, [make_part(PLAIN, [200] * 10)])
+    counts = VARIANTS[variant](trace, 0)
+    led = leading_ids(counts, range(counts.classes), most=2)
+    whole, part = document_use(trace, counts), document_use(trace, counts, led)
+    at = np.searchsorted(counts.ids, led)
+    assert 0 < len(led) < len(counts.ids) and part.ids.tolist() == led.tolist()
+    assert part.leaning.sum() > 0 and (part.leaning == whole.leaning[at]).all() and (part.documents == whole.documents[at]).all()
+    named = [top_tokens_of(trace, counts, range(counts.classes), most=2, use=use) for use in (whole, part)]
+    assert named[0] == named[1] and {t.token_id for uses in named[0] for t in uses} == set(led.tolist())
 
 
 def test_top_tokens_of_an_unused_expert() -> None:

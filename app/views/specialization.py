@@ -23,6 +23,7 @@ from analysis.vocabulary import (
     by_class,
     context_independence,
     document_use,
+    leading_ids,
     predicts,
     top_tokens_of,
     vocabulary_specialization,
@@ -49,6 +50,7 @@ MEANT = {"label": (*_TESTED, "label_information"), "class": _TESTED, "position":
          "runs": ("router_saturation",)}  # fmt: skip
 TOKEN = {"input": "it reads", "next": "that follows", "predicted": "the model predicts next"}
 SUBJECT = {"input": "the token", "next": "the token that follows", "predicted": "the token the model predicts next"}
+SHOWN = 8  # tokens per expert
 CLEAR = 1.5  # lift from which a significant preference is called one in the headline
 
 
@@ -114,7 +116,8 @@ def vocabulary(
 ) -> tuple[Information, VocabularySpecialization, tuple[tuple[TokenUse, ...], ...]]:
     """(context independence, eq. 8, each expert's tokens by lift) of one site, by the kind of token ``variant``."""
     counts = VARIANTS[variant](_trace, site)
-    found = top_tokens_of(_trace, counts, range(counts.classes), most=8, use=document_use(_trace, counts))
+    experts = range(counts.classes)
+    found = top_tokens_of(_trace, counts, experts, most=SHOWN, use=document_use(_trace, counts, leading_ids(counts, experts, most=SHOWN)))
     return context_independence(counts), vocabulary_specialization(counts), found
 
 
