@@ -7,6 +7,7 @@ shuffled tables with the same margins reach (good for sparse ones).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,20 +90,26 @@ def plug_in(tables: np.ndarray) -> np.ndarray:
     return np.asarray(np.maximum(bits, 0))
 
 
-def shuffled_tables(x: np.ndarray, y: np.ndarray, counts: np.ndarray, width: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(x, y, counts) of a random table with the same margins: every draw keeps its x and is dealt another's y.
+def shuffled_tables(
+    x: np.ndarray, y: np.ndarray, counts: np.ndarray, width: int, seeds: Iterable[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(x, y, counts) of a random table with the same margins for each of ``seeds``: every draw keeps its x and is dealt another's y.
 
     ``width`` is one more than the largest y. O(n) in the number of draws.
     """
-    ys = np.repeat(y, counts).astype(np.int32)
-    np.random.default_rng(seed).shuffle(ys)
-    drawn = np.repeat(x.astype(np.int64), counts) * width + ys
-    if (int(x.max(initial=0)) + 1) * width <= DENSE:  # counting beats sorting
-        dense = np.bincount(drawn)
-        cells = np.flatnonzero(dense)
-        return cells // width, cells % width, dense[cells]
-    cells, number = np.unique(drawn, return_counts=True)
-    return cells // width, cells % width, number
+    held, dealt = np.repeat(x.astype(np.int64) * width, counts), np.repeat(y.astype(np.int32), counts)
+    count_all = (int(x.max(initial=0)) + 1) * width <= DENSE  # counting beats sorting
+    for seed in seeds:
+        ys = dealt.copy()
+        np.random.default_rng(seed).shuffle(ys)
+        drawn = held + ys
+        if count_all:
+            dense = np.bincount(drawn)
+            cells = np.flatnonzero(dense)
+            number = dense[cells]
+        else:
+            cells, number = np.unique(drawn, return_counts=True)
+        yield cells // width, cells % width, number
 
 
 def jensen_shannon(a: np.ndarray, b: np.ndarray) -> float:

@@ -204,9 +204,8 @@ def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) 
     the shuffled table: ``above_floor`` errs low and ``corrected`` high, the truth lies between. OpenMoE's term.
     """
     bits, corrected, h_id, h_expert = sparse_information(counts.row, counts.expert, counts.count)
-    null = []
-    for i in range(shuffles if counts.count.sum() else 0):
-        null.append(sparse_information(*shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, seed + i))[0])
+    seeds = range(seed, seed + shuffles if counts.count.sum() else seed)
+    null = [sparse_information(*again)[0] for again in shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, seeds)]
     floor = float(np.mean(null)) if null else float("nan")
     p = (sum(x >= bits for x in null) + 1) / (len(null) + 1) if null else float("nan")
     return Information(bits, corrected, floor, p, h_id, h_expert, int(counts.count.sum()), f"assignments dealt again, {len(null)} times")
@@ -302,7 +301,7 @@ class VocabularySpecialization:
 def vocabulary_specialization(counts: TokenCounts, least: int = LEAST, seed: int = 0) -> VocabularySpecialization:
     """Eq. 8 three ways, each beside its shuffled value; NaN for no tokens. Seeded."""
     real = _top_shares(counts, counts.row, counts.count, least)
-    row, _, count = shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, seed)
+    row, _, count = next(shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, [seed]))
     seen = counts.tokens > 0
     return VocabularySpecialization(*real, *_top_shares(counts, row, count, least), int(seen.sum()), int((counts.tokens >= least).sum()),
                                     int(counts.tokens.sum()), least)  # fmt: skip
