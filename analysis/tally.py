@@ -75,6 +75,8 @@ def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[lis
     rows = {s: stream_rows(part.stream_tokens(s)) for s in {x.stream for x in layers}}
     blocks, tokens, documents = list(_loss_blocks(part.tokens)), [], []
     before: dict[str, SiteRows] = {}
+    most = max((r.experts.size + x.n_classes + 1 for r, x in zip(part.routing, layers, strict=True)), default=0)
+    room = np.empty(most, np.uint16), np.empty(most, np.int32)  # the same for every site: memory that was touched before costs less
     for i, layer in enumerate(layers):
         mine = rows[layer.stream]
         site, found, by_run = _site_blocks(i, layer.n_classes, part.routing[i], mine)
@@ -85,7 +87,7 @@ def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[lis
             earlier = before[layer.stream]
             blocks += _flow_blocks(earlier, site, layers[earlier.site].n_classes, layer.n_classes)
         before[layer.stream] = site
-        tokens.append(_by_token(site, layer.n_classes, mine))
+        tokens.append(_by_token(site, layer.n_classes, mine, room))
         documents.append(_by_document(i, by_run, mine.document))
     return blocks, tokens, documents
 
@@ -124,8 +126,7 @@ def _site_blocks(site: int, width: int, routing: SiteRouting, rows: StreamRows) 
     n_slots = width + 1
     by_run, mass = np.zeros((len(rows.document), n_slots), np.int32), np.zeros(n_slots)
     weights = np.ascontiguousarray(routing.weights, np.float32)
-    counting.count_runs(slots, rows.run, by_run)
-    counting.add_weights(slots, weights, mass)
+    counting.count_runs(slots, weights, rows.run, by_run, mass)
     first = counting.first_slots(slots, weights)
     mine = SiteRows(site, slots, first, counting.row_words(slots, n_slots), counting.bits_of(slots, n_slots))
     together = np.zeros((n_slots, n_slots), np.int64)
@@ -183,11 +184,10 @@ def _flow_blocks(here: SiteRows, after: SiteRows, width: int, next_width: int) -
     yield _nonzero("first_flow", here.site, first[1:, 1:])
 
 
-def _by_token(site: SiteRows, width: int, rows: StreamRows) -> Sparse:
-    most = site.slots.size + width + 1
-    expert, count, ends = np.empty(most, np.uint16), np.empty(most, np.int32), np.empty(len(rows.token_ids), np.int64)
-    n = counting.count_keys(rows.order, rows.starts, site.slots, site.words, width + 1, expert, count, ends)
-    return Sparse(site.site, np.repeat(rows.token_ids, np.diff(ends, prepend=0)), expert[:n].astype(np.int32), count[:n].astype(np.int64))
+def _by_token(site: SiteRows, width: int, rows: StreamRows, room: tuple[np.ndarray, np.ndarray]) -> Sparse:
+    ends = np.empty(len(rows.token_ids), np.int64)
+    n = counting.count_keys(rows.order, rows.starts, site.slots, site.words, width + 1, *room, ends)
+    return Sparse(site.site, *counting.entries(rows.token_ids, ends, room[0][:n], room[1][:n]))
 
 
 def _by_document(site: int, by_run: np.ndarray, document: np.ndarray) -> Sparse:
