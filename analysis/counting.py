@@ -250,13 +250,18 @@ def count_keys(order: np.ndarray, starts: np.ndarray, slots: np.ndarray, words: 
             ends[g] = m
             continue
         few = (stop - start) * slots.shape[1] * 2 < n_slots
-        for at in range(start, stop):
-            row = _U(order[at])
-            for i in range(slots.shape[1]):
-                s = _U(slots[row, i])
-                counts[s] += 1
-                if few:
-                    seen[s >> _U(6)] |= _U(1) << (s & _U(63))
+        if words.shape[0] > 0:
+            few = False
+            for at in range(start, stop, 63):
+                _add_digits(order, at, min(at + 63, stop), words, counts)
+        else:
+            for at in range(start, stop):
+                row = _U(order[at])
+                for i in range(slots.shape[1]):
+                    s = _U(slots[row, i])
+                    counts[s] += 1
+                    if few:
+                        seen[s >> _U(6)] |= _U(1) << (s & _U(63))
         counts[0] = 0
         if few:  # walk the experts that are set
             seen[0] &= ~_U(1)
@@ -276,6 +281,25 @@ def count_keys(order: np.ndarray, starts: np.ndarray, slots: np.ndarray, words: 
                 counts[e] = 0
         ends[g] = m
     return m
+
+
+@compiled
+def _add_digits(order: np.ndarray, start: int, stop: int, words: np.ndarray, counts: np.ndarray) -> None:
+    """Add up to 63 rows to counts [slots]: the digits of all experts' counts are kept in six words, and read once."""
+    d0, d1, d2, d3, d4, d5 = _U(0), _U(0), _U(0), _U(0), _U(0), _U(0)
+    for at in range(start, stop):
+        carry = words[_U(order[_U(at)])]
+        d0, carry = d0 ^ carry, d0 & carry
+        d1, carry = d1 ^ carry, d1 & carry
+        d2, carry = d2 ^ carry, d2 & carry
+        d3, carry = d3 ^ carry, d3 & carry
+        d4, carry = d4 ^ carry, d4 & carry
+        d5 ^= carry
+    one = _U(1)
+    for e in range(_U(counts.shape[0] - 1)):
+        low = (d0 >> e & one) + ((d1 >> e & one) << one) + ((d2 >> e & one) << _U(2))
+        high = (d3 >> e & one) + ((d4 >> e & one) << one) + ((d5 >> e & one) << _U(2))
+        counts[e + one] += low + (high << _U(3))
 
 
 @compiled
