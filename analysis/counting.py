@@ -144,8 +144,9 @@ def add_rows(counts: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
     """out[index[r]] += counts[r] for every row r with an index that is not negative."""
     for r in range(counts.shape[0]):
         if index[r] >= 0:
+            row, more = out[_U(index[r])], counts[_U(r)]
             for s in range(counts.shape[1]):
-                out[index[r], s] += counts[r, s]
+                row[s] += more[s]
 
 
 @compiled
@@ -193,12 +194,12 @@ def _intersect_pairs(x: np.ndarray, y: np.ndarray, upper: bool, table: np.ndarra
 def count_pairs(here: np.ndarray, after: np.ndarray, bits: tuple[np.ndarray, np.ndarray] | None, table: np.ndarray) -> None:
     """Add every pair of slots of each row to table int64 [slots here, slots after], through the bit tables where there are some.
 
-    Of a site with itself only the cells above the diagonal are meant.
+    Row and column 0 are left as they are. Of a site with itself only the cells above the diagonal are meant.
     """
     if bits is None:
         small = np.zeros(table.shape, np.int32)  # twice as much of it stays in the cache
         _scatter_pairs(here, after, small)
-        table += small
+        table[1:, 1:] += small[1:, 1:]
     else:
         padded = np.zeros((bits[0].shape[1], bits[1].shape[1]), np.int64)
         _intersect_pairs(*bits, here is after, padded)
@@ -330,6 +331,11 @@ def _count_few(order: np.ndarray, start: int, stop: int, words: np.ndarray, expe
         fours ^= twos & carry
         twos ^= carry
     word = ones | twos | fours
+    if stop - start == 1:
+        while word:
+            experts[m], counts_of[m] = _lowest_bit(word), 1
+            word &= word - _U(1)
+            m += 1
     while word:
         e = _lowest_bit(word)
         experts[m], counts_of[m] = e, (ones >> e & _U(1)) + _U(2) * (twos >> e & _U(1)) + _U(4) * (fours >> e & _U(1))

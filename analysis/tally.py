@@ -43,13 +43,13 @@ class StreamRows:
     """What the sites of one stream share.
 
     A run is a longest stretch of rows with one document, label and bucket of positions: ``run`` int32 [n] numbers them, and
-    ``document``, ``label`` (-1 for none) and ``bucket`` are those of each run. ``label_tokens`` are the rows of each label. ``order`` int32 [n] sorts the rows by token id;
-    those of ``token_ids[g]`` lie at order[starts[g]:starts[g + 1]].
+    ``label`` (-1 for none) and ``bucket`` are those of each run, ``documents`` what there is, sorted, and the place of each run's in it.
+    ``label_tokens`` are the rows of each label. ``order`` int32 [n] sorts the rows by token id; those of ``token_ids[g]`` lie at order[starts[g]:starts[g + 1]].
     """
 
     run: np.ndarray
     same_document: np.ndarray
-    document: np.ndarray
+    documents: tuple[np.ndarray, np.ndarray]
     label: np.ndarray
     bucket: np.ndarray
     labels: tuple[str, ...]
@@ -88,7 +88,7 @@ def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[lis
             blocks += _flow_blocks(earlier, site, layers[earlier.site].n_classes, layer.n_classes)
         before[layer.stream] = site
         tokens.append(_by_token(site, layer.n_classes, mine, room))
-        documents.append(_by_document(i, by_run, mine.document))
+        documents.append(_by_document(i, by_run, *mine.documents))
     return blocks, tokens, documents
 
 
@@ -108,7 +108,8 @@ def stream_rows(tokens: pa.Table) -> StreamRows:
     first = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1)) if n else np.zeros(0, np.int64)
     run = (np.cumsum(starting) - 1).astype(np.int32)
     tokens = np.bincount(label[label >= 0], minlength=len(labels))
-    return StreamRows(run, same, document[at], label[at], bucket[at], labels, tokens, order, np.append(first, n), ordered[first])
+    documents = np.unique(document[at], return_inverse=True)
+    return StreamRows(run, same, documents, label[at], bucket[at], labels, tokens, order, np.append(first, n), ordered[first])
 
 
 def _coded(column: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -124,7 +125,7 @@ def _site_blocks(site: int, width: int, routing: SiteRouting, rows: StreamRows) 
     """The site made ready, the statistics of its decisions, and int32 [runs, width]: its load by run."""
     slots = counting.slots_of(routing.experts, width)
     n_slots = width + 1
-    by_run, mass = np.zeros((len(rows.document), n_slots), np.int32), np.zeros(n_slots)
+    by_run, mass = np.zeros((len(rows.bucket), n_slots), np.int32), np.zeros(n_slots)
     weights = np.ascontiguousarray(routing.weights, np.float32)
     counting.count_runs(slots, weights, rows.run, by_run, mass)
     first = counting.first_slots(slots, weights)
@@ -190,8 +191,7 @@ def _by_token(site: SiteRows, width: int, rows: StreamRows, room: tuple[np.ndarr
     return Sparse(site.site, *counting.entries(rows.token_ids, ends, room[0][:n], room[1][:n]))
 
 
-def _by_document(site: int, by_run: np.ndarray, document: np.ndarray) -> Sparse:
-    documents, index = np.unique(document, return_inverse=True)
+def _by_document(site: int, by_run: np.ndarray, documents: np.ndarray, index: np.ndarray) -> Sparse:
     counts = np.zeros((len(documents), by_run.shape[1]), np.int64)
     counting.add_rows(by_run, index, counts)
     at = np.nonzero(counts)
