@@ -65,20 +65,22 @@ def _fill_slots(experts: np.ndarray, n_classes: int, slots: np.ndarray) -> bool:
 
 
 @compiled
-def count_runs(slots: np.ndarray, run: np.ndarray, by_run: np.ndarray) -> None:
-    """Add each row t to by_run[run[t]], int32 [runs, slots]. Three short loops over the rows are faster here than one long one."""
+def count_runs(slots: np.ndarray, weights: np.ndarray, run: np.ndarray, by_run: np.ndarray, mass: np.ndarray) -> None:
+    """Add each row t to by_run[run[t]], int32 [runs, slots], and its gate weights float32 [n, k] to mass float64 [slots]."""
+    if slots.shape[1] == 8:  # the usual k as a constant: the loop over it is unrolled
+        _count_runs(slots, weights, run, by_run, mass, 8)
+    else:
+        _count_runs(slots, weights, run, by_run, mass, slots.shape[1])
+
+
+@numba.njit(inline="always")
+def _count_runs(slots: np.ndarray, weights: np.ndarray, run: np.ndarray, by_run: np.ndarray, mass: np.ndarray, k: int) -> None:
     for t in range(slots.shape[0]):
         r = _U(run[t])
-        for i in range(slots.shape[1]):
-            by_run[r, _U(slots[t, i])] += 1
-
-
-@compiled
-def add_weights(slots: np.ndarray, weights: np.ndarray, mass: np.ndarray) -> None:
-    """Add the gate weights float32 [n, k] to mass float64 [slots]."""
-    for t in range(slots.shape[0]):
-        for i in range(slots.shape[1]):
-            mass[_U(slots[t, i])] += weights[t, i]
+        for i in range(k):
+            s = _U(slots[t, i])
+            by_run[r, s] += 1
+            mass[s] += weights[t, i]
 
 
 @compiled
@@ -86,10 +88,14 @@ def first_slots(slots: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """uint16 [n]: the slot of the largest weight, the earliest of equals; 0 where a row has no expert."""
     first = np.empty(slots.shape[0], np.uint16)
     for t in range(slots.shape[0]):
-        best, at = np.float32(-np.inf), 0
+        best, at, larger = weights[t, 0], 0, 0
         for i in range(slots.shape[1]):
-            if weights[t, i] > best and slots[t, i] != 0:
-                best, at = weights[t, i], i
+            larger += weights[t, i] > best
+        if larger or slots[t, 0] == 0 or not best > -np.inf:  # else the first is the largest, as a router that sorts has it
+            best = np.float32(-np.inf)
+            for i in range(slots.shape[1]):
+                if weights[t, i] > best and slots[t, i] != 0:
+                    best, at = weights[t, i], i
         first[t] = slots[t, at]
     return first
 
@@ -138,8 +144,9 @@ def add_rows(counts: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
     """out[index[r]] += counts[r] for every row r with an index that is not negative."""
     for r in range(counts.shape[0]):
         if index[r] >= 0:
+            row, more = out[_U(index[r])], counts[_U(r)]
             for s in range(counts.shape[1]):
-                out[index[r], s] += counts[r, s]
+                row[s] += more[s]
 
 
 @compiled
@@ -154,27 +161,30 @@ def _scatter_pairs(here: np.ndarray, after: np.ndarray, table: np.ndarray) -> No
 
 @compiled
 def _bits_of(slots: np.ndarray, n_slots: int) -> np.ndarray:
-    """uint64 [words of 64 rows, slots], both padded: bit t % 64 of [t // 64, s] is set where row t has slot s."""
+    """uint64 [words of 64 rows, _LANES + experts], both padded: bit t % 64 of [t // 64, _LANES - 1 + s] is set where row t has slot s.
+
+    The experts fill whole lanes: slot 0 lies in the one before them, which is never read.
+    """
     words = -(-slots.shape[0] // (64 * _WORDS)) * _WORDS
-    bits = np.zeros((words, -(-n_slots // _LANES) * _LANES), np.uint64)
+    bits = np.zeros((words, _LANES - -(n_slots - 1) // _LANES * _LANES), np.uint64)
     for t in range(slots.shape[0]):
         q, one = _U(t) >> _U(6), _U(1) << (_U(t) & _U(63))
         for i in range(slots.shape[1]):
-            bits[q, _U(slots[t, i])] |= one
+            bits[q, _U(slots[t, i]) + _U(_LANES - 1)] |= one
     return bits
 
 
 @compiled
 def _intersect_pairs(x: np.ndarray, y: np.ndarray, upper: bool, table: np.ndarray) -> None:
-    """Add to table int64 [slots of x, slots of y] in how many rows both are set, 64 rows an instruction.
+    """Add to table int64, with the columns of x as rows and those of y as columns, in how many rows both are set, 64 rows an instruction.
 
     ``upper`` leaves out what is below the diagonal, but for its lane. A signed b would keep the loop from becoming vector instructions.
     """
     for q in range(0, x.shape[0], _WORDS):
-        for a in range(x.shape[1]):
+        for a in range(_LANES, x.shape[1]):
             x0, x1, x2, x3 = x[q, a], x[q + 1, a], x[q + 2, a], x[q + 3, a]
             x4, x5, x6, x7 = x[q + 4, a], x[q + 5, a], x[q + 6, a], x[q + 7, a]
-            start = _U(a) // _U(_LANES) * _U(_LANES) if upper else _U(0)
+            start = _U(a) // _U(_LANES) * _U(_LANES) if upper else _U(_LANES)
             for b in range(start, _U(y.shape[1])):
                 low = _set_bits(x0 & y[q, b]) + _set_bits(x1 & y[q + 1, b]) + _set_bits(x2 & y[q + 2, b]) + _set_bits(x3 & y[q + 3, b])
                 high = _set_bits(x4 & y[q + 4, b]) + _set_bits(x5 & y[q + 5, b]) + _set_bits(x6 & y[q + 6, b]) + _set_bits(x7 & y[q + 7, b])
@@ -184,16 +194,16 @@ def _intersect_pairs(x: np.ndarray, y: np.ndarray, upper: bool, table: np.ndarra
 def count_pairs(here: np.ndarray, after: np.ndarray, bits: tuple[np.ndarray, np.ndarray] | None, table: np.ndarray) -> None:
     """Add every pair of slots of each row to table int64 [slots here, slots after], through the bit tables where there are some.
 
-    Of a site with itself only the cells above the diagonal are meant.
+    Row and column 0 are left as they are. Of a site with itself only the cells above the diagonal are meant.
     """
     if bits is None:
         small = np.zeros(table.shape, np.int32)  # twice as much of it stays in the cache
         _scatter_pairs(here, after, small)
-        table += small
+        table[1:, 1:] += small[1:, 1:]
     else:
         padded = np.zeros((bits[0].shape[1], bits[1].shape[1]), np.int64)
         _intersect_pairs(*bits, here is after, padded)
-        table += padded[: table.shape[0], : table.shape[1]]
+        table[1:, 1:] += padded[_LANES:, _LANES:][: table.shape[0] - 1, : table.shape[1] - 1]
 
 
 def bits_of(slots: np.ndarray, n_slots: int) -> np.ndarray | None:
@@ -241,13 +251,18 @@ def count_keys(order: np.ndarray, starts: np.ndarray, slots: np.ndarray, words: 
             ends[g] = m
             continue
         few = (stop - start) * slots.shape[1] * 2 < n_slots
-        for at in range(start, stop):
-            row = _U(order[at])
-            for i in range(slots.shape[1]):
-                s = _U(slots[row, i])
-                counts[s] += 1
-                if few:
-                    seen[s >> _U(6)] |= _U(1) << (s & _U(63))
+        if words.shape[0] > 0:
+            few = False
+            for at in range(start, stop, 63):
+                _add_digits(order, at, min(at + 63, stop), words, counts)
+        else:
+            for at in range(start, stop):
+                row = _U(order[at])
+                for i in range(slots.shape[1]):
+                    s = _U(slots[row, i])
+                    counts[s] += 1
+                    if few:
+                        seen[s >> _U(6)] |= _U(1) << (s & _U(63))
         counts[0] = 0
         if few:  # walk the experts that are set
             seen[0] &= ~_U(1)
@@ -270,6 +285,42 @@ def count_keys(order: np.ndarray, starts: np.ndarray, slots: np.ndarray, words: 
 
 
 @compiled
+def _add_digits(order: np.ndarray, start: int, stop: int, words: np.ndarray, counts: np.ndarray) -> None:
+    """Add up to 63 rows to counts [slots]: the digits of all experts' counts are kept in six words, and read once."""
+    d0, d1, d2, d3, d4, d5 = _U(0), _U(0), _U(0), _U(0), _U(0), _U(0)
+    for at in range(start, stop):
+        carry = words[_U(order[_U(at)])]
+        d0, carry = d0 ^ carry, d0 & carry
+        d1, carry = d1 ^ carry, d1 & carry
+        d2, carry = d2 ^ carry, d2 & carry
+        d3, carry = d3 ^ carry, d3 & carry
+        d4, carry = d4 ^ carry, d4 & carry
+        d5 ^= carry
+    one = _U(1)
+    for e in range(_U(counts.shape[0] - 1)):
+        low = (d0 >> e & one) + ((d1 >> e & one) << one) + ((d2 >> e & one) << _U(2))
+        high = (d3 >> e & one) + ((d4 >> e & one) << one) + ((d5 >> e & one) << _U(2))
+        counts[e + one] += low + (high << _U(3))
+
+
+@compiled
+def entries(ids: np.ndarray, ends: np.ndarray, experts: np.ndarray, counts_of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(keys, experts, both int32; counts int64) of the entries that ``count_keys`` wrote for the keys ``ids``."""
+    n = experts.shape[0]
+    keys, wide, counts = np.empty(n, np.int32), np.empty(n, np.int32), np.empty(n, np.int64)
+    begin = 0
+    for g in range(ids.shape[0]):
+        for m in range(begin, ends[g]):
+            keys[m] = ids[g]
+        begin = ends[g]
+    for m in range(n):
+        wide[m] = experts[m]
+    for m in range(n):
+        counts[m] = counts_of[m]
+    return keys, wide, counts
+
+
+@compiled
 def _count_few(order: np.ndarray, start: int, stop: int, words: np.ndarray, experts: np.ndarray, counts_of: np.ndarray, m: int) -> int:
     """The same for up to 7 rows, whose bits are added up as binary digits, all experts at once."""
     ones, twos, fours = _U(0), _U(0), _U(0)
@@ -280,6 +331,11 @@ def _count_few(order: np.ndarray, start: int, stop: int, words: np.ndarray, expe
         fours ^= twos & carry
         twos ^= carry
     word = ones | twos | fours
+    if stop - start == 1:
+        while word:
+            experts[m], counts_of[m] = _lowest_bit(word), 1
+            word &= word - _U(1)
+            m += 1
     while word:
         e = _lowest_bit(word)
         experts[m], counts_of[m] = e, (ones >> e & _U(1)) + _U(2) * (twos >> e & _U(1)) + _U(4) * (fours >> e & _U(1))

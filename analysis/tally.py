@@ -43,13 +43,13 @@ class StreamRows:
     """What the sites of one stream share.
 
     A run is a longest stretch of rows with one document, label and bucket of positions: ``run`` int32 [n] numbers them, and
-    ``document``, ``label`` (-1 for none) and ``bucket`` are those of each run. ``label_tokens`` are the rows of each label. ``order`` int32 [n] sorts the rows by token id;
-    those of ``token_ids[g]`` lie at order[starts[g]:starts[g + 1]].
+    ``label`` (-1 for none) and ``bucket`` are those of each run, ``documents`` what there is, sorted, and the place of each run's in it.
+    ``label_tokens`` are the rows of each label. ``order`` int32 [n] sorts the rows by token id; those of ``token_ids[g]`` lie at order[starts[g]:starts[g + 1]].
     """
 
     run: np.ndarray
     same_document: np.ndarray
-    document: np.ndarray
+    documents: tuple[np.ndarray, np.ndarray]
     label: np.ndarray
     bucket: np.ndarray
     labels: tuple[str, ...]
@@ -75,6 +75,8 @@ def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[lis
     rows = {s: stream_rows(part.stream_tokens(s)) for s in {x.stream for x in layers}}
     blocks, tokens, documents = list(_loss_blocks(part.tokens)), [], []
     before: dict[str, SiteRows] = {}
+    most = max((r.experts.size + x.n_classes + 1 for r, x in zip(part.routing, layers, strict=True)), default=0)
+    room = np.empty(most, np.uint16), np.empty(most, np.int32)  # the same for every site: memory that was touched before costs less
     for i, layer in enumerate(layers):
         mine = rows[layer.stream]
         site, found, by_run = _site_blocks(i, layer.n_classes, part.routing[i], mine)
@@ -85,8 +87,8 @@ def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[lis
             earlier = before[layer.stream]
             blocks += _flow_blocks(earlier, site, layers[earlier.site].n_classes, layer.n_classes)
         before[layer.stream] = site
-        tokens.append(_by_token(site, layer.n_classes, mine))
-        documents.append(_by_document(i, by_run, mine.document))
+        tokens.append(_by_token(site, layer.n_classes, mine, room))
+        documents.append(_by_document(i, by_run, *mine.documents))
     return blocks, tokens, documents
 
 
@@ -106,7 +108,8 @@ def stream_rows(tokens: pa.Table) -> StreamRows:
     first = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1)) if n else np.zeros(0, np.int64)
     run = (np.cumsum(starting) - 1).astype(np.int32)
     tokens = np.bincount(label[label >= 0], minlength=len(labels))
-    return StreamRows(run, same, document[at], label[at], bucket[at], labels, tokens, order, np.append(first, n), ordered[first])
+    documents = np.unique(document[at], return_inverse=True)
+    return StreamRows(run, same, documents, label[at], bucket[at], labels, tokens, order, np.append(first, n), ordered[first])
 
 
 def _coded(column: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -122,10 +125,9 @@ def _site_blocks(site: int, width: int, routing: SiteRouting, rows: StreamRows) 
     """The site made ready, the statistics of its decisions, and int32 [runs, width]: its load by run."""
     slots = counting.slots_of(routing.experts, width)
     n_slots = width + 1
-    by_run, mass = np.zeros((len(rows.document), n_slots), np.int32), np.zeros(n_slots)
+    by_run, mass = np.zeros((len(rows.bucket), n_slots), np.int32), np.zeros(n_slots)
     weights = np.ascontiguousarray(routing.weights, np.float32)
-    counting.count_runs(slots, rows.run, by_run)
-    counting.add_weights(slots, weights, mass)
+    counting.count_runs(slots, weights, rows.run, by_run, mass)
     first = counting.first_slots(slots, weights)
     mine = SiteRows(site, slots, first, counting.row_words(slots, n_slots), counting.bits_of(slots, n_slots))
     together = np.zeros((n_slots, n_slots), np.int64)
@@ -183,15 +185,13 @@ def _flow_blocks(here: SiteRows, after: SiteRows, width: int, next_width: int) -
     yield _nonzero("first_flow", here.site, first[1:, 1:])
 
 
-def _by_token(site: SiteRows, width: int, rows: StreamRows) -> Sparse:
-    most = site.slots.size + width + 1
-    expert, count, ends = np.empty(most, np.uint16), np.empty(most, np.int32), np.empty(len(rows.token_ids), np.int64)
-    n = counting.count_keys(rows.order, rows.starts, site.slots, site.words, width + 1, expert, count, ends)
-    return Sparse(site.site, np.repeat(rows.token_ids, np.diff(ends, prepend=0)), expert[:n].astype(np.int32), count[:n].astype(np.int64))
+def _by_token(site: SiteRows, width: int, rows: StreamRows, room: tuple[np.ndarray, np.ndarray]) -> Sparse:
+    ends = np.empty(len(rows.token_ids), np.int64)
+    n = counting.count_keys(rows.order, rows.starts, site.slots, site.words, width + 1, *room, ends)
+    return Sparse(site.site, *counting.entries(rows.token_ids, ends, room[0][:n], room[1][:n]))
 
 
-def _by_document(site: int, by_run: np.ndarray, document: np.ndarray) -> Sparse:
-    documents, index = np.unique(document, return_inverse=True)
+def _by_document(site: int, by_run: np.ndarray, documents: np.ndarray, index: np.ndarray) -> Sparse:
     counts = np.zeros((len(documents), by_run.shape[1]), np.int64)
     counting.add_rows(by_run, index, counts)
     at = np.nonzero(counts)
