@@ -3,8 +3,8 @@
 Importing this module pays for numba, so ``stats`` does it only when something is to be counted. Machine code is kept in ``__pycache__``
 or, where that is read-only, in numba's folder of the user: one machine compiles once.
 
-Decisions come as *slots*: uint16 [n, k], the expert id plus one. 0 stands for no expert, so that the inner loops need no branch; row and
-column 0 of every table collect what is thrown away. Unsigned indices spare numba's test for negative ones. Every sum is taken in the
+Decisions come as *slots*: uint16 [n, k], the expert id plus one. 0 stands for no expert, so that the inner loops need no branch: what
+it counts collects where nobody reads. Unsigned indices spare numba's test for negative ones. Every sum is taken in the
 order of the rows, on one thread.
 """
 

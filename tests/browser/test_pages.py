@@ -49,13 +49,14 @@ def test_the_page_of_these_tests_counts_each_kind_of_trouble(browser: Browser, a
     context = browser.new_context()
     troubles, page = watch(context, address), context.new_page()
     page.goto("about:blank")
-    page.evaluate("""async () => {
-        await fetch("http://other.invalid/x").catch(() => 0);
-        console.error("said");
-        setTimeout(() => { throw new Error("thrown"); });
-        alert("asked");
-        try { new WebSocket("ws://other.invalid/y"); } catch {}
-    }""")
+    with page.expect_websocket():
+        page.evaluate("""async () => {
+            await fetch("http://other.invalid/x").catch(() => 0);
+            console.error("said");
+            setTimeout(() => { throw new Error("thrown"); });
+            alert("asked");
+            try { new WebSocket("ws://other.invalid/y"); } catch {}
+        }""")
     page.goto(f"{address}/_stcore/metrics")  # a closed route
     context.close()
     assert {t.split()[0].rstrip(":") for t in troubles} == {"foreign", "failed", "console", "script", "dialog", "status"}
