@@ -16,20 +16,9 @@ import pyarrow as pa
 
 from .paths import PairCounts, coactivation, flow
 from .specialization import ROWS, Preferences, by_label, effects
+from .token_classes import CLASSES, by_class, class_codes
 from .trace import Trace
-from .vocabulary import (
-    CLASSES,
-    LEAST,
-    DocumentUse,
-    TokenCounts,
-    TokenUse,
-    by_class,
-    class_codes,
-    document_use,
-    input_tokens,
-    leading_ids,
-    top_tokens,
-)  # fmt: skip
+from .vocabulary import LEAST, DocumentUse, TokenCounts, TokenUse, document_use, input_tokens, leading_ids, top_tokens
 
 LEAST_LIFT = 1.5  # a preference below it may be significant, but is no description
 NONE = "no significant preference"

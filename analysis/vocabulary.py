@@ -1,4 +1,4 @@
-"""How far do tokens themselves explain where they are sent? By token id, by kind of token.
+"""How far do token ids explain where tokens are sent? By the token read, the next one, the one the model predicts.
 
 Input ids come from the statistics; next ids, and those the model itself predicted next, need the recorded tokens and one
 pass over a site's decisions. Definitions: OLMoE (arXiv 2409.02060) eq. 8 for vocabulary specialization, OpenMoE (arXiv
@@ -8,12 +8,10 @@ pass over a site's decisions. Definitions: OLMoE (arXiv 2409.02060) eq. 8 for vo
 from __future__ import annotations
 
 import os
-import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -21,7 +19,7 @@ import pyarrow as pa
 
 from .information import DENSE, Information, entropy, shuffled_tables, sparse_information
 from .significance import family_p, rearranged_labels
-from .specialization import ROWS, Preferences, blocks, by_group
+from .specialization import ROWS, blocks
 from .trace import Trace, TraceError
 
 LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"
@@ -32,49 +30,6 @@ PREDICTED_NEXT = (
     " Use the next token, or record the run again."
 )
 WORKERS = 4  # each holds the draws of one expert: some 50 MB for 10,000 token ids
-CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
-           "special tokens", "empty tokens")  # fmt: skip
-_SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:pad|unk|bos|eos|mask)>|\[(?:CLS|SEP|PAD|MASK|UNK)\]", re.I)
-_RAW_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
-
-
-@lru_cache(maxsize=2**18)  # a vocabulary: every site asks for the same texts
-def token_class(text: str) -> str:
-    """The kind of a token's readable text, one of CLASSES.
-
-    Word starts carry the space before the word; a word at a line's start or after a bracket therefore counts as a word
-    part. Wide letters (Chinese, Japanese, Korean) are ideographs. A token that is not whole characters shows as \\xNN.
-    """
-    if not text or _SPECIAL.fullmatch(text):
-        return "special tokens" if text else "empty tokens"
-    if _RAW_BYTE.search(text):
-        return "parts of characters"
-    if text.isspace():
-        return "newlines" if "\n" in text or "\r" in text else "spaces"
-    letters = [c for c in text if c.isalpha()]
-    if not letters:
-        return "digits" if any(c.isnumeric() for c in text) else "punctuation"
-    if not text.isascii() and any(unicodedata.east_asian_width(c) in "WF" for c in letters):
-        return "ideographs"
-    return "word starts" if text[0].isspace() else "word parts"
-
-
-def class_codes(trace: Trace, stream: str = "decoder") -> np.ndarray:
-    """int64 [tokens of the stream] into CLASSES; -1 where a token's text is not known. Raises TraceError without tokens."""
-    text = trace.stream_tokens(stream)["token"].combine_chunks()
-    coded = text if pa.types.is_dictionary(text.type) else text.dictionary_encode()
-    at = {name: i for i, name in enumerate(CLASSES)}
-    kinds = np.array([*(-1 if t is None else at[token_class(t)] for t in coded.dictionary.to_pylist()), -1])
-    return np.asarray(kinds[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
-
-
-def by_class(trace: Trace, site: int, codes: np.ndarray | None = None) -> Preferences:
-    """Preferences of the token classes that occur. Null and cost as in ``by_group``; ``codes`` are class_codes where at hand."""
-    codes = class_codes(trace, trace.layers[site].stream) if codes is None else codes
-    present = np.flatnonzero(np.bincount(codes[codes >= 0], minlength=len(CLASSES)))
-    place = np.full(len(CLASSES) + 1, -1)
-    place[present] = np.arange(len(present))
-    return by_group(trace, site, "class", [CLASSES[i] for i in present], place[codes])
 
 
 def token_texts(trace: Trace, ids: np.ndarray, stream: str = "decoder") -> tuple[str | None, ...]:

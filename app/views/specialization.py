@@ -14,13 +14,13 @@ from analysis.glossary import GLOSSARY
 from analysis.information import Information
 from analysis.paths import PairCounts, coactivation, flow, repetition, saturation
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
+from analysis.token_classes import by_class
 from analysis.trace import Trace
 from analysis.vocabulary import (
     PREDICTED_NEXT,
     VARIANTS,
     TokenUse,
     VocabularySpecialization,
-    by_class,
     context_independence,
     document_use,
     leading_ids,
@@ -28,7 +28,7 @@ from analysis.vocabulary import (
     top_tokens_of,
     vocabulary_specialization,
     vocabulary_table,
-)  # fmt: skip
+)
 from app import charts, text
 from app.downloads import computed_downloads
 from app.figures import show_figure

@@ -1,0 +1,57 @@
+"""What kind of token is it? Whitespace, digits, word starts and others, read off its text; and which kinds an expert serves."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+
+from .specialization import Preferences, by_group
+from .trace import Trace
+
+CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
+           "special tokens", "empty tokens")  # fmt: skip
+_SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:pad|unk|bos|eos|mask)>|\[(?:CLS|SEP|PAD|MASK|UNK)\]", re.I)
+_RAW_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
+
+
+@lru_cache(maxsize=2**18)  # a vocabulary: every site asks for the same texts
+def token_class(text: str) -> str:
+    """The kind of a token's readable text, one of CLASSES.
+
+    Word starts carry the space before the word; a word at a line's start or after a bracket therefore counts as a word
+    part. Wide letters (Chinese, Japanese, Korean) are ideographs. A token that is not whole characters shows as \\xNN.
+    """
+    if not text or _SPECIAL.fullmatch(text):
+        return "special tokens" if text else "empty tokens"
+    if _RAW_BYTE.search(text):
+        return "parts of characters"
+    if text.isspace():
+        return "newlines" if "\n" in text or "\r" in text else "spaces"
+    letters = [c for c in text if c.isalpha()]
+    if not letters:
+        return "digits" if any(c.isnumeric() for c in text) else "punctuation"
+    if not text.isascii() and any(unicodedata.east_asian_width(c) in "WF" for c in letters):
+        return "ideographs"
+    return "word starts" if text[0].isspace() else "word parts"
+
+
+def class_codes(trace: Trace, stream: str = "decoder") -> np.ndarray:
+    """int64 [tokens of the stream] into CLASSES; -1 where a token's text is not known. Raises TraceError without tokens."""
+    text = trace.stream_tokens(stream)["token"].combine_chunks()
+    coded = text if pa.types.is_dictionary(text.type) else text.dictionary_encode()
+    at = {name: i for i, name in enumerate(CLASSES)}
+    kinds = np.array([*(-1 if t is None else at[token_class(t)] for t in coded.dictionary.to_pylist()), -1])
+    return np.asarray(kinds[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
+
+
+def by_class(trace: Trace, site: int, codes: np.ndarray | None = None) -> Preferences:
+    """Preferences of the token classes that occur. Null and cost as in ``by_group``; ``codes`` are class_codes where at hand."""
+    codes = class_codes(trace, trace.layers[site].stream) if codes is None else codes
+    present = np.flatnonzero(np.bincount(codes[codes >= 0], minlength=len(CLASSES)))
+    place = np.full(len(CLASSES) + 1, -1)
+    place[present] = np.arange(len(present))
+    return by_group(trace, site, "class", [CLASSES[i] for i in present], place[codes])

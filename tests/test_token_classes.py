@@ -1,0 +1,60 @@
+"""The kind of a token: read off its text, counted over a run, and no more than chance on random routing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from analysis.token_classes import CLASSES, by_class, class_codes, token_class
+from analysis.trace import Trace
+from tests.synthetic import PLAIN, make_part, make_trace
+
+KINDS = {
+    "newlines": ["\n", "\n\n    ", " \r\n", "\n\t"],
+    "spaces": [" ", "    ", "\t", "\u00a0", "\u3000"],
+    "digits": ["7", " 2024", "٣", "1,000", "½", "-5"],
+    "punctuation": [".", " ->", "):\n", "「", "\\", "$", "</", "🙂"],
+    "word starts": [" the", " Élan", " при", " x1", "\tif"],
+    "word parts": ["ing", "The", "self.", "é", "слово", "x1", "\\begin", "\\x41", "<div>"],
+    "ideographs": ["的", "软件", "かな", "한국", " 中", "Ａ"],
+    "parts of characters": ["\\xe4\\xb8", " \\xf0\\x9f", "\\x80"],
+    "special tokens": ["<|endoftext|>", "<s>", "</s>", "<pad>", "[CLS]", "<BOS>"],
+    "empty tokens": [""],
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_token_classes(kind: str) -> None:
+    assert [token_class(text) for text in KINDS[kind]] == [kind] * len(KINDS[kind])
+
+
+def of_text(layers: tuple = PLAIN, seed: int = 0) -> Trace:
+    texts = [" the", "ing", "\n", "7", ";"]
+    return make_trace(layers, [make_part(layers, [80] * 8, seed, texts=texts)])
+
+
+def test_classes_of_a_run() -> None:
+    trace = of_text()
+    names = [token_class(t) for t in trace.tokens["token"].to_pylist()]
+    assert [CLASSES[c] for c in class_codes(trace)] == names
+    found = by_class(trace, 0)
+    assert found.groups == ("newlines", "digits", "punctuation", "word starts", "word parts")
+    experts = trace.experts(0)
+    for g, group in enumerate(found.groups):
+        mine = np.array(names) == group
+        assert found.tokens[g] == mine.sum() and found.count[g].tolist() == [int((experts[mine] == e).any(1).sum()) for e in range(8)]
+
+
+def test_tokens_of_unknown_text_have_no_class() -> None:
+    part = make_part(PLAIN, [3])
+    column = part.tokens.schema.get_field_index("token")
+    texts = pa.array([" a", None, "\n"]).cast(part.tokens.schema.field(column).type)
+    trace = make_trace(PLAIN, [replace(part, tokens=part.tokens.set_column(column, part.tokens.schema.field(column), texts))])
+    assert class_codes(trace).tolist() == [CLASSES.index("word starts"), -1, CLASSES.index("newlines")]
+    assert by_class(trace, 0).tokens.tolist() == [1, 1]
+
+
+def test_random_routing_prefers_no_class() -> None:
+    """30 random runs: 1.5 false claims expected, 7 or more has odds of 1 : 1,000."""
+    assert sum(bool(by_class(of_text(seed=s), 0).significant.any()) for s in range(30)) < 7
