@@ -24,12 +24,12 @@ _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 _U = np.uintp
 
 
-def compiled(function: _Kernel) -> _Kernel:
-    """``function`` compiled on its first call, and kept on disk where there is a folder to keep it in."""
+def compiled(function: _Kernel, **options: Any) -> _Kernel:
+    """``function`` compiled on its first call, and kept on disk where there is a folder to keep it in; ``options`` are numba's."""
     try:
-        return numba.njit(cache=True, nogil=True)(function)
+        return numba.njit(cache=True, nogil=True, **options)(function)
     except RuntimeError:  # neither the sources nor the home can be written: each process compiles for itself
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, **options)(function)
 
 
 @intrinsic

@@ -8,11 +8,12 @@ pass over a site's decisions. Definitions: OLMoE (arXiv 2409.02060) eq. 8 for vo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ PREDICTED_NEXT = (
     "The predicted next token is not known here: the model has no language head, or the run was recorded before predictions were."
     " Use the next token, or record the run again."
 )
+_Found = TypeVar("_Found")
 WORKERS = 4  # each holds the draws of one expert: some 50 MB for 10,000 token ids
 
 
@@ -160,7 +162,9 @@ def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) 
     """
     bits, corrected, h_id, h_expert = sparse_information(counts.row, counts.expert, counts.count)
     seeds = range(seed, seed + shuffles if counts.count.sum() else seed)
-    null = [sparse_information(*again)[0] for again in shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, seeds)]
+    null = _on_cores(
+        lambda s: sparse_information(*next(shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, [s])))[0], seeds
+    )
     floor = float(np.mean(null)) if null else float("nan")
     p = (sum(x >= bits for x in null) + 1) / (len(null) + 1) if null else float("nan")
     return Information(bits, corrected, floor, p, h_id, h_expert, int(counts.count.sum()), f"assignments dealt again, {len(null)} times")
@@ -364,7 +368,8 @@ def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def leading_ids(counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20) -> np.ndarray:
     """int64, ascending: the ids that ``top_tokens`` names for any of ``experts``."""
     often = _dealt(counts, least)[1]
-    found = [counts.ids[often][_leading(counts, often, expert, most)[0]] for expert in experts]
+    cells = _cells_of_experts(counts)
+    found = [counts.ids[often][_leading(counts, cells[expert], often, most)[0]] for expert in experts]
     return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
@@ -382,12 +387,23 @@ def top_tokens_of(trace: Trace, counts: TokenCounts, experts: Sequence[int], lea
                   seed: int = 0, use: DocumentUse | None = None) -> tuple[tuple[TokenUse, ...], ...]:  # fmt: skip
     """``top_tokens`` of each of ``experts``, shared out among the cores."""
     dealt, often = _dealt(counts, least)
-    one = partial(_top_uses, counts, dealt, often, most=most, draws=draws, seed=seed, use=use)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, WORKERS)) as pool:  # draws, nearly all of the time, run without Python's lock
-        found = list(pool.map(one, experts))
+    one = partial(_top_uses, counts, _cells_of_experts(counts), dealt, often, most=most, draws=draws, seed=seed, use=use)
+    found = _on_cores(one, experts)
     ids = np.unique([use.token_id for uses in found for use in uses]).astype(np.int64)
     text = dict(zip(ids.tolist(), token_texts(trace, ids, trace.layers[counts.site].stream), strict=True))
     return tuple(tuple(replace(use, text=text[use.token_id]) for use in uses) for uses in found)
+
+
+def _on_cores(one: Callable[[int], _Found], items: Iterable[int]) -> list[_Found]:
+    """``one`` of each item, on all cores: drawing, nearly all of the time, runs without Python's lock."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, WORKERS)) as pool:
+        return list(pool.map(one, items))
+
+
+def _cells_of_experts(counts: TokenCounts) -> list[np.ndarray]:
+    """int64 [cells of the expert] of each: its places in ``counts``."""
+    order = counts.expert.astype(np.uint16).argsort(kind="stable")
+    return np.split(order, np.cumsum(np.bincount(counts.expert, minlength=counts.classes))[:-1])
 
 
 def _dealt(counts: TokenCounts, least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -396,10 +412,13 @@ def _dealt(counts: TokenCounts, least: int) -> tuple[np.ndarray, np.ndarray]:
     return dealt, (counts.tokens >= least) & (dealt > 0)
 
 
-def _leading(counts: TokenCounts, often: np.ndarray, expert: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(order, used, share, lift): the ``most`` leading of the ids ``often``, as indices into those, and figures of them all."""
-    mine = counts.expert == expert
-    whole = np.bincount(counts.row[mine], counts.count[mine], len(counts.ids)).astype(np.int64)
+def _leading(counts: TokenCounts, cells: np.ndarray, often: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(order, used, share, lift): the ``most`` leading of the ids ``often``, as indices into those, and figures of them all.
+
+    ``cells`` are the expert's.
+    """
+    whole = np.zeros(len(counts.ids), np.int64)
+    whole[counts.row[cells]] = counts.count[cells]
     used, total = whole[often], int(whole.sum())
     share = used / counts.tokens[often]
     lift = share / (total / int(counts.tokens.sum())) if total else np.zeros(len(used))
@@ -409,13 +428,13 @@ def _leading(counts: TokenCounts, often: np.ndarray, expert: int, most: int) -> 
     return high[np.lexsort((counts.ids[often][high], -used[high], -lift[high]))][:most], used, share, lift
 
 
-def _top_uses(counts: TokenCounts, dealt: np.ndarray, often: np.ndarray, expert: int, *, most: int, draws: int,
+def _top_uses(counts: TokenCounts, cells: Sequence[np.ndarray], dealt: np.ndarray, often: np.ndarray, expert: int, *, most: int, draws: int,
               seed: int, use: DocumentUse | None) -> list[TokenUse]:  # fmt: skip
-    """Without texts. ``dealt`` and ``often`` of ``_dealt``."""
-    order, used, share, lift = _leading(counts, often, expert, most)
+    """Without texts. ``cells`` of every expert, ``dealt`` and ``often`` of ``_dealt``."""
+    order, used, share, lift = _leading(counts, cells[expert], often, most)
     if not len(order):
         return []
-    total = int(counts.count[counts.expert == expert].sum())
+    total = int(counts.count[cells[expert]].sum())
     rate = total / dealt.sum()
     expected, spread = dealt[often] * rate, np.sqrt(dealt[often])  # binomial error but for a factor all ids share
     standing = (used - expected) / spread
