@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from .paths import PairCounts, coactivation, flow
-from .specialization import ROWS, Preferences, by_label, effects
+from .specialization import ROWS, Preferences, assignments, by_label, effects
 from .token_classes import CLASSES, by_class, class_codes
 from .trace import Trace
 from .vocabulary import LEAST, DocumentUse, TokenCounts, TokenUse, document_use, input_tokens, leading_ids, top_tokens
@@ -208,13 +208,9 @@ def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: Preferen
     kind = column[codes]
     group = np.where((label >= 0) & (kind >= 0), label * len(classes.groups) + kind, -1)
     size = len(labels) * len(classes.groups)
-    counts = np.zeros(size * layer.n_classes, np.int64)
-    for start in range(0, len(group), ROWS):
-        experts = trace.routing(site, start, min(start + ROWS, len(group))).experts.astype(np.int64)
-        mine = group[start : start + len(experts), None]
-        counts += np.bincount((mine * layer.n_classes + experts)[(experts >= 0) & (mine >= 0)], minlength=len(counts))
     names = tuple(f"{a} {b}" for a in labels for b in classes.groups)
-    return effects(site, "label and class", names, np.bincount(group[group >= 0], minlength=size), counts.reshape(size, -1))
+    return effects(site, "label and class", names, np.bincount(group[group >= 0], minlength=size),
+                   assignments(trace, layer, group, size))  # fmt: skip
 
 
 def _uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:

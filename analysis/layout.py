@@ -73,20 +73,28 @@ def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq
         names = [f"{kind}{i}" for kind in ("e", "w", "c")[: 3 if chosen else 2] for i in range(layer.top_k)]
         table = _read_rows(file, layer.index, names, start, stop)
     dtype = id_dtype(layer.n_classes)
-
-    def matrix(kind: str, type_: np.dtype, missing: float) -> np.ndarray:
-        out = np.empty((len(table), layer.top_k), type_)
-        for i in range(layer.top_k):
-            column = table[f"{kind}{i}"]
-            if column.null_count:
-                column = pc.fill_null(column.cast(pa.from_numpy_dtype(type_)), missing)
-            out[:, i] = column.to_numpy()
-        return out
-
-    experts = matrix("e", dtype, NO_EXPERT)
-    weights = matrix("w", np.dtype(np.float32), 0.0)
-    before = matrix("c", dtype, NO_EXPERT) if chosen else experts
+    experts = _matrix(table, "e", layer.top_k, dtype, NO_EXPERT)
+    weights = _matrix(table, "w", layer.top_k, np.dtype(np.float32), 0.0)
+    before = _matrix(table, "c", layer.top_k, dtype, NO_EXPERT) if chosen else experts
     return SiteRouting(experts, weights, experts if np.array_equal(before, experts) else before)
+
+
+def read_experts(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq.FileMetaData | None = None) -> np.ndarray:
+    """The experts of ``read_routing`` alone: a third of the bytes, and no weight is unpacked."""
+    with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
+        table = _read_rows(file, layer.index, [f"e{i}" for i in range(layer.top_k)], start, stop)
+    return _matrix(table, "e", layer.top_k, id_dtype(layer.n_classes), NO_EXPERT)
+
+
+def _matrix(table: pa.Table, kind: str, top_k: int, type_: np.dtype, missing: float) -> np.ndarray:
+    """[rows, top_k]: the columns ``kind`` 0 to top_k - 1, ``missing`` where they are null."""
+    out = np.empty((len(table), top_k), type_)
+    for i in range(top_k):
+        column = table[f"{kind}{i}"]
+        if column.null_count:
+            column = pc.fill_null(column.cast(pa.from_numpy_dtype(type_)), missing)
+        out[:, i] = column.to_numpy()
+    return out
 
 
 def read_scores(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq.FileMetaData | None = None) -> SiteScores:

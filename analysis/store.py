@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .files import stamp
-from .layout import read_routing, read_scores
+from .layout import read_experts, read_routing, read_scores
 from .longtables import LongTable, where, whole
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, NAMES, Statistics, following_sites, merge_statistics, part_statistics
 from .trace import (
@@ -53,7 +53,7 @@ from .trace import (
 MANIFEST = "run.json"
 READABLE = (1, SCHEMA_VERSION)
 STATISTICS = (("stats.parquet", CORE), ("token_stats.parquet", BY_TOKEN), ("document_stats.parquet", BY_DOCUMENT))
-_Piece = TypeVar("_Piece", SiteRouting, SiteScores)
+_Piece = TypeVar("_Piece", SiteRouting, SiteScores, np.ndarray)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))})
 
@@ -78,6 +78,9 @@ class StoredRouting:
 
     def routing(self, site: int, start: int, stop: int) -> SiteRouting:
         return join_routing(self._read(read_routing, "routing", site, start, stop))
+
+    def experts(self, site: int, start: int, stop: int) -> np.ndarray:
+        return np.concatenate(self._read(read_experts, "routing", site, start, stop))
 
     def scores(self, site: int, start: int, stop: int) -> SiteScores:
         return join_scores(self._read(read_scores, "scores", site, start, stop))

@@ -197,6 +197,8 @@ class RoutingSource(Protocol):
 
     def routing(self, site: int, start: int, stop: int) -> SiteRouting: ...
 
+    def experts(self, site: int, start: int, stop: int) -> np.ndarray: ...
+
     def scores(self, site: int, start: int, stop: int) -> SiteScores: ...
 
 
@@ -260,9 +262,10 @@ class Trace:
         source, stop = self._range(layer, stop)
         return source.scores(layer, start, stop)
 
-    def experts(self, layer: int) -> np.ndarray:
-        """int array [tokens, k]: executed expert ids, -1 = none (dropped natively, skip expert)."""
-        return self.routing(layer).experts
+    def experts(self, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """int array [tokens, k]: executed expert ids, -1 = none (dropped natively, skip expert). On disk, weights are not read."""
+        source, stop = self._range(layer, stop)
+        return source.experts(layer, start, stop)
 
     def weights(self, layer: int) -> np.ndarray:
         """float32 [tokens, k]: gate weights as executed."""
@@ -292,6 +295,9 @@ class PartsInMemory:
         executed = whole.experts[start:stop]
         chosen = executed if whole.chosen is whole.experts else whole.chosen[start:stop]
         return SiteRouting(executed, whole.weights[start:stop], chosen)
+
+    def experts(self, site: int, start: int, stop: int) -> np.ndarray:
+        return self._routing[site].experts[start:stop]
 
     def scores(self, site: int, start: int, stop: int) -> SiteScores:
         s, rows = self._scores[site], slice(start, stop)
