@@ -242,7 +242,13 @@ class Trace:
         """Token rows of one stream, aligned with the arrays of its sites. Raises TraceError without tokens."""
         if self.tokens is None:
             raise TraceError(f"run {self.name!r} holds statistics only, no tokens: capture it again with tokens")
-        return _of_stream(self.tokens, stream)
+        if stream not in self._streams:
+            self._streams[stream] = _of_stream(self.tokens, stream)
+        return self._streams[stream]
+
+    @cached_property
+    def _streams(self) -> dict[str, pa.Table]:
+        return {}
 
     def document_range(self, document: int, stream: str = "decoder") -> tuple[int, int]:
         """(start, stop) rows of a document in a stream. Raises TraceError for an unknown document."""

@@ -339,20 +339,21 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
     place = owner * height + row[code]  # by document first: pieces of the run then follow one another, but where one cuts a document
     pairs, occurs = np.unique(place[asked], return_counts=True)
     size = np.bincount(owner[known])
-    load = np.zeros((int(owner.max(initial=-1)) + 1) * width, np.int64)
+    load = np.zeros((int(owner.max(initial=-1)) + 1, width), np.int64)
     cells, n = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for start, experts in blocks(trace, layer):
         here = slice(start, start + len(experts))
-        first = int(owner[here].min(initial=len(load)))
-        met = np.bincount(((owner[here, None] - first) * width + experts)[(experts >= 0) & known[here, None]])
-        load[first * width : first * width + len(met)] += met
+        first, last = int(owner[here].min()), int(owner[here].max())
+        base = np.where(known[here], owner[here] - first + 1, 0) * (width + 1) + 1  # a row and a column more, for what does not count
+        met = np.bincount((base[:, None] + experts).ravel(), minlength=(last - first + 2) * (width + 1))
+        load[first : last + 1] += met.reshape(-1, width + 1)[1:, 1:]
         mine = experts[asked[here]]
         found = np.unique((place[here][asked[here], None] * width + mine)[mine >= 0], return_counts=True)
         cells, n = [*cells, found[0]], [*n, found[1]]
     cell, count = _summed(np.concatenate(cells), np.concatenate(n))
     pair, expert = np.divmod(cell, width)
     document, at = np.divmod(pair, height)
-    leans = count * size[document] > load[document * width + expert] * occurs[np.searchsorted(pairs, pair)]
+    leans = count * size[document] > load[document, expert] * occurs[np.searchsorted(pairs, pair)]
     leaning = np.bincount((at * width + expert)[leans], minlength=len(ids) * width)
     return DocumentUse(ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width))
 

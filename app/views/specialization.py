@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -117,8 +118,12 @@ def vocabulary(
     """(context independence, eq. 8, each expert's tokens by lift) of one site, by the kind of token ``variant``."""
     counts = VARIANTS[variant](_trace, site)
     experts = range(counts.classes)
-    found = top_tokens_of(_trace, counts, experts, most=SHOWN, use=document_use(_trace, counts, leading_ids(counts, experts, most=SHOWN)))
-    return context_independence(counts), vocabulary_specialization(counts), found
+    with ThreadPoolExecutor() as pool:  # each spends most of its time without Python's lock
+        alone, words = pool.submit(context_independence, counts), pool.submit(vocabulary_specialization, counts)
+        found = top_tokens_of(
+            _trace, counts, experts, most=SHOWN, use=document_use(_trace, counts, leading_ids(counts, experts, most=SHOWN))
+        )
+        return alone.result(), words.result(), found
 
 
 def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
