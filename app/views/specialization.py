@@ -65,7 +65,8 @@ def preferences(_trace: Trace, run: str, site: int, kind: str) -> Preferences:
 @st.cache_resource(max_entries=8, show_spinner="Measuring every layer …")
 def informations(_trace: Trace, run: str) -> list[Information]:
     """I(expert; label) of every site."""
-    return [label_information(_trace, x.index) for x in _trace.layers]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda x: label_information(_trace, x.index), _trace.layers))
 
 
 def show_preferences(found: Preferences, site: int) -> None:
