@@ -45,6 +45,8 @@ def test_a_stored_run_equals_the_trace(tmp_path: Path, layers: tuple[LayerInfo, 
             part, whole = trace.routing(layer.index, start, stop), trace.routing(layer.index)
             assert np.array_equal(part.experts, whole.experts[start:stop])
             assert np.array_equal(part.weights, whole.weights[start:stop])
+            for experts in (trace.experts(layer.index, start, stop), make_trace(layers).experts(layer.index, start, stop)):
+                assert np.array_equal(experts, part.experts) and experts.dtype == part.experts.dtype
 
 
 def test_every_reader_gives_equal_sums(tmp_path: Path) -> None:
