@@ -19,12 +19,14 @@ _U = np.uintp
 def dealt_table(x: np.ndarray, y: np.ndarray, counts: np.ndarray, width: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(x, y, counts), ascending, of a random table with the margins of the given cells: each draw keeps its x and is dealt another's y.
 
-    y below ``width``, int64 [cells] each. The draws, by x and then as given, end where numpy's Generator.shuffle puts them.
-    ValueError for more than 65,536 kinds of y, or 2^32 draws.
+    y from 0 to ``width`` - 1, int64 [cells] each. The draws, by x and then as given, end where numpy's Generator.shuffle puts them.
+    ValueError for another y, more than 65,536 kinds of it, or 2^32 draws.
     """
     n = int(counts.sum())
     if width > 1 << 16 or n >= 1 << 32:
         raise ValueError(f"{n:,} draws of {width:,} kinds are too many to be dealt again")
+    if len(y) and not 0 <= y.min() <= y.max() < width:  # a kernel would count it out of bounds
+        raise ValueError(f"kinds {y.min()} to {y.max()} in a table of {width}")
     if not (x[1:] >= x[:-1]).all():
         order = x.argsort(kind="stable")
         x, y, counts = x[order], y[order], counts[order]

@@ -43,6 +43,9 @@ def test_cells_in_any_order() -> None:
 
 
 def test_what_cannot_be_dealt_is_refused() -> None:
+    for y in (-1, 3):
+        with pytest.raises(ValueError, match=f"kinds {y} to {y} in a table of 3"):
+            dealt_table(np.array([0]), np.array([y]), np.array([1]), 3, 0)
     with pytest.raises(ValueError, match="70,000 kinds"):
         dealt_table(np.array([0]), np.array([0]), np.array([1]), 70_000, 0)
 
