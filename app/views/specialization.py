@@ -180,8 +180,8 @@ def show_interval(asked: str) -> pa.Table:
         f"{found.left_out:,} runs of documents ({found.documents:,} in all)")  # fmt: skip
     text.show_note(
         f"Vocabulary specialization {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}: its mean over other collections of as many"
-        f" documents like these. Made by leaving out each of {each} in turn (jackknife), not by drawing documents again (bootstrap): a document"
-        " drawn twice brings no other text, which raises this figure. It errs on the wide side. What rare ids add to the figure is in its chance too."
+        f" documents like these. Each of {each} is left out in turn (jackknife): documents drawn again (bootstrap) bring no other text, which raises"
+        " this figure, and their interval misses. It errs on the wide side; what rare ids add is in the chance too."
     )
     return table
 
