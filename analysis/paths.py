@@ -71,7 +71,7 @@ def coactivation(trace: Trace, site: int) -> PairCounts:
     return PairCounts(pairs.observed, pairs.expected, pairs.lift, share, pairs.residual, pairs.n, pairs.chance_share)
 
 
-def quasi_independent(totals: np.ndarray, rounds: int = 500) -> np.ndarray:
+def quasi_independent(totals: np.ndarray, rounds: int = 10_000) -> np.ndarray:
     """float64 [E, E], symmetric, zero diagonal, a_i a_j elsewhere, rows adding up to ``totals`` (Goodman 1968).
 
     By proportional fitting, to 1e-9 of the total or ``rounds`` rounds; an expert in nearly every pair converges slowly.
