@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from .paths import PairCounts, coactivation, flow
 from .specialization import ROWS, Preferences, by_label, effects
@@ -106,13 +105,13 @@ def site_evidence(trace: Trace, site: int) -> SiteEvidence:
     before = [i for i, after in enumerate(trace.stats.following) if after == site]
     missing = [] if labels.groups else ["labels: the run has none"]
     classes = crossed = tokens = token_use = None
-    if trace.source is None or trace.tokens is None:
+    if trace.source is None or trace.load_tokens is None:
         missing.append("token classes, texts and passages: the run holds statistics only")
     else:
         codes = class_codes(trace, layer.stream)
         classes = by_class(trace, site, codes)
         crossed = _crossed(trace, site, labels.groups, classes, codes)
-    if trace.tokens is not None or trace.stats.load(site).sum() == trace.stats.n_tokens(site) * layer.top_k:
+    if trace.load_tokens is not None or trace.stats.load(site).sum() == trace.stats.n_tokens(site) * layer.top_k:
         tokens = input_tokens(trace, site)
         token_use = document_use(trace, tokens, leading_ids(tokens, range(layer.n_classes)))
     else:
@@ -199,10 +198,9 @@ def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: Preferen
     layer = trace.layers[site]
     if not labels:
         return None
-    table = trace.stream_tokens(layer.stream)
     place = {name: i for i, name in enumerate(labels)}
     of_document = {r["document"]: place.get(r["label"], -1) for r in trace.documents.to_pylist()}
-    numbers, inverse = np.unique(table["document"].to_numpy(), return_inverse=True)
+    numbers, inverse = np.unique(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy(), return_inverse=True)
     label = np.array([of_document[int(d)] for d in numbers])[inverse]
     column = np.array([classes.groups.index(c) if c in classes.groups else -1 for c in CLASSES] + [-1])
     kind = column[codes]
@@ -279,8 +277,7 @@ def passages(trace: Trace, site: int, expert: int, most: int = 5, width: int = 2
             if masses[best] > 0:
                 found.append((-float(masses[best]), row["first_row"] + best * width, row))
         found = sorted(found, key=lambda x: x[:2])[:most]
-    texts = trace.stream_tokens(stream)["token"]
-    return tuple(_passage(trace, texts, site, expert, at, min(at + width, row["first_row"] + row["n_tokens"]), row) for _, at, row in found)
+    return tuple(_passage(trace, site, expert, at, min(at + width, row["first_row"] + row["n_tokens"]), row) for _, at, row in found)
 
 
 def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -297,10 +294,10 @@ def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return out
 
 
-def _passage(trace: Trace, stream_texts: pa.ChunkedArray, site: int, expert: int, start: int, stop: int, row: dict[str, Any]) -> Passage:
+def _passage(trace: Trace, site: int, expert: int, start: int, stop: int, row: dict[str, Any]) -> Passage:
     routing = trace.routing(site, start, stop)
     here = routing.experts == expert
     weights = np.where(here, routing.weights, 0).sum(1)
-    texts = stream_texts.slice(start, stop - start).to_pylist()
+    texts = trace.stream_tokens(trace.layers[site].stream, start, stop, ["token"])["token"].to_pylist()
     return Passage(row["document"], row["name"], row["label"], start, stop, tuple(texts), tuple(weights.tolist()), int(here.any(1).sum()),
                    float(weights.sum(dtype=np.float64)))  # fmt: skip

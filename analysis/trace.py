@@ -205,7 +205,8 @@ class Trace:
     """The recorded routing of some documents through one model. Immutable.
 
     A run may hold statistics alone (counts imported from a serving engine): then ``source`` and the tokens table are
-    None, and views that need tokens say so. ``load_tokens`` defers reading until ``tokens`` is asked for.
+    None, and views that need tokens say so. ``load_tokens`` defers reading until ``tokens`` is asked for; of a run on disk
+    ``load_rows`` reads (stream, start, stop, columns) without the rest.
     """
 
     model: ModelCard
@@ -215,6 +216,7 @@ class Trace:
     load_tokens: Callable[[], pa.Table] | None
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    load_rows: Callable[[str, int, int, Sequence[str]], pa.Table] | None = None
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
@@ -223,7 +225,7 @@ class Trace:
 
     @cached_property
     def tokens(self) -> pa.Table | None:
-        """One row per token (schema TOKENS), or None for a run of statistics alone."""
+        """One row per token (schema TOKENS), read whole and kept, or None for a run of statistics alone; see ``stream_tokens``."""
         return None if self.load_tokens is None else self.load_tokens()
 
     @property
@@ -236,11 +238,17 @@ class Trace:
         of_stream = self.documents.filter(pc.equal(self.documents["stack"], stream))
         return int(pc.sum(of_stream["n_tokens"]).as_py() or 0)
 
-    def stream_tokens(self, stream: str) -> pa.Table:
-        """Token rows of one stream, aligned with the arrays of its sites. Raises TraceError without tokens."""
-        if self.tokens is None:
+    def stream_tokens(self, stream: str, start: int = 0, stop: int | None = None, columns: Sequence[str] = TOKENS.names) -> pa.Table:
+        """Rows start to stop (default all) of one stream, aligned with the arrays of its sites; ``columns`` of schema TOKENS.
+
+        Of a run on disk only the row groups and columns that are needed are read, and not kept. Raises TraceError without tokens.
+        """
+        if self.load_tokens is None:
             raise TraceError(f"run {self.name!r} holds statistics only, no tokens: capture it again with tokens")
-        return _of_stream(self.tokens, stream)
+        if self.load_rows is not None:
+            return self.load_rows(stream, start, self.n_tokens(stream) if stop is None else stop, columns)
+        rows = _of_stream(self.tokens, stream).select(columns)
+        return rows.slice(start, None if stop is None else stop - start)
 
     def document_range(self, document: int, stream: str = "decoder") -> tuple[int, int]:
         """(start, stop) rows of a document in a stream. Raises TraceError for an unknown document."""
