@@ -20,6 +20,7 @@ import pyarrow as pa
 from .checkpoints import ModelError, find_checkpoint
 from .export import FORMATS, TABLES, ExportError, describe, export_table
 from .metrics import METRICS, balance_table
+from .rounding import LARGEST_ERROR, WEIGHTS
 from .store import RunError, delete_run, list_runs, open_run, same_counts, valid_run_name, verify_run
 from .trace import TraceError
 from .untrusted import Prompt, UploadError, read_prompts
@@ -99,6 +100,8 @@ def _add_capture_options(capture: argparse.ArgumentParser) -> None:
     capture.add_argument("--new-tokens", type=_at_least_none, default=0, help="continue each document greedily by so many tokens")
     capture.add_argument("--max-tokens", type=_at_least_one, help="refuse longer documents (default: the model's context)")
     capture.add_argument("--probabilities", action="store_true", help="keep every expert's probability (large)")
+    capture.add_argument("--weights", choices=WEIGHTS, default="exact",
+                         help=f"how gate weights are kept: exact (default), or rounded to 8 bits (within {100 * LARGEST_ERROR:.1f} %%)")  # fmt: skip
     _add_cluster_options(capture)
     capture.add_argument("--workers", type=_at_least_one, help="with --cluster: copies of the model (default: as many as have room)")
     capture.add_argument("--gpus", type=_at_least_none, default=0, help="with --cluster: GPUs per copy (default 0)")
@@ -184,7 +187,8 @@ def _capture(arguments: argparse.Namespace) -> int:
 
     options: dict[str, Any] = {
         "labels": [p.label for p in prompts], "names": [p.name for p in prompts], "out": arguments.out, "batch_size": arguments.batch_size,
-        "new_tokens": arguments.new_tokens, "max_tokens": arguments.max_tokens, "probabilities": arguments.probabilities, "progress": show,
+        "new_tokens": arguments.new_tokens, "max_tokens": arguments.max_tokens, "probabilities": arguments.probabilities, "weights": arguments.weights,
+        "progress": show,
     }  # fmt: skip
     texts = [p.text for p in prompts]
     try:
@@ -206,6 +210,8 @@ def _capture(arguments: argparse.Namespace) -> int:
     streams = dict.fromkeys(x.stream for x in trace.layers)
     tokens = ", ".join(f"{trace.n_tokens(s):,} {s} tokens" for s in streams)
     _say(f"\n{arguments.out}: {tokens}, {len(trace.layers)} routed layers", sys.stderr)
+    if trace.rounding:
+        _say(trace.rounding, sys.stderr)
     return 0
 
 
@@ -297,6 +303,8 @@ def _stats(arguments: argparse.Namespace) -> int:
     table = balance_table(trace).to_pandas()
     table.insert(0, "", [x.title for x in trace.layers])
     _say(f"{trace.name}: {trace.model.name} ({trace.model.family}), one column per routed layer, n = tokens\n")
+    if trace.rounding:
+        _say(f"{trace.rounding}\n")
     shown = table.drop(columns=["site", "layer", "stack"]).set_index("").T
     # One metric a line, so that the definitions can stand below and the table stays narrow; 8 layers fit 100 columns.
     for start in range(0, shown.shape[1], 8):

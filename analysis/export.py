@@ -131,6 +131,7 @@ def _about(trace: Trace) -> dict[str, Any]:
         "model": trace.model.name,
         "model_digest": trace.model.digest,
         "tokens": {s: trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in trace.layers)},
+        "gate_weights": trace.rounding or "exact, as executed",
         "schema_version": SCHEMA_VERSION,
         "routerscope": __version__,
     }

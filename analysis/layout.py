@@ -1,7 +1,8 @@
 """The Parquet layout of decisions and scores: row groups of one site each, scalar columns, exact float32 weights.
 
 Ids are dictionary-coded uint8 or uint16, by the number of experts; weights are BYTE_STREAM_SPLIT float32, which holds
-bfloat16 and float16 values exactly at their own cost; pages carry checksums.
+bfloat16 and float16 values exactly at their own cost; pages carry checksums. Rounded weights are float32 too, so that every
+reader has the values, but dictionary-coded: an index of at most 8 bits each, as long as a site's weights span no more than 16 octaves.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def write_routing(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
         kinds.append(("c", ids))
     columns = [(f"{kind}{i}", type_) for kind, type_ in kinds for i in range(width)]
     schema = pa.schema([("row", pa.int64()), ("site", pa.uint16()), ("document", pa.int32()), *columns])
-    encodings = {f"w{i}": "BYTE_STREAM_SPLIT" for i in range(width)} | {"row": "DELTA_BINARY_PACKED"}
-    coded = ["site", "document", *(n for n, _ in columns if n[0] != "w")]
+    exact = part.weights == "exact"
+    encodings = {f"w{i}": "BYTE_STREAM_SPLIT" for i in range(width if exact else 0)} | {"row": "DELTA_BINARY_PACKED"}
+    coded = ["site", "document", *(n for n, _ in columns if n[0] != "w" or not exact)]
 
     def tables() -> Iterator[pa.Table]:
         for layer, routing in zip(layers, part.routing, strict=True):

@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from .files import stamp
 from .layout import Footer, read_routing, read_scores, read_tokens
 from .longtables import LongTable, where, whole
+from .rounding import WEIGHTS, rounded
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, NAMES, Statistics, following_sites, merge_statistics, part_statistics
 from .trace import (
     DOCUMENTS,
@@ -166,6 +167,10 @@ def open_run(folder: str | Path) -> Trace:
         raise RunError(f"{folder.name} is damaged ({error}): run `python -m analysis verify`") from error
     stats = Statistics(core, tokens, by_document, tuple(x.n_classes for x in card.layers), following_sites(card.layers))
     parts = manifest["parts"]
+    if (kept := manifest["options"].get("weights", "exact")) not in WEIGHTS:
+        raise RunError(
+            f"{folder.name} keeps gate weights as {kept!r}, this program reads {' and '.join(WEIGHTS)}: open it with a later one"
+        )
 
     def load_tokens() -> pa.Table:
         tables = []
@@ -215,6 +220,10 @@ def _counted_again(folder: Path, trace: Trace, parts: Sequence[Mapping[str, Any]
     for record in parts:
         part = stored_part(folder, trace, record)
         check_part(part, trace.layers)
+        if trace.rounding and not all(np.array_equal(rounded(r.weights), r.weights) for r in part.routing):
+            raise TraceError(
+                f"{folder.name}: routing/part-{part.index:05d}.parquet has gate weights that are not rounded, as run.json says they are"
+            )
         yield part_statistics(part, trace.layers)
 
 

@@ -23,6 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .rounding import ROUNDED
+
 if TYPE_CHECKING:
     from .stats import Statistics
 
@@ -177,6 +179,7 @@ class Part:
 
     ``first_rows`` gives, per stream, the row number of the part's first token. ``probability_sums`` holds, per site,
     the sum over tokens of the router's probabilities, float64 [n_classes] (NaN-free; zeros where unknown).
+    ``weights`` says how gate weights are kept, one of rounding.WEIGHTS.
     """
 
     index: int
@@ -186,6 +189,7 @@ class Part:
     scores: tuple[SiteScores, ...]
     probability_sums: tuple[np.ndarray, ...]
     first_rows: Mapping[str, int]
+    weights: str = "exact"
 
     def stream_tokens(self, stream: str) -> pa.Table:
         """The part's token rows of one stream, in row order."""
@@ -233,6 +237,11 @@ class Trace:
         """Distinct labels of the documents, sorted; unlabelled documents have none."""
         return tuple(sorted({x for x in self.documents["label"].to_pylist() if x is not None}))
 
+    @property
+    def rounding(self) -> str:
+        """What a reader of gate weights must know, in sentences; "" where they are exact."""
+        return ROUNDED if self.options.get("weights", "exact") != "exact" else ""
+
     def n_tokens(self, stream: str = "decoder") -> int:
         """Tokens recorded in a stream."""
         of_stream = self.documents.filter(pc.equal(self.documents["stack"], stream))
@@ -273,7 +282,7 @@ class Trace:
         return self.routing(layer).experts
 
     def weights(self, layer: int) -> np.ndarray:
-        """float32 [tokens, k]: gate weights as executed."""
+        """float32 [tokens, k]: gate weights as executed; rounded where ``rounding`` says so."""
         return self.routing(layer).weights
 
     def chosen(self, layer: int) -> np.ndarray:
