@@ -8,9 +8,9 @@ WEIGHTS = ("exact", "8-bit")
 STEPS = 16  # values per octave: 256 of them span 16 octaves, and what lies beyond costs bytes, never accuracy
 LARGEST_ERROR = 2 ** (1 / (2 * STEPS)) - 1  # relative, 2.19 %
 ROUNDED = (
-    f"Gate weights of this run were rounded when it was recorded (8 bits, logarithmic): each is within {LARGEST_ERROR:.1%} of what was executed, and so"
-    f" are sums of them. Two that differ by less than {2 ** (1 / STEPS) - 1:.1%} may have become equal, and then the earlier slot counts as first"
-    " choice. Experts, loads and router scores are exact."
+    f"Gate weights of this run were rounded when it was recorded (8 bits, {STEPS} values per octave): each is within {LARGEST_ERROR:.1%} of what was"
+    f" executed. Two closer than {2 ** (1 / STEPS) - 1:.1%} may have become equal, so what goes by their order (first choices, drop policies by weight,"
+    " passages) can come out otherwise. Experts, loads and router scores are exact."
 )
 
 

@@ -147,7 +147,7 @@ class SiteRouting:
     """Decisions of one site for n tokens.
 
     experts  int16 or int32 [n, k]; executed expert ids, -1 = none (dropped natively or skipped).
-    weights  float32 [n, k]; gate weights as executed; 0 where there is no expert.
+    weights  float32 [n, k]; gate weights as executed (Trace.rounding: or rounded); 0 where there is no expert.
     chosen   [n, k]; ids before native capacity; the same array object where nothing was dropped.
     Slot order is not rank.
     """
