@@ -18,6 +18,7 @@ from analysis.export import describe, export_table
 from analysis.files import stamp
 from analysis.rounding import LARGEST_ERROR, ROUNDED, STEPS, rounded
 from analysis.store import RunError, open_run, verify_run
+from app.model_card import origin
 from app.report import report_html
 from app.text import plain
 
@@ -126,5 +127,6 @@ def test_files_and_the_command_line_say_so(run: Path, tmp_path: Path, capsys: py
     export_table(trace, "decisions", "parquet", tmp_path / "d.parquet")
     about = json.loads(pq.read_schema(tmp_path / "d.parquet").metadata[b"routerscope"])
     assert about["gate_weights"] == ROUNDED and describe(make_trace(), "load")["gate_weights"] == "exact, as executed"
+    assert "rounded to 8 bits" in origin(trace) and "8 bits" not in origin(replace(trace, options={}))
     assert "within 2.2%" in ROUNDED and "within 2.2%" in report_html(trace) and "8 bits" not in report_html(replace(trace, options={}))
     assert main(["stats", str(run)]) == 0 and ROUNDED in capsys.readouterr().out
