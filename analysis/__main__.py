@@ -102,7 +102,8 @@ def _capture(arguments: argparse.Namespace) -> int:
 
     options: dict[str, Any] = {
         "labels": [p.label for p in prompts], "names": [p.name for p in prompts], "out": arguments.out, "batch_size": arguments.batch_size,
-        "new_tokens": arguments.new_tokens, "max_tokens": arguments.max_tokens, "probabilities": arguments.probabilities, "progress": show,
+        "new_tokens": arguments.new_tokens, "max_tokens": arguments.max_tokens, "probabilities": arguments.probabilities, "weights": arguments.weights,
+        "progress": show,
     }  # fmt: skip
     texts = [p.text for p in prompts]
     try:
@@ -124,6 +125,8 @@ def _capture(arguments: argparse.Namespace) -> int:
     streams = dict.fromkeys(x.stream for x in trace.layers)
     tokens = ", ".join(f"{trace.n_tokens(s):,} {s} tokens" for s in streams)
     _say(f"\n{arguments.out}: {tokens}, {len(trace.layers)} routed layers", sys.stderr)
+    if trace.rounding:
+        _say(trace.rounding, sys.stderr)
     return 0
 
 
@@ -215,6 +218,8 @@ def _stats(arguments: argparse.Namespace) -> int:
     table = balance_table(trace).to_pandas()
     table.insert(0, "", [x.title for x in trace.layers])
     _say(f"{trace.name}: {trace.model.name} ({trace.model.family}), one column per routed layer, n = tokens\n")
+    if trace.rounding:
+        _say(f"{trace.rounding}\n")
     shown = table.drop(columns=["site", "layer", "stack"]).set_index("").T
     # One metric a line, so that the definitions can stand below and the table stays narrow; 8 layers fit 100 columns.
     for start in range(0, shown.shape[1], 8):

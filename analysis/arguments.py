@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .export import FORMATS, TABLES
+from .rounding import LARGEST_ERROR, WEIGHTS
 from .whatif import EXAMPLES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -87,6 +88,8 @@ def _add_capture_options(capture: argparse.ArgumentParser) -> None:
     capture.add_argument("--new-tokens", type=_at_least_none, default=0, help="continue each document greedily by so many tokens")
     capture.add_argument("--max-tokens", type=_at_least_one, help="refuse longer documents (default: the model's context)")
     capture.add_argument("--probabilities", action="store_true", help="keep every expert's probability (large)")
+    capture.add_argument("--weights", choices=WEIGHTS, default="exact",
+                         help=f"how gate weights are kept: exact (default), or rounded to 8 bits (within {100 * LARGEST_ERROR:.1f} %%)")  # fmt: skip
     _add_cluster_options(capture)
     capture.add_argument("--workers", type=_at_least_one, help="with --cluster: copies of the model (default: as many as have room)")
     capture.add_argument("--gpus", type=_at_least_none, default=0, help="with --cluster: GPUs per copy (default 0)")

@@ -307,7 +307,7 @@ def _positions(trace: Trace, stream: str, width: int | None) -> tuple[np.ndarray
 
 
 def _token_ids(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    ids = trace.stream_tokens(stream)["token_id"].to_numpy()
+    ids = trace.stream_tokens(stream, columns=["token_id"])["token_id"].to_numpy()
     there = np.flatnonzero(np.bincount(ids))  # ids are 0 and above
     code = np.empty(ids.max(initial=-1) + 1, np.int32)
     code[there] = np.arange(len(there))

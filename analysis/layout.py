@@ -1,12 +1,15 @@
 """The Parquet layout of decisions and scores: row groups of one site each, scalar columns, exact float32 weights.
 
 Ids are dictionary-coded uint8 or uint16, by the number of experts; weights are BYTE_STREAM_SPLIT float32, which holds
-bfloat16 and float16 values exactly at their own cost; pages carry checksums.
+bfloat16 and float16 values exactly at their own cost; pages carry checksums. Rounded weights are float32 too, so that every
+reader has the values, but dictionary-coded: an index of at most 8 bits each, as long as a site's weights span no more than 16 octaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,28 @@ import pyarrow.parquet as pq
 from .trace import NO_EXPERT, LayerInfo, Part, SiteRouting, SiteScores, id_dtype
 
 GROUP_ROWS = 16_384  # a document of 1,000 tokens costs a quarter of what it does in groups of 65,536, for 1 % more bytes
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a file says of itself, read and taken apart once: that of a deep model takes as long as a document."""
+
+    metadata: pq.FileMetaData
+
+    @classmethod
+    def of(cls, path: Path) -> Footer:
+        return cls(pq.read_metadata(path))
+
+    @cached_property
+    def sites(self) -> Mapping[int, Sequence[tuple[int, int]]]:
+        """(number, rows) of each site's row groups: those whose least value of column 1, ``site``, is its number."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for i in range(self.metadata.num_row_groups):
+            group = self.metadata.row_group(i)
+            known = group.column(1).statistics
+            if known is not None:  # none in a group of no rows
+                found.setdefault(known.min, []).append((i, group.num_rows))
+        return found
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -33,8 +58,9 @@ def write_routing(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
         kinds.append(("c", ids))
     columns = [(f"{kind}{i}", type_) for kind, type_ in kinds for i in range(width)]
     schema = pa.schema([("row", pa.int64()), ("site", pa.uint16()), ("document", pa.int32()), *columns])
-    encodings = {f"w{i}": "BYTE_STREAM_SPLIT" for i in range(width)} | {"row": "DELTA_BINARY_PACKED"}
-    coded = ["site", "document", *(n for n, _ in columns if n[0] != "w")]
+    exact = part.weights == "exact"
+    encodings = {f"w{i}": "BYTE_STREAM_SPLIT" for i in range(width if exact else 0)} | {"row": "DELTA_BINARY_PACKED"}
+    coded = ["site", "document", *(n for n, _ in columns if n[0] != "w" or not exact)]
 
     def tables() -> Iterator[pa.Table]:
         for layer, routing in zip(layers, part.routing, strict=True):
@@ -63,15 +89,13 @@ def write_scores(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
     _write_groups(tables(), schema, path, encodings, ["site"])
 
 
-def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq.FileMetaData | None = None) -> SiteRouting:
-    """Rows start to stop (within the part) of one site, from the row groups that hold them alone.
-
-    ``footer`` is the file's, where it was read before: that of a deep model takes as long to read as a document.
-    """
-    with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
+def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> SiteRouting:
+    """Rows start to stop (within the part) of one site, from the row groups that hold them alone; ``footer`` where it was read before."""
+    footer = Footer.of(path) if footer is None else footer
+    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
         chosen = "c0" in file.schema_arrow.names
         names = [f"{kind}{i}" for kind in ("e", "w", "c")[: 3 if chosen else 2] for i in range(layer.top_k)]
-        table = _read_rows(file, layer.index, names, start, stop)
+        table = _read_rows(file, footer, layer.index, names, start, stop)
     dtype = id_dtype(layer.n_classes)
     experts = _matrix(table, "e", layer.top_k, dtype, NO_EXPERT)
     weights = _matrix(table, "w", layer.top_k, np.dtype(np.float32), 0.0)
@@ -79,10 +103,11 @@ def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq
     return SiteRouting(experts, weights, experts if np.array_equal(before, experts) else before)
 
 
-def read_experts(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq.FileMetaData | None = None) -> np.ndarray:
+def read_experts(path: Path, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> np.ndarray:
     """The experts of ``read_routing`` alone: a third of the bytes, and no weight is unpacked."""
-    with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
-        table = _read_rows(file, layer.index, [f"e{i}" for i in range(layer.top_k)], start, stop)
+    footer = Footer.of(path) if footer is None else footer
+    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
+        table = _read_rows(file, footer, layer.index, [f"e{i}" for i in range(layer.top_k)], start, stop)
     return _matrix(table, "e", layer.top_k, id_dtype(layer.n_classes), NO_EXPERT)
 
 
@@ -97,32 +122,47 @@ def _matrix(table: pa.Table, kind: str, top_k: int, type_: np.dtype, missing: fl
     return out
 
 
-def read_scores(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq.FileMetaData | None = None) -> SiteScores:
+def read_scores(path: Path, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> SiteScores:
     """Rows start to stop (within the part) of one site's scores; ``footer`` as in ``read_routing``."""
-    with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
+    footer = Footer.of(path) if footer is None else footer
+    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
         kept = "p0" in file.schema_arrow.names
         names = ["entropy", "margin", "logsumexp", *(f"p{i}" for i in range(layer.n_classes if kept else 0))]
-        table = _read_rows(file, layer.index, names, start, stop)
+        table = _read_rows(file, footer, layer.index, names, start, stop)
     columns = [table[n].to_numpy() for n in names]
     return SiteScores(columns[0], columns[1], columns[2], np.stack(columns[3:], axis=1) if kept else None)
 
 
-def _read_rows(file: pq.ParquetFile, site: int, names: list[str], start: int, stop: int) -> pa.Table:
-    """Rows start to stop of a site; ValueError where the file has fewer.
+def read_tokens(path: Path, stream: str, start: int, stop: int, columns: Sequence[str], alone: bool,
+                footer: Footer | None = None) -> pa.Table:  # fmt: skip
+    """Rows start to stop (within the part) of one stream, from the row groups that hold them; ``alone``: the part has no other stream."""
+    footer = Footer.of(path) if footer is None else footer
+    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
+        if alone:
+            rows = np.arange(start, min(stop, file.metadata.num_rows))
+        else:
+            rows = np.flatnonzero(pc.equal(file.read(columns=["stack"])["stack"], stream).to_numpy())[start:stop]
+        if len(rows) != stop - start:
+            raise ValueError(f"{len(rows)} rows of stream {stream} instead of {stop - start}")
+        ends = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))])
+        first, last = np.searchsorted(ends, [rows[0], rows[-1]], "right") - 1 if len(rows) else (0, -1)
+        table = file.read_row_groups(list(range(first, last + 1)), columns=list(columns)).select(columns)
+    if not len(rows):
+        return table
+    rows = rows - ends[first]
+    together = rows[-1] - rows[0] == len(rows) - 1  # then nothing is copied
+    return table.slice(rows[0], len(rows)) if together else table.take(pa.array(rows))
 
-    A site's row groups are those whose least value of column 1, ``site``, is its number.
-    """
+
+def _read_rows(file: pq.ParquetFile, footer: Footer, site: int, names: list[str], start: int, stop: int) -> pa.Table:
+    """Rows start to stop of a site; ValueError where the file has fewer."""
     groups, skipped, rows = [], 0, 0
-    for i in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(i)
-        known = group.column(1).statistics
-        if known is None or known.min != site:  # none in a group of no rows
-            continue
-        if rows + group.num_rows <= start:
-            skipped += group.num_rows
+    for i, n in footer.sites.get(site, ()):
+        if rows + n <= start:
+            skipped += n
         elif rows < stop and start < stop:
             groups.append(i)
-        rows += group.num_rows
+        rows += n
     if rows < stop:
         raise ValueError(f"{rows} rows of site {site} instead of {stop} or more")
     return file.read_row_groups(groups, columns=names).slice(start - skipped, stop - start)

@@ -41,7 +41,7 @@ def token_class(text: str) -> str:
 
 def class_codes(trace: Trace, stream: str = "decoder") -> np.ndarray:
     """int64 [tokens of the stream] into CLASSES; -1 where a token's text is not known. Raises TraceError without tokens."""
-    text = trace.stream_tokens(stream)["token"].combine_chunks()
+    text = trace.stream_tokens(stream, columns=["token"])["token"].combine_chunks()
     coded = text if pa.types.is_dictionary(text.type) else text.dictionary_encode()
     at = {name: i for i, name in enumerate(CLASSES)}
     kinds = np.array([*(-1 if t is None else at[token_class(t)] for t in coded.dictionary.to_pylist()), -1])

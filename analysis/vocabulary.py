@@ -36,9 +36,9 @@ WORKERS = 4  # each holds the draws of one expert: some 50 MB for 10,000 token i
 
 def token_texts(trace: Trace, ids: np.ndarray, stream: str = "decoder") -> tuple[str | None, ...]:
     """Readable text of each token id as recorded in the run; None for an id that does not occur, or without tokens."""
-    if trace.tokens is None or not len(ids):
+    if trace.load_tokens is None or not len(ids):
         return (None,) * len(ids)
-    tokens = trace.stream_tokens(stream)
+    tokens = trace.stream_tokens(stream, columns=["token_id", "token"])
     recorded = tokens["token_id"].to_numpy()
     first = np.full(int(max(recorded.max(initial=0), ids.max())) + 1, -1)
     first[recorded[::-1]] = np.arange(len(recorded))[::-1]
@@ -73,7 +73,7 @@ def input_tokens(trace: Trace, site: int) -> TokenCounts:
         ids, row = np.unique(cells, return_inverse=True)
         tokens = np.bincount(row, counts, len(ids)).astype(np.int64) // layer.top_k
     else:  # some tokens have fewer than k experts: their number is in the tokens table only
-        recorded = trace.stream_tokens(layer.stream)["token_id"].to_numpy().astype(np.int64)
+        recorded = trace.stream_tokens(layer.stream, columns=["token_id"])["token_id"].to_numpy().astype(np.int64)
         ids, tokens = np.unique(recorded, return_counts=True)
         row = np.searchsorted(ids, cells)
     return TokenCounts(site, "input token", layer.n_classes, ids, tokens, row, experts, counts)
@@ -86,9 +86,9 @@ def next_tokens(trace: Trace, site: int) -> TokenCounts:
 
 def predicts(trace: Trace, stream: str = "decoder") -> bool:
     """Whether the run knows what the model predicted next for any token of the stream."""
-    if trace.tokens is None:
+    if trace.load_tokens is None:
         return False
-    predicted = trace.stream_tokens(stream)["predicted"]
+    predicted = trace.stream_tokens(stream, columns=["predicted"])["predicted"]
     return bool(predicted.null_count < len(predicted))
 
 
@@ -109,7 +109,7 @@ VARIANTS: Mapping[str, Callable[[Trace, int], TokenCounts]] = MappingProxyType(
 
 def coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """(ids ascending, int64 [tokens of the stream] into ids, -1 for a token that has none of this kind)."""
-    table = trace.stream_tokens(stream)
+    table = trace.stream_tokens(stream, columns=["token_id", "document", *(["predicted"] if kind == "predicted next token" else [])])
     if kind == "predicted next token":
         predicted = table["predicted"]
         known = np.full(len(predicted), -1)
@@ -204,7 +204,7 @@ def _label_of_document(trace: Trace, site: int) -> dict[int, str | None]:
 def _document_cells(trace: Trace, site: int, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(cell, count), cell = (token index x documents + document index) x classes + expert, of assignments that occur."""
     layer = trace.layers[site]
-    table = trace.stream_tokens(layer.stream)
+    table = trace.stream_tokens(layer.stream, columns=["token_id", "document"])
     recorded, owner = np.unique(table["token_id"].to_numpy(), return_inverse=True)[1], table["document"].to_numpy()
     at = np.minimum(np.searchsorted(documents, owner), max(len(documents) - 1, 0))
     base = np.where(documents[at] == owner, recorded * len(documents) + at, -1) if len(documents) else np.full(len(owner), -1)
@@ -327,14 +327,14 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
 
     One pass over the site; None for a run without decisions or tokens.
     """
-    if trace.source is None or trace.tokens is None:
+    if trace.source is None or trace.load_tokens is None:
         return None
     layer = trace.layers[counts.site]
     every, code = coded(trace, layer.stream, counts.kind)
     ids = every if ids is None else ids
     row = np.full(len(every) + 1, -1)  # the last for tokens that have no id
     row[np.searchsorted(every, ids)] = np.arange(len(ids))
-    owner = _coded_ids(trace.stream_tokens(layer.stream)["document"].to_numpy().astype(np.int64))[1]
+    owner = _coded_ids(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy().astype(np.int64))[1]
     known, asked, height, width = code >= 0, row[code] >= 0, max(len(ids), 1), layer.n_classes
     place = owner * height + row[code]  # by document first: pieces of the run then follow one another, but where one cuts a document
     pairs, occurs = np.unique(place[asked], return_counts=True)

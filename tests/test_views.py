@@ -26,7 +26,7 @@ from app.text import plain, visible_token
 from . import tiny
 from .families import FAMILIES
 from .nasty import NASTY
-from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, site
+from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, make_parts, site
 
 ROOT = Path(__file__).parent.parent
 CAPTURED = ("jetmoe", "longcat_flash", "zaya", "doge", "llama4")
@@ -55,6 +55,25 @@ def shown(page: str, run: str) -> AppTest:
         test.switch_page(f"views/{page}.py")
         test.run()
     return test
+
+
+@pytest.mark.parametrize("query", [{"doc": "1"}, {"doc": "1", "tour": "1"}])
+def test_a_document_is_shown_where_the_tokens_of_the_other_parts_cannot_be_read(runs: Path, query: dict[str, str]) -> None:
+    with RunWriter.open(runs / "two", card(PLAIN), {}) as writer:
+        for part in make_parts(PLAIN):
+            writer.write(part)
+        writer.commit()
+    for path in sorted((runs / "two" / "tokens").iterdir())[1:]:
+        path.write_bytes(bytes(path.stat().st_size))
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
+    for key, value in (query | {"run": "two"}).items():
+        test.query_params[key] = value
+    test.switch_page("views/tokens.py")
+    test.run()
+    assert not test.exception and test.title[0].value == "Which expert does each token go to?"
+    test.query_params["doc"] = "4"
+    test.run()
+    assert test.exception
 
 
 @pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs", "glossary"])

@@ -80,7 +80,7 @@ def measure(query: str, engine: str, folder: Path, tiny: Path) -> Figures | dict
 
 def _ready(run: Run, engine: str) -> Run:
     """What is no part of a question is done: the small tables read, connections made."""
-    _ = run.document, run.labels, run.files, run.trace.tokens is None, run.duckdb if engine == "DuckDB" else None
+    _ = run.document, run.labels, run.files, run.duckdb if engine == "DuckDB" else None
     return run
 
 
