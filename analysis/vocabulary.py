@@ -105,7 +105,7 @@ VARIANTS: Mapping[str, Callable[[Trace, int], TokenCounts]] = MappingProxyType(
 )  # OLMoE's three
 
 
-def _coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
+def coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """(ids ascending, int64 [tokens of the stream] into ids, -1 for a token that has none of this kind)."""
     table = trace.stream_tokens(stream)
     if kind == "predicted next token":
@@ -133,7 +133,7 @@ def _coded_ids(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _counted(trace: Trace, site: int, kind: str) -> TokenCounts:
     """One pass over a site's decisions."""
     layer = trace.layers[site]
-    ids, code = _coded(trace, layer.stream, kind)
+    ids, code = coded(trace, layer.stream, kind)
     size = len(ids) * layer.n_classes
     count_all = size <= 16 * ROWS * layer.top_k  # counting beats sorting where a block fills much of the table
     dense, cells, n = np.zeros(size if count_all else 0, np.int64), [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -146,7 +146,7 @@ def _counted(trace: Trace, site: int, kind: str) -> TokenCounts:
             found = np.unique(keys, return_counts=True)
             cells, n = [*cells, found[0]], [*n, found[1]]
     cell = np.flatnonzero(dense)
-    cell, count = (cell, dense[cell]) if count_all else _summed(np.concatenate(cells), np.concatenate(n))
+    cell, count = (cell, dense[cell]) if count_all else summed(np.concatenate(cells), np.concatenate(n))
     tokens = np.bincount(code[code >= 0], minlength=len(ids))
     return TokenCounts(site, kind, layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count)
 
@@ -326,7 +326,7 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
     if trace.source is None or trace.tokens is None:
         return None
     layer = trace.layers[counts.site]
-    every, code = _coded(trace, layer.stream, counts.kind)
+    every, code = coded(trace, layer.stream, counts.kind)
     ids = every if ids is None else ids
     row = np.full(len(every) + 1, -1)  # the last for tokens that have no id
     row[np.searchsorted(every, ids)] = np.arange(len(ids))
@@ -345,7 +345,7 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
         mine = experts[asked[here]]
         found = np.unique((place[here][asked[here], None] * width + mine)[mine >= 0], return_counts=True)
         cells, n = [*cells, found[0]], [*n, found[1]]
-    cell, count = _summed(np.concatenate(cells), np.concatenate(n))
+    cell, count = summed(np.concatenate(cells), np.concatenate(n))
     pair, expert = np.divmod(cell, width)
     document, at = np.divmod(pair, height)
     leans = count * size[document] > load[document * width + expert] * occurs[np.searchsorted(pairs, pair)]
@@ -353,7 +353,7 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
     return DocumentUse(ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width))
 
 
-def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(keys ascending, sum of their counts), int64; fast for keys that are sorted runs, as a merge sort is."""
     order = keys.argsort(kind="stable")
     keys = keys[order]

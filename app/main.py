@@ -7,7 +7,6 @@ from streamlit.runtime.scriptrunner import StopException
 
 from app import figures, jobs, tour
 from app.selection import header, publish
-from app.text import tighten
 
 st.set_page_config(page_title="Routerscope", page_icon="app/static/favicon.png", layout="wide")
 
@@ -25,7 +24,6 @@ page = st.navigation(
     ],
     position="top",
 )
-tighten()
 header()
 figures.begin()
 try:

@@ -23,6 +23,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOSTS = ("localhost", "127.0.0.1")
+# The parts of Streamlit's page that ours open with, as its files are called; plotly.js, the largest, first.
+EARLY = ("PlotlyChart", "Html", "Selectbox", "PageLink", "BidiComponent", "Metric", "DownloadButton", "ButtonGroup")
 # Streamlit's internal counters name sessions and scripts; nobody outside needs them.
 CLOSED = ("/_stcore/metrics",)
 
@@ -49,12 +51,65 @@ def content_security_policy(page: str) -> str:
     )
 
 
-class SecurityHeaders:
-    """Adds the headers to every response."""
+def early_scripts(static: Path) -> list[str]:
+    """Names of the scripts for EARLY and of all they import, without those that Streamlit's page names itself.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Asked for with the page: without that, the browser asks for some forty of them once the script has run. Their names hold digests,
+    so they are looked up, and what this release of Streamlit has no more is left out.
+    """
+    scripts, named = static / "static" / "js", (static / "index.html").read_text(encoding="utf-8")
+    wanted = [path.name for part in EARLY for path in scripts.glob(f"{part}.*.js")]
+    for name in wanted:  # grows while it is walked through
+        imported = re.findall(r"(?:from|import)\"\./([^\"/]+\.js)\"", (scripts / name).read_text(encoding="utf-8"))
+        wanted += [n for n in dict.fromkeys(imported) if n not in named and n not in wanted]
+    return wanted
+
+
+def own_page(static: Path) -> str:
+    """Streamlit's page with our name, our style and the scripts it will need."""
+    page = (static / "index.html").read_text(encoding="utf-8")
+    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    early = "".join(f'<link rel="modulepreload" crossorigin href="/static/js/{name}">\n' for name in early_scripts(static))
+    return page.replace("<title>Streamlit</title>", "<title>Routerscope</title>").replace(
+        "</head>", f"{early}<style>{style}</style>\n</head>"
+    )
+
+
+class OwnPage:
+    """Sends ``page`` wherever Streamlit answers with its own: at the root and at every path of one name."""
+
+    def __init__(self, app: ASGIApp, page: str) -> None:
+        self.app, self.page = app, page.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or "/" in scope["path"].strip("/"):
+            await self.app(scope, receive, send)
+            return
+        conditions = (b"if-none-match", b"if-modified-since", b"range")  # a browser may know Streamlit's own page from before
+        scope = {**scope, "headers": [h for h in scope["headers"] if h[0] not in conditions]}
+        ours = False
+
+        async def replaced(message: Message) -> None:
+            nonlocal ours
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                ours = message["status"] == 200 and headers.get("content-type", "").startswith("text/html")
+                if ours:
+                    headers["Content-Length"] = str(len(self.page))
+                    for name in ("etag", "last-modified", "content-encoding"):  # they tell of the page replaced
+                        del headers[name]
+            elif ours:
+                message = {**message, "body": b"" if message.get("more_body") else self.page}
+            await send(message)
+
+        await self.app(scope, receive, replaced)
+
+
+class SecurityHeaders:
+    """Adds the headers to every response; ``page`` is what its policy is made for."""
+
+    def __init__(self, app: ASGIApp, page: str) -> None:
         self.app = app
-        page = (Path(st.__file__).parent / "static" / "index.html").read_text(encoding="utf-8")
         self.headers = {
             "Content-Security-Policy": content_security_policy(page),
             "X-Content-Type-Options": "nosniff",
@@ -112,9 +167,12 @@ def plotly_script(_: Request) -> FileResponse:
     return FileResponse(path, media_type="text/javascript", headers={"Cache-Control": "max-age=3600"})
 
 
+PAGE = own_page(Path(st.__file__).parent / "static")
+
 app = st.App(
     "main.py",
     routes=[Route("/plotly.min.js", plotly_script)],
-    middleware=[Middleware(SecurityHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS)), Middleware(ClosedRoutes)],
+    middleware=[Middleware(SecurityHeaders, page=PAGE), Middleware(OwnPage, page=PAGE), Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS)),
+                Middleware(ClosedRoutes)],
     on_script_error=on_script_error,
-)
+)  # fmt: skip

@@ -15,10 +15,6 @@ from urllib.parse import urlencode
 import streamlit as st
 
 _MARKS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-_STYLE = (
-    "[data-testid=stButtonGroup] button[data-selected=true] p { color: CanvasText; }",
-    "@media (max-width: 640px) { [data-testid=stButtonGroup] > * { flex-wrap: wrap; overflow: visible; } }",
-)
 _MARKDOWN = re.compile(r"([!-/:-@\[-`{-~])")
 
 
@@ -105,9 +101,9 @@ def show_text(text: str) -> None:
     st.markdown(plain(text))
 
 
-def show_note(text: str) -> None:
-    """A caption made of data text."""
-    st.caption(plain(text))
+def show_note(text: str, how: str = "") -> None:
+    """A caption made of data text; ``how`` is shown where one points at its question mark."""
+    st.caption(plain(text), help=plain(how) or None)
 
 
 def show_definitions(run: str, terms: Mapping[str, str]) -> None:
@@ -124,12 +120,3 @@ def show_error(text: str) -> None:
 def counted(n: int, one: str, many: str | None = None) -> str:
     """A number with its noun: 1 token, 2,300 tokens."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
-
-
-def tighten() -> None:
-    """Our one piece of markup, without data, for what Streamlit has no option for.
-
-    The chosen segment in the primary colour, which on dark has a contrast of 3.7 where 4.5 are asked for (white on a primary button
-    needs it as dark as it is); a row of segments cut off on a narrow screen.
-    """
-    st.html("<style>" + "".join(_STYLE) + "</style>")  # noqa: TID251

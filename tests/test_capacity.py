@@ -44,7 +44,8 @@ def test_every_table_adds_up_to_the_layer(layers: tuple, scope: str, size: int |
     for table in (applied.by_label(), applied.by_position(), applied.by_position(4), applied.by_document(), applied.by_token()):
         summed = table.group_by("site", use_threads=False).aggregate([(c, "sum") for c in COUNTS]).to_pylist()
         assert [[r[f"{c}_sum"] for c in COUNTS] for r in summed] == [[r[c] for c in COUNTS] for r in rows]
-    experts = applied.by_expert().group_by("site").aggregate([(c, "sum") for c in ("dropped", "kept", "slots", "idle")]).to_pylist()
+    counts = [(c, "sum") for c in ("dropped", "kept", "slots", "idle")]
+    experts = applied.by_expert().group_by("site", use_threads=False).aggregate(counts).to_pylist()
     assert [[r[f"{c}_sum"] for c in ("dropped", "kept", "slots", "idle")] for r in experts] == [
         [r[c] for c in ("dropped", "kept", "slots", "idle")] for r in rows]  # fmt: skip
     summary = applied.summary()

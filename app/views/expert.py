@@ -145,7 +145,7 @@ with st.container(horizontal=True):
 known = evidence(trace, run, site)
 card = expert_card(trace, site, expert, known)
 text.show_heading(f"{card.title[:1].upper()}{card.title[1:]}: {card.description}")
-numbers = st.container(horizontal=True)
+numbers = st.container(horizontal=True, key="numbers")
 numbers.metric(
     "Share of tokens", f"{card.share:.1%}", border=True, help=f"Of the layer's {card.n:,} tokens; an even share is {card.even_share:.1%}."
 )

@@ -33,7 +33,7 @@ def what_if() -> None:
                        str(min(start.top_k, experts)), width=180))  # fmt: skip
     mixture: Mixture = replace(start, experts=experts, top_k=k)
     weight = weigh(mixture)
-    numbers = st.container(horizontal=True)
+    numbers = st.container(horizontal=True, key="numbers-in-memory")
     numbers.metric("Parameters held", in_words(weight.total), border=True, help="All of them must be in memory to serve the model.")
     numbers.metric("Used by one token", in_words(weight.active), border=True, help="Shared parts and top-k experts of every layer.")
     numbers.metric(
@@ -59,7 +59,7 @@ def options(values: Any, own: int) -> dict[str, str]:
 st.title("What is inside this model, and how much of it does one token use?")
 trace = current_trace()
 card = trace.model
-numbers = st.container(horizontal=True)
+numbers = st.container(horizontal=True, key="numbers")
 numbers.metric(
     "Parameters", f"{card.parameters / 1e6:,.1f} M", border=True, help="All weights of the model, input and output embedding included."
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import streamlit as st
 
 from analysis.glossary import GLOSSARY
 from analysis.information import Information
+from analysis.jackknife import DocumentInterval, vocabulary_interval
 from analysis.paths import PairCounts, coactivation, flow, repetition, saturation
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
 from analysis.token_classes import by_class
@@ -32,7 +34,7 @@ from analysis.vocabulary import (
 from app import charts, text
 from app.downloads import computed_downloads
 from app.figures import show_figure
-from app.layers import kept, layer_by_layer
+from app.layers import kept, layer_by_layer, one_layer
 from app.selection import choice, comparable_runs, current_trace, layer_picker, open_expert, recording_id, section, theme
 
 KINDS = {
@@ -134,6 +136,7 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         f" {alone.floor:.2f}. n = {alone.n:,} assignments of {words.n_ids:,} ids. Vocabulary specialization (OLMoE eq. 8) over ids seen at least"
         f" {words.least} times: {words.frequent:.2f}, by chance {words.chance_frequent:.2f}."
     )
+    beside = st.container()
     if "predicted" not in variants:
         text.show_note(PREDICTED_NEXT)
     by_expert = {
@@ -151,11 +154,36 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     )
     tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in enumerate(found) for t in uses])
     tables = {"tokens by expert": ("one row per expert and token; p takes each occurrence for independent", tokens)}
+    with beside:
+        tables["interval"] = "one row: vocabulary specialization of the layer with its interval over documents", show_interval(asked)
     follow = section("follow", "Which token do the layers follow? Reads every decision of the run")
     if follow.open:
         with follow:
             tables["vocabulary specialization"] = "one row per layer and kind of token", show_followed(variants, words.least, alone.n)
     return tables
+
+
+def show_interval(asked: str) -> pa.Table:
+    """Between which values the layer's vocabulary specialization lies, or why that is not known."""
+
+    def make(progress: Callable[[int, int], None]) -> pa.Table:
+        found = vocabulary_interval(trace, VARIANTS[asked](trace, site), progress=progress)
+        return pa.Table.from_pylist([{"site": site, "token_is": asked, **asdict(found)}])
+
+    table = one_layer(site, kept(run, ("vocabulary interval", asked)), make)
+    row = table.to_pylist()[0]
+    found = DocumentInterval(**{k: v for k, v in row.items() if k not in ("site", "token_is")})
+    if found.missing:
+        text.show_note(f"Vocabulary specialization has no interval here: {found.missing}.")
+        return table
+    each = text.counted(found.documents, "document") if found.left_out == found.documents else (
+        f"{found.left_out:,} runs of documents ({found.documents:,} in all)")  # fmt: skip
+    text.show_note(
+        f"Vocabulary specialization {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}: its mean over other collections of as many"
+        f" documents like these. Each of {each} is left out in turn (jackknife): documents drawn again (bootstrap) bring no other text, which raises"
+        " this figure, and their interval misses. It errs on the wide side; what rare ids add is in the chance too."
+    )
+    return table
 
 
 def show_followed(variants: Mapping[str, str], least: int, n: int) -> pa.Table:

@@ -14,6 +14,12 @@ def rest(page: Page) -> None:
     page.locator("[data-test-script-state=notRunning]").first.wait_for()
 
 
+def still(page: Page) -> None:
+    """Until nothing fades or slides any more; what pulses for ever does not count."""
+    page.evaluate("""() => Promise.all(document.getAnimations()
+        .filter((a) => a.effect.getComputedTiming().endTime < Infinity).map((a) => a.finished.catch(() => {})))""")
+
+
 @contextmanager
 def rerun(page: Page) -> Iterator[None]:
     """Around an act that the script answers: at the end of the block, until it has run once more. Asking whether it rests right after

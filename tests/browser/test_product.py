@@ -9,7 +9,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from .acts import rest
+from .acts import rest, still
 from .screenshots import PAGES
 from .served import served
 
@@ -47,7 +47,7 @@ def test_axe_finds_nothing_worse_than_minor_and_nothing_runs_over(browser: Brows
     bad = {}
     for page in LOOKS[theme, width]:
         it = opened(context, address, "" if page == "overview" else page)
-        it.wait_for_timeout(500)  # until text that faded in is opaque
+        still(it)  # text that fades in has too little contrast
         found = [
             (v["impact"], v["id"], [n["html"][:200] for n in v["nodes"]])
             for v in Axe().run(it).response["violations"]
@@ -81,7 +81,7 @@ def test_the_tour_goes_through_five_pages_and_closes(browser: Browser, address: 
 
 def test_an_expert_is_found_by_typing(browser: Browser, address: str) -> None:
     page = opened(browser, address, "expert?run=demo-run")
-    box = page.get_by_label("Go to")
+    box = page.get_by_role("textbox", name="Go to", exact=True)
     box.fill("L3 E5")
     box.press("Enter")
     expect(page.get_by_role("heading", name="Layer 3, expert 5")).to_be_visible()

@@ -1,12 +1,16 @@
 """The really served app: foreign hosts and origins refused, every response with its headers, closed routes closed."""
 
 import http.client
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import streamlit
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from app.serve import EARLY, early_scripts, own_page
 from tests.browser.served import served
 
 HEADERS = {"x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer"}
@@ -72,3 +76,21 @@ def test_foreign_websockets_are_refused(address: str, host: str | None, origin: 
 def test_own_websocket_is_accepted(address: str) -> None:
     with connect(f"ws://{address}/_stcore/stream", origin=f"http://{address}", open_timeout=10):
         pass
+
+
+STATIC = Path(streamlit.__file__).parent / "static"
+
+
+def test_the_page_is_ours_on_every_path_that_is_a_page(address: str) -> None:
+    """Name and style are in it, as are the scripts of EARLY, each of which this release has and serves; other answers stay as they are."""
+    page = own_page(STATIC)
+    assert "<title>Routerscope</title>" in page and (Path("app") / "style.css").read_text() in page
+    assert all(any(name.startswith(f"{part}.") for name in early_scripts(STATIC)) for part in EARLY)
+    for path in ("/", "/tokens", "/specialization"):
+        response = http.client.HTTPConnection(address, timeout=10)
+        response.request("GET", path, headers={"Accept-Encoding": "gzip", "If-None-Match": "*"})
+        answer = response.getresponse()
+        assert answer.read().decode() == page and answer.getheader("etag") is None and answer.getheader("content-encoding") is None
+    scripts = re.findall(r'href="(/static/js/[^"]+)"', page)
+    assert len(scripts) == len(set(scripts)) >= len(EARLY) and all(asked(address, s).status == 200 for s in scripts)
+    assert asked(address, "/_stcore/health").getheader("content-length") != str(len(page))

@@ -19,6 +19,7 @@ from app.selection import acted
 from app.strip_data import strip_data
 
 _HERE = Path(__file__).parent
+COLUMNS = 130  # characters in a line of a wide page
 _strip = st.components.v2.component(
     "routerscope_token_strip",
     html='<div class="strip"></div>\n',
@@ -82,9 +83,16 @@ def token_strip(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[
         token=-1 if known.first[1] is None else known.first[1], spotlight=spotlight, compact=compact,
         lost=None if lost is None else [int(x) for x in lost], tells=on_layer is not None,
     )  # fmt: skip
-    result = _strip(data=data, key=known.key, on_token_change=lambda: tell(1, "token", len(texts)),
-                    on_layer_change=lambda: tell(0, "layer", len(layers)))  # fmt: skip
+    with st.container(key=f"{slot}-room-{_room(texts, breaks, compact)}"):
+        result = _strip(data=data, key=known.key, on_token_change=lambda: tell(1, "token", len(texts)),
+                        on_layer_change=lambda: tell(0, "layer", len(layers)))  # fmt: skip
     return Stripped(_within(result, "token", len(texts)), _within(result, "layer", len(layers)))
+
+
+def _room(texts: Sequence[str], breaks: Sequence[bool], compact: bool) -> str:
+    """Which room style.css keeps before the script of the strip has come: what a text of so many lines fills on a wide page, and no more."""
+    lines = len("".join(texts)) // COLUMNS + sum(breaks)
+    return ("passage" if lines >= 4 else "none") if compact else "strip" if lines >= 12 else "line"
 
 
 def _within(result: Any, name: str, length: int) -> int | None:
