@@ -62,10 +62,10 @@ class DenseSum:
     def site(self, site: int, more: pa.Table | None = None) -> pa.Table:
         """The counts of one site that are not 0, sorted by key and expert, with those of ``more`` added, which is sorted, too, and has place."""
         cells = self._cells[site] if site < len(self._cells) else self._cells[0, :0]
-        added = [x.to_numpy() for x in (self._schema.empty_table() if more is None else more).columns[1:]]
-        n = np.count_nonzero(cells) + len(added[0])
+        added = tuple(x.to_numpy() for x in (self._schema.empty_table() if more is None else more).columns[1:])
+        n = int(np.count_nonzero(cells)) + len(added[0])
         key, expert, count = np.empty(n + 1, np.int32), np.empty(n + 1, np.int32), np.empty(n + 1, np.int64)
-        n = _take_cells(cells, self._first, *added, key, expert, count)
+        n = _take_cells(cells, self._first, added, key, expert, count)
         types = self._schema.types
         columns = [
             pa.repeat(pa.scalar(site, types[0]), n),
@@ -99,13 +99,14 @@ def _add_cells(site: np.ndarray, key: np.ndarray, expert: np.ndarray, count: np.
 
 
 @compiled
-def _take_cells(cells: np.ndarray, first: int, more_key: np.ndarray, more_expert: np.ndarray, more_count: np.ndarray, key: np.ndarray,
-                expert: np.ndarray, count: np.ndarray) -> int:  # fmt: skip
-    """Copy the cells of a site that are not 0, in order, with the rows of ``more`` added; returns how many, there is room for one more.
+def _take_cells(cells: np.ndarray, first: int, more: tuple[np.ndarray, ...], key: np.ndarray, expert: np.ndarray,
+                count: np.ndarray) -> int:  # fmt: skip
+    """Copy the cells of a site that are not 0, in order, with the rows of ``more`` (key, expert, count) added; returns how many, there is room for one more.
 
     Each cell is written, and kept where it was counted. The few keys of which there is more are written once again.
     """
     m = p = 0
+    more_key, more_expert, more_count = more
     for k in range(cells.shape[0]):
         begin = m
         for e in range(cells.shape[1]):
