@@ -182,6 +182,8 @@ def _label_blocks(site: int, by_run: np.ndarray, rows: StreamRows) -> Iterator[B
 def _score_blocks(site: int, width: int, scores: SiteScores, bins: int) -> Iterator[Block]:
     top = float(np.log(width)) if width > 1 else 1.0
     entropy, margin, logsumexp = (np.ascontiguousarray(x) for x in (scores.entropy, scores.margin, scores.logsumexp))
+    if not len(entropy) == len(margin) == len(logsumexp):  # a kernel would read beyond the shortest
+        raise ValueError(f"site {site}: {len(entropy)} entropies, {len(margin)} margins, {len(logsumexp)} logsumexps")
     counts, sums = np.zeros((2, bins), np.int64), np.zeros((2, bins))
     count, total = counting.count_scores(entropy, top, margin, logsumexp, counts, sums)
     for i, name in enumerate(("entropy", "margin")):
