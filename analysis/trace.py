@@ -359,8 +359,8 @@ def check_site(layer: LayerInfo, routing: SiteRouting, n_tokens: int, where: str
     for ids in (routing.experts,) if routing.chosen is routing.experts else (routing.experts, routing.chosen):
         if ids.size and (ids.min() < NO_EXPERT or ids.max() >= layer.n_classes):
             raise TraceError(f"{where}, {layer.name}: expert id {ids.max()} outside 0..{layer.n_classes - 1}")
-        ordered = np.sort(ids, axis=1)
-        if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_EXPERT)).any():
+        slots = np.ascontiguousarray(ids.T)  # to compare each with all after it takes a fraction of sorting every row
+        if any(((slots[i + 1 :] == slots[i]) & (slots[i] != NO_EXPERT)).any() for i in range(layer.top_k - 1)):
             raise TraceError(f"{where}, {layer.name}: a token was sent to one expert twice")
 
 

@@ -21,7 +21,7 @@ from analysis.store import RunError, delete_run, list_runs, open_run, valid_run_
 from analysis.trace import TOKENS, LayerInfo, Part, SiteRouting, Trace
 from analysis.writing import RunWriter
 
-from .synthetic import MANY, PLAIN, TWO_STREAMS, card, differences, make_part, make_parts, make_trace, site
+from .synthetic import MANY, PLAIN, SPECIAL, TWO_STREAMS, card, differences, make_part, make_parts, make_trace, site
 
 UNEVEN = (site(0, 6, 1), site(1, 9, 3))
 
@@ -91,9 +91,19 @@ def test_layout_is_row_groups_of_one_site_with_checksums(tmp_path: Path) -> None
     file = pq.ParquetFile(tmp_path / "run" / "routing" / "part-00000.parquet")
     assert file.num_row_groups == len(MANY)
     assert str(file.schema_arrow.field("e0").type) == "uint16"
-    column = file.metadata.row_group(0).column(file.schema_arrow.names.index("w0"))
-    assert "BYTE_STREAM_SPLIT" in column.encodings and column.compression == "ZSTD"
+    for name in ("e0", "w0"):
+        column = file.metadata.row_group(0).column(file.schema_arrow.names.index(name))
+        assert "BYTE_STREAM_SPLIT" in column.encodings and column.compression == "ZSTD" and not column.is_stats_set
     assert "DELTA_BINARY_PACKED" in file.metadata.row_group(0).column(0).encodings
+
+
+def test_columns_say_whether_they_can_hold_a_null(tmp_path: Path) -> None:
+    """Ids can; weights where a site has fewer than another; scores and keys never."""
+    for name, layers, some in (("plain", PLAIN, False), ("special", SPECIAL, True)):
+        stored(tmp_path / name, layers)
+        routing, scores = (pq.read_schema(tmp_path / name / kind / "part-00000.parquet") for kind in ("routing", "scores"))
+        can = {f.name for f in routing if f.nullable}
+        assert can == {n for n in routing.names if n[0] in "ec" or (some and n[0] == "w")} and not any(f.nullable for f in scores)
 
 
 def test_a_changed_page_is_an_error_that_names_the_file(tmp_path: Path) -> None:

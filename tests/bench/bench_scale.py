@@ -57,7 +57,7 @@ def write_run(folder: Path, shape: tuple[int, int, int], decisions: int) -> Figu
 
 def count_again(run: Run) -> object:
     """All statistics once more, from the stored decisions."""
-    return merge_statistics(_counted_again(run.trace, read_manifest(run.folder)["parts"]))
+    return merge_statistics(_counted_again(run.folder, run.trace, read_manifest(run.folder)["parts"]))
 
 
 def measure(query: str, engine: str, folder: Path, tiny: Path) -> Figures | dict[str, str]:
