@@ -1,8 +1,8 @@
 """The same capture and the same statistics on a Ray cluster. Ray is optional and imported only where it is used.
 
 One process per copy of the model, a *replica*, captures whole parts and writes them as a capture in one process does, into a folder that
-every node sees or below an address of an object store; this process plans the parts, and writes the manifest when every part's record is there. A part is fixed beforehand by
-its documents and row numbers, so who captures it, when, and how often changes nothing.
+every node sees or below an address of an object store; this process plans the parts, and writes the manifest when every part's record is
+there. A part is fixed beforehand by its documents and row numbers, so who captures it, when, and how often changes nothing.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Replica:
         return card, plan_parts(model, tokenizer, texts, labels=labels, names=names, **limits)
 
     def capture(self, planned: PlannedPart, card: ModelCard, texts: Sequence[str], run: str, options: Mapping[str, Any]) -> None:
-        """Capture one planned part and store it in the folder or below the address ``run``. Raises ClusterError where this node differs from the others."""
+        """Capture one planned part and store it in the folder or below the address ``run``. Raises ClusterError where nodes differ."""
         from .capture import capture_parts
 
         place = Place.of(run)
@@ -112,7 +112,8 @@ def capture_on_cluster(
 
     ``out`` and ``model`` are the same folders on every node; ``loading`` goes to load_model. ``out`` may also be an address that pyarrow.fs
     opens, with the credentials of each node: parts go there from the nodes, and the answer is None, for a run is read from a folder
-    (copying). An interrupted capture is resumed, whoever started it. Raises ClusterError and what ``capture`` raises; generation is refused: row numbers must be known beforehand.
+    (copying). An interrupted capture is resumed, whoever started it. Raises ClusterError and what ``capture`` raises; generation is
+    refused: row numbers must be known beforehand.
     """
     from .capture import PART_TOKENS
 

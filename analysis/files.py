@@ -65,9 +65,11 @@ def scratch() -> Iterator[Path]:
             os.close(held)
     while True:
         folder = Path(tempfile.mkdtemp(prefix="routerscope-scratch-"))
-        held = _held(folder, 0)
-        if held is not None and folder.exists():  # else another process took it for one that was left
+        if (held := _held(folder, 0)) is None:
+            continue
+        if folder.exists():  # else another process took it for one that was left
             break
+        os.close(held)
     try:
         yield folder
     finally:

@@ -36,8 +36,8 @@ class RunWriter:
     workspace of ``place``: where that is an address, parts stay there, and only records, documents and statistics come here.
     """
 
-    def __init__(self, place: Place, folder: Path, card: ModelCard, options: Mapping[str, Any], opened: ExitStack) -> None:
-        self.place, self.folder, self.card, self.options, self._opened = place, folder, card, dict(options), opened
+    def __init__(self, place: Place, folder: Path, card: ModelCard, options: Mapping[str, Any]) -> None:
+        self.place, self.folder, self.card, self.options, self._opened = place, folder, card, dict(options), ExitStack()
         self.refresh()
 
     @classmethod
@@ -56,7 +56,9 @@ class RunWriter:
             opened.callback(os.close, _locked(folder, place.name))
             sweep(folder)
             _check_same_capture(place, folder, card, options)
-            return cls(place, folder, card, options, opened.pop_all())
+            writer = cls(place, folder, card, options)
+            writer._opened = opened.pop_all()
+            return writer
 
     def refresh(self) -> frozenset[int]:
         """Look again at what is stored; numbers of the whole parts, of which those after a gap do not count yet."""
