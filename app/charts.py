@@ -24,6 +24,7 @@ UNSEEN = "unseen"  # a trace's name: it is there for the mouse, and is not print
 BAR: Mapping[str, Any] = MappingProxyType({"displaylogo": False, "modeBarButtonsToRemove": ["toImage", "select2d", "lasso2d"]})
 OCTAVES = 3
 CLICKABLE = 15_000  # cells of a map; more markers over them would hold up the browser
+NUMBERED = 80  # tokens of a map whose cells hold their expert's number; text over more holds up the browser
 LEAST_USES = 20  # tokens an expert must have for its row of effects to be coloured
 _TIMES = ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"]
 _ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
@@ -234,28 +235,32 @@ def piece_bars(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: n
     return _sized(figure, 320)
 
 
-def busiest_hues(experts: np.ndarray) -> np.ndarray:
-    """The hue of each token's expert at one layer: experts [n], -1 = none -> float32 [n], 0 for the busiest of these tokens.
+def busiest_hues(experts: np.ndarray, hued: Sequence[int]) -> np.ndarray:
+    """The hue of each token's expert at one layer: experts [n], -1 = none -> float32 [n], the expert's place in ``hued``.
 
-    Only the first len(palette.EXPERTS) get a hue of their own, as in the token strip; all others share the next number, and
-    a token without an expert is NaN. Equal counts rank by expert id.
+    Every expert that is not in ``hued`` shares the number len(palette.EXPERTS), and a token without an expert is NaN.
     """
-    ids, counts = np.unique(experts[experts >= 0], return_counts=True)
-    rank = np.full(int(experts.max(initial=-1)) + 2, np.nan, np.float32)  # the last entry serves -1
-    rank[ids[np.lexsort((ids, -counts))]] = np.minimum(np.arange(len(ids)), len(palette.EXPERTS))
-    return rank[experts]
+    place = np.full(max(int(experts.max(initial=-1)), *hued, -1) + 2, len(palette.EXPERTS), np.float32)
+    place[list(hued)], place[-1] = np.arange(len(hued)), np.nan  # the last entry serves -1
+    return place[experts]
 
 
-def token_map(values: np.ndarray, tokens: Sequence[str], rows: Sequence[str], what: str, theme: str, discrete: bool) -> go.Figure:
-    """Layers x tokens. ``discrete`` values are expert ids, coloured as ``busiest_hues`` says; else an amount."""
+def token_map(
+    values: np.ndarray, tokens: Sequence[str], rows: Sequence[str], what: str, theme: str, hued: Sequence[Sequence[int]] | None = None
+) -> go.Figure:
+    """Layers x tokens: an amount, or, where ``hued`` gives the experts with a hue per layer, expert ids, coloured as ``busiest_hues`` says.
+
+    The ids stand in the cells of up to NUMBERED tokens.
+    """
     x = [f"{i} {t}" for i, t in enumerate(tokens)]  # the number keeps repeated tokens apart
+    discrete = hued is not None
     colours, shown, top = palette.scale(palette.AMOUNT[theme]), values.astype(np.float32), None
-    if discrete:
-        hues = (*palette.EXPERTS, palette.OTHER)
-        top = len(hues)
-        shown = np.stack([busiest_hues(v) for v in values])
+    if hued is not None:
+        inks = (*palette.EXPERTS, palette.OTHER)
+        top = len(inks)
+        shown = np.stack([busiest_hues(v, h) for v, h in zip(values, hued, strict=True)])
         shown = shown if np.isnan(shown).any() else shown.astype(np.uint8)  # a quarter of the bytes
-        colours = [(s, c) for i, c in enumerate(hues) for s in (i / top, (i + 1) / top)]
+        colours = [(s, c) for i, c in enumerate(inks) for s in (i / top, (i + 1) / top)]
     figure = go.Figure(
         go.Heatmap(
             z=shown, x=x, y=list(rows), customdata=values if discrete else shown, colorscale=colours, showscale=not discrete,
@@ -264,6 +269,8 @@ def token_map(values: np.ndarray, tokens: Sequence[str], rows: Sequence[str], wh
             hovertemplate="%{y}, token %{x}<br>" + what + " %{customdata:" + (".0f" if discrete else ".3f") + "}<extra></extra>",
         )
     )  # fmt: skip
+    if discrete and len(x) <= NUMBERED:
+        figure.update_traces(text=np.where(values < 0, "", values.astype(int).astype(str)), texttemplate="%{text}")
     figure.update_xaxes(type="category", showticklabels=len(x) <= 60, title="token, in order")
     figure.update_yaxes(autorange="reversed", type="category")
     return _sized(figure, max(240, 26 * len(rows) + 110))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 EXPERTS = ("#806BA5", "#96290A", "#E49E22", "#35B2FC", "#5230C1", "#C56604", "#4377FF", "#71426D")
 OTHER = "#9A9A9A"
 LOAD = {
@@ -18,3 +20,9 @@ DEAD = "#D55E00"
 def scale(colours: tuple[str, ...]) -> list[tuple[float, str]]:
     """Evenly spaced Plotly colour stops."""
     return [(i / (len(colours) - 1), c) for i, c in enumerate(colours)]
+
+
+def hued(load: np.ndarray) -> list[int]:
+    """The experts of a layer that have a hue, busiest first: those of largest load int [E], equal ones by number, the idle none."""
+    order = np.argsort(-load, kind="stable")[: len(EXPERTS)]
+    return [int(e) for e in order if load[e] > 0]

@@ -16,19 +16,28 @@ def test_load_map_is_log2_and_marks_the_dead(theme: str) -> None:
 
 
 def test_token_map_keeps_repeated_tokens_apart() -> None:
-    figure = charts.token_map(np.array([[0, 9, 0]]), ["a", "a", "&lt;s&gt;"], ["layer 0"], "expert", "light", True)
+    figure = charts.token_map(np.array([[0, 9, 0]]), ["a", "a", "&lt;s&gt;"], ["layer 0"], "expert", "light", [[0, 9]])
     assert list(figure.data[0].x) == ["0 a", "1 a", "2 &lt;s&gt;"]
     assert np.asarray(figure.data[0].z).tolist() == [[0, 1, 0]] and np.asarray(figure.data[0].customdata).tolist() == [[0, 9, 0]]
 
 
-def test_the_busiest_experts_take_the_hues_and_no_expert_takes_none() -> None:
-    experts = np.array([30, 12, 12, -1, 7, 30, 30, *range(100, 107)])
-    hues = charts.busiest_hues(experts)
-    assert hues[[0, 5, 6]].tolist() == [0, 0, 0] and hues[[1, 2]].tolist() == [1, 1] and hues[4] == 2  # ties by number
-    assert hues[7:].tolist() == [3, 4, 5, 6, 7, 8, 8] and np.isnan(hues[3])  # the ninth and tenth share the grey
-    heat = charts.token_map(experts[None], [str(i) for i in range(14)], ["layer 0"], "expert", "light", True).data[0]
-    assert heat.zmax == 9 and heat.colorscale[-1] == (1.0, palette.OTHER) and np.asarray(heat.customdata)[0, 0] == 30
-    assert np.isnan(charts.busiest_hues(np.array([-1, -1]))).all()
+def test_a_hue_is_the_experts_in_its_run_whatever_tokens_are_shown() -> None:
+    load = np.array([5, 90, 0, 7, 7, 1, 2, 3, 4, 6, 8])
+    assert palette.hued(load) == [1, 10, 3, 4, 9, 0, 8, 7]  # ties by number; the ninth has none
+    assert palette.hued(np.array([0, 3, 0])) == [1] and palette.hued(np.zeros(4, int)) == []
+    hues = charts.busiest_hues(np.array([6, 6, 6, 4, -1, 1, 2]), palette.hued(load))
+    assert hues[[0, 1, 2, 3, 5, 6]].tolist() == [8, 8, 8, 3, 0, 8] and np.isnan(hues[4])  # the busiest here is grey in the run
+    [heat] = charts.token_map(np.array([[6, -1, 1], [6, 6, 1]]), list("abc"), ["l0", "l1"], "expert", "light", [[1, 6], [6]]).data
+    assert heat.text.tolist() == [["6", "", "1"], ["6", "6", "1"]]
+    assert np.asarray(heat.z)[:, [0, 2]].tolist() == [[1, 0], [0, 8]] and np.isnan(np.asarray(heat.z)[0, 1])
+    assert heat.zmax == 9 and heat.colorscale[-1] == (1.0, palette.OTHER) and np.asarray(heat.customdata)[0, 0] == 6
+    assert np.isnan(charts.busiest_hues(np.array([-1, -1]), [])).all()
+
+
+def test_cells_of_a_short_map_hold_their_experts_number() -> None:
+    drawn = [charts.token_map(np.zeros((1, n), int), ["t"] * n, ["layer 0"], "expert", "light", [[0]]).data[0] for n in (80, 81)]
+    assert drawn[0].texttemplate == "%{text}" and drawn[1].texttemplate is None
+    assert charts.token_map(np.zeros((1, 3)), ["t"] * 3, ["layer 0"], "margin", "light").data[0].texttemplate is None
 
 
 def test_map_by_load_names_the_experts_it_moved() -> None:
@@ -95,7 +104,7 @@ def test_rows_are_what_is_drawn() -> None:
     rows = charts.rows(charts.maxvio_lines(["layer 0", "a &lt;b&gt;"], run, batch, least, most, chance)).to_pylist()
     assert rows[0] == {"series": "mean of the batches", "layer": "layer 0", "maxvio": 0.5, "low": 0.25, "high": 1.5}
     assert rows[-1] == {"series": "by chance in a batch", "layer": "a <b>", "maxvio": 0.2, "low": None, "high": None} and len(rows) == 6
-    tokens = charts.rows(charts.token_map(np.array([[0, 9, -1]]), ["a", "b", "c"], ["layer 0"], "expert", "light", True)).to_pydict()
+    tokens = charts.rows(charts.token_map(np.array([[0, 9, -1]]), ["a", "b", "c"], ["layer 0"], "expert", "light", [[0, 9]])).to_pydict()
     assert tokens == {"layer": ["layer 0"] * 3, "token": ["0 a", "1 b", "2 c"], "hue": [0, 1, None], "expert": [0, 9, -1]}
     ranked = charts.rows(charts.load_map([np.array([0.5, 2.5]), np.array([1.0])], ["l0", "l1"], "light", by_load=True)).to_pydict()
     assert ranked["expert"] == [1, 0, 0, None] and ranked["relative_load"] == [2.5, 0.5, 1, None] and ranked["place"] == [0, 1, 0, 1]

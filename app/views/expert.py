@@ -22,6 +22,7 @@ from app.downloads import computed_downloads
 from app.figures import show_figure
 from app.runs_folder import model_folder
 from app.selection import choice, current_trace, expert_search, layer_picker, recording_id
+from app.strip_data import hues
 
 NEAREST = 8  # neighbours in weights shown
 
@@ -122,7 +123,7 @@ def show_passages() -> None:
         rows = trace.stream_tokens(layer.stream).slice(p.start, p.stop - p.start)
         weights = np.array(p.weights, np.float32)[:, None]
         token_strip(text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist()),
-                    ["\n" in (t or "") for t in rows["token"].to_pylist()], [np.where(weights > 0, expert, -1)], [weights], [layer.title],
+                    ["\n" in (t or "") for t in rows["token"].to_pylist()], [np.where(weights > 0, expert, -1)], [weights], [layer.title], hues(trace, [layer]),
                     f"passage-{run}-{site}-{expert}-{i}", layer=0, spotlight=expert, slot=f"passage-{i}", compact=True)  # fmt: skip
         text.show_note(
             f"{p.name}"

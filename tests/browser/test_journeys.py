@@ -241,8 +241,8 @@ def test_an_interpretability_researcher_follows_a_token_of_their_own_text(page: 
     assert page.locator(".token.at").first.get_attribute("data-at") == str(found)
     page.locator(".token.at").first.click()
     expect(page.get_by_role("heading", name=f"Token {found}:")).to_be_visible()
-    page.locator(".strip .text").press("ArrowDown")
-    page.locator(".strip .text").press("ArrowDown")
+    page.locator(".strip .text").press("ArrowUp")
+    page.locator(".strip .text").press("ArrowUp")
     layer = run.layers[-3]
     expect(page.locator(".title")).to_have_text(layer.title)
     routed = run.routing(layer.index, found, found + 1)

@@ -51,13 +51,13 @@ class _Mounted:
 
 
 def token_strip(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[np.ndarray], weights: Sequence[np.ndarray],
-                layers: Sequence[str], place: str, *, layer: int, token: int | None = None, spotlight: int | None = None,
+                layers: Sequence[str], hues: Sequence[Sequence[int]], place: str, *, layer: int, token: int | None = None, spotlight: int | None = None,
                 lost: Sequence[int] | None = None, slot: str = "strip",
                 compact: bool = False, on_layer: Callable[[int], None] | None = None) -> Stripped:  # fmt: skip
     """Draw the strip; returns what was clicked and stepped to.
 
     texts [n] visible text per token; breaks [n] True where the token holds a line end (shown as ⏎); experts and weights one
-    [n, k] array per layer; ``place`` names the page and the text. The strip keeps its own ``layer`` and ``token``, and starts
+    [n, k] array per layer; ``hues`` the experts with a hue (strip_data.hues); ``place`` names the page and the text. The strip keeps its own ``layer`` and ``token``, and starts
     again where new ones are given that it did not tell itself. ``spotlight`` is the expert shown alone at first. ``lost`` [n] strikes tokens out:
     1 lost some of its experts, 2 all of them. ``slot`` tells several strips of a page apart; ``compact`` leaves out the controls.
     ``on_layer`` is called
@@ -79,7 +79,7 @@ def token_strip(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[
                 on_layer(value)
 
     data = strip_data(
-        texts, breaks, experts, weights, layers, id=known.key, layer=known.first[0],
+        texts, breaks, experts, weights, layers, hues, id=known.key, layer=known.first[0],
         token=-1 if known.first[1] is None else known.first[1], spotlight=spotlight, compact=compact,
         lost=None if lost is None else [int(x) for x in lost], tells=on_layer is not None,
     )  # fmt: skip

@@ -19,6 +19,8 @@ function element(tag, name, text, parent) {
   return made;
 }
 
+const GREY_CHIPS = 4; // experts without a hue that have a button; the others are counted together
+
 export default function ({ data, parentElement, setStateValue }) {
   const root = parentElement.querySelector(".strip");
   if (root.routerscopeId === data.id) return;
@@ -26,7 +28,7 @@ export default function ({ data, parentElement, setStateValue }) {
   root.replaceChildren();
   root.classList.toggle("compact", data.compact);
   const layers = data.layers.map((l) => ({
-    title: l.title, k: l.k,
+    title: l.title, k: l.k, hues: l.hues,
     experts: new Int16Array(bytes(l.experts)),
     weights: new Uint16Array(bytes(l.weights)),
   }));
@@ -49,7 +51,7 @@ export default function ({ data, parentElement, setStateValue }) {
   const text = element("div", "text", undefined, root);
   text.tabIndex = 0;
   text.setAttribute("role", "listbox");
-  text.setAttribute("aria-label", "tokens: left and right step through tokens, up and down through layers");
+  text.setAttribute("aria-label", "tokens: left and right step through tokens, up goes to the layer before, down to the next");
   const hover = element("div", "hover", "", root);
   hover.setAttribute("aria-live", "polite");
 
@@ -77,6 +79,12 @@ export default function ({ data, parentElement, setStateValue }) {
     return out.filter((c) => c[0] >= 0).sort((a, b) => b[1] - a[1]);
   }
 
+  // An expert's hue is its layer's in the whole run, whatever text is shown.
+  function colourOf(layer, e) {
+    const place = layers[layer].hues.indexOf(e);
+    return place < 0 ? data.other : data.colours[place];
+  }
+
   function describe(i) {
     const found = choices(i).map(([e, w]) => `expert ${e} (${w.toFixed(3)})`);
     const fate = data.lost ? ["; processed by all of them", "; dropped by some of them", "; dropped by all of them"][data.lost[i]] : "";
@@ -88,8 +96,8 @@ export default function ({ data, parentElement, setStateValue }) {
     const all = spans.map((_, i) => choices(i)), tops = all.map((mine) => mine[0]);
     const counts = new Map();
     for (const t of tops) if (t) counts.set(t[0], (counts.get(t[0]) || 0) + 1);
-    const busiest = [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]).slice(0, data.colours.length).map((c) => c[0]);
-    const colour = (e) => (busiest.includes(e) ? data.colours[busiest.indexOf(e)] : data.other);
+    const hued = layers[at].hues, used = (e) => counts.get(e) || 0;
+    const colour = (e) => colourOf(at, e);
     spans.forEach((pieces, i) => {
       const mine = all[i], top = tops[i];
       const shown = spotlight === null ? top : mine.find((c) => c[0] === spotlight);
@@ -104,16 +112,18 @@ export default function ({ data, parentElement, setStateValue }) {
     });
     legend.replaceChildren();
     element("span", "hint", "largest weight:", legend);
-    const chips = spotlight === null || busiest.includes(spotlight) ? busiest : [...busiest, spotlight];
+    const grey = [...counts.keys()].filter((e) => !hued.includes(e)).sort((a, b) => used(b) - used(a) || a - b);
+    const chips = [...hued.filter(used), ...grey.slice(0, GREY_CHIPS)];
+    if (spotlight !== null && !chips.includes(spotlight)) chips.push(spotlight);
     for (const e of chips) {
-      const chip = element("button", "chip", `expert ${e} · ${counts.get(e) || 0}`, legend);
+      const chip = element("button", "chip", `expert ${e} · ${used(e)}`, legend);
       chip.style.setProperty("--hue", colour(e));
       chip.setAttribute("aria-pressed", spotlight === e);
       chip.onclick = () => { spotlight = spotlight === e ? null : e; draw(); };
     }
-    const rest = tops.length - busiest.reduce((n, e) => n + counts.get(e), 0);
-    if (rest > 0) {
-      const chip = element("span", "chip", `others · ${rest}`, legend);
+    const rest = grey.filter((e) => !chips.includes(e));
+    if (rest.length) {
+      const chip = element("span", "chip", `${rest.length} others · ${rest.reduce((n, e) => n + used(e), 0)}`, legend);
       chip.style.setProperty("--hue", data.other);
     }
     if (chosen >= 0) describe(chosen);
@@ -146,7 +156,7 @@ export default function ({ data, parentElement, setStateValue }) {
   text.onkeydown = (event) => {
     const moves = {
       ArrowLeft: () => choose(chosen - 1), ArrowRight: () => choose(chosen + 1),
-      ArrowUp: () => step(1), ArrowDown: () => step(-1),
+      ArrowUp: () => step(-1), ArrowDown: () => step(1), // layer 0 is on top of every picture
       Home: () => choose(0), End: () => choose(spans.length - 1),
       Escape: () => { spotlight = null; chosen = -1; draw(); },
     };
