@@ -60,7 +60,7 @@ def _router(trace: Trace) -> str:
     document, position = example(trace, recording_id(trace))
     at = trace.document_range(document, layer.stream)[0] + position
     row, routing = trace.stream_tokens(layer.stream).slice(at, 1).to_pylist()[0], trace.routing(layer.index, at, at + 1)
-    [shown] = text.token_texts([row["token"]], [row["token_bytes"]])
+    shown = text.visible_name(row["token"]) or "⟨empty⟩"
     pairs = sorted(((w, e) for w, e in zip(routing.weights[0].tolist(), routing.experts[0].tolist(), strict=True) if e >= 0), reverse=True)
     went = " and ".join(f"expert {e}" for _, e in pairs) or "no expert"
     parts = abs(sum(w for w, _ in pairs) - 1) < 0.01  # not every router's weights add up to one
@@ -120,8 +120,8 @@ def _its_batches(trace: Trace) -> dict[str, str]:
 
 def _own(trace: Trace) -> str:
     said = f"All this was read off {text.counted(sum(trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in trace.layers)), 'token')}"
-    return (f"{said} of {text.counted(len(trace.documents), 'document')}. Now yours: paste a few sentences of different kinds, press Record, and open"
-            " the run on the Tokens page. A short text is a small sample: every page says what chance alone would give.")  # fmt: skip
+    return (f"{said} of {text.counted(len(trace.documents), 'document')}. Now yours: paste a few paragraphs of different kinds, an empty line between"
+            " them, press Record, and open the run on the Tokens page. A short text is a small sample: every page says what chance alone would give.")  # fmt: skip
 
 
 STEPS = (
@@ -143,32 +143,35 @@ def show(page: str) -> None:
         return
     st.session_state["_tour"] = st.session_state["_chosen"]["tour"] = str(step)
     trace, told = current_trace(), STEPS[step - 1]
+    if st.session_state.pop("_tour_next", False):
+        st.switch_page(_page(step + 1), query_params=_query(trace, step + 1))
     with st.container(border=True, key="tour"):
-        text.show_text(f"Tour, {step} of {len(STEPS)}: {told.title}")
-        text.show_note(told.told(trace))
-        with st.container(horizontal=True):
-            if step > 1:
-                _link(trace, step - 1, back=True)
+        text.show_note(f"Tour, {step} of {len(STEPS)}: {told.title}")
+        text.show_text(told.told(trace))
+        with st.container(horizontal=True, vertical_alignment="center"):
             if step < len(STEPS):
-                _link(trace, step + 1)
-            st.button("Close the tour", key="close-tour", on_click=_close)
+                st.button("Next →", key=f"tour-next-{step}", type="primary", on_click=_next)
+            if step > 1:
+                st.page_link(_page(step - 1), label="← Back", query_params=_query(trace, step - 1), width="content")
+            st.button("Close the tour", key="close-tour", type="tertiary", on_click=_close)
+
+
+def _page(step: int) -> str:
+    return f"views/{STEPS[step - 1].page}.py"
 
 
 def _query(trace: Trace, step: int) -> dict[str, str]:
     return {"run": trace.name, "tour": str(step), **STEPS[step - 1].choices(trace)}
 
 
-def _link(trace: Trace, step: int, back: bool = False) -> None:
-    target, query = f"views/{STEPS[step - 1].page}.py", _query(trace, step)
-    if back:
-        st.page_link(target, label="← Back", query_params=query, width="content")
-    else:
-        st.page_link(target, label="Next →", query_params=query, width="content")
-
-
 def start_link(trace: Trace) -> None:
     """The way in: a link to the first step."""
-    st.page_link(f"views/{STEPS[0].page}.py", label="New here? Take the tour: five steps →", query_params=_query(trace, 1), width="content")
+    st.page_link(_page(1), label="New here? Take the tour: five steps →", query_params=_query(trace, 1), width="content")
+
+
+def _next() -> None:
+    """A callback runs whatever else reruns the page at that moment; a clicked button's value may be lost."""
+    st.session_state["_tour_next"] = True
 
 
 def _close() -> None:

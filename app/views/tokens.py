@@ -89,9 +89,11 @@ if told.token is not None and told.token != chosen:
 if chosen is not None:
     row = rows.slice(chosen, 1).to_pylist()[0]
     text.show_heading(f"Token {row['position']}: {shown[chosen]}")
-    loss = row["loss"]
+    loss, vocabulary = row["loss"], trace.model.vocab_size
     facts = f"token id {row['token_id']}, {row['phase']}"
     facts += f"; loss of the next token {loss:.3f} nats" if loss is not None and loss == loss else "; no next token to predict"
+    if loss == loss and loss is not None and vocabulary:
+        facts += f" (guessing among all {vocabulary:,} tokens loses {np.log(vocabulary):.3f})"
     text.show_note(facts)
     table = []
     for layer, (routing, scores) in zip(sites, read, strict=True):
@@ -100,14 +102,20 @@ if chosen is not None:
         table.append(
             {
                 "layer": layer.title,
-                "experts, by gate weight": ", ".join(f"{e} ({w:.4f})" for e, w in pairs if e >= 0) or "none (dropped)",
-                "router entropy (nats)": float(scores.entropy[chosen]),
-                "undecided = ln E": float(np.log(layer.n_classes)),
+                "expert (gate weight)": ", ".join(f"{e} ({w:.3f})" for e, w in pairs if e >= 0) or "none (dropped)",
+                "entropy": float(scores.entropy[chosen]),
+                "undecided": float(np.log(layer.n_classes)),
                 "margin": float(scores.margin[chosen]),
             }
         )
-    st.dataframe(pd.DataFrame(table), hide_index=True)
-    st.caption("Margin: selection score of the last chosen expert less that of the best rejected one; near 0 means the choice was close.")
+    meant = {"entropy": "Of the router's distribution over all experts, in nats: 0 is certain.", "undecided": "The entropy of a router without"
+             " any preference: ln of the number of experts, in nats.", "margin": "Selection score of the last chosen expert less that of the best"
+             " rejected one; near 0 means the choice was close."}  # fmt: skip
+    st.dataframe(
+        pd.DataFrame(table),
+        hide_index=True,
+        column_config={c: st.column_config.NumberColumn(help=h, format="%.3f") for c, h in meant.items()},
+    )
 
 st.header("The same document, all layers at once")
 kind = choice(

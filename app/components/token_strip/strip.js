@@ -54,6 +54,10 @@ export default function ({ data, parentElement, setStateValue }) {
   text.setAttribute("aria-label", "tokens: left and right step through tokens, up goes to the layer before, down to the next");
   const hover = element("div", "hover", "", root);
   hover.setAttribute("aria-live", "polite");
+  const path = element("div", "path", undefined, root);
+  path.setAttribute("role", "group");
+  path.setAttribute("aria-label", "experts of the chosen token, layer by layer");
+  if (layers.length > 8) path.tabIndex = 0; // it scrolls
 
   let line = element("div", "line", undefined, text);
   line.dir = "auto";
@@ -73,8 +77,8 @@ export default function ({ data, parentElement, setStateValue }) {
     });
   });
 
-  function choices(i) {
-    const l = layers[at], out = [];
+  function choices(i, layer = at) {
+    const l = layers[layer], out = [];
     for (let s = 0; s < l.k; s++) out.push([l.experts[i * l.k + s], half(l.weights[i * l.k + s])]);
     return out.filter((c) => c[0] >= 0).sort((a, b) => b[1] - a[1]);
   }
@@ -89,6 +93,20 @@ export default function ({ data, parentElement, setStateValue }) {
     const found = choices(i).map(([e, w]) => `expert ${e} (${w.toFixed(3)})`);
     const fate = data.lost ? ["; processed by all of them", "; dropped by some of them", "; dropped by all of them"][data.lost[i]] : "";
     hover.textContent = `token ${i} “${data.texts[i]}” at ${layers[at].title}: ` + (found.join(", ") || "no expert") + fate;
+  }
+
+  function follow() {
+    path.replaceChildren();
+    if (chosen < 0 || data.compact || layers.length < 2) return;
+    layers.forEach((l, n) => {
+      const mine = choices(chosen, n), hop = element("div", n === at ? "hop here" : "hop", undefined, path);
+      const parts = Math.abs(mine.reduce((sum, c) => sum + c[1], 0) - 1) < 0.01; // not every router's weights add up to one
+      element("span", "hint", `${l.title} →`, hop);
+      for (const [e, w] of mine) {
+        element("span", "chip", `expert ${e} (${parts ? `${(100 * w).toFixed(0)}%` : w.toFixed(2)})`, hop).style.setProperty("--hue", colourOf(n, e));
+      }
+      if (!mine.length) element("span", "hint", "no expert", hop);
+    });
   }
 
   function draw() {
@@ -123,9 +141,10 @@ export default function ({ data, parentElement, setStateValue }) {
     }
     const rest = grey.filter((e) => !chips.includes(e));
     if (rest.length) {
-      const chip = element("span", "chip", `${rest.length} others · ${rest.reduce((n, e) => n + used(e), 0)}`, legend);
+      const chip = element("span", "chip", `${rest.length} ${rest.length === 1 ? "other" : "others"} · ${rest.reduce((n, e) => n + used(e), 0)}`, legend);
       chip.style.setProperty("--hue", data.other);
     }
+    follow();
     if (chosen >= 0) describe(chosen);
     else hover.textContent = data.compact ? "" : "Point at a token to see its experts and gate weights; click it to follow it through all layers.";
   }
@@ -139,7 +158,7 @@ export default function ({ data, parentElement, setStateValue }) {
   }
   function later(name, value, delay) {
     clearTimeout(timers[name]);
-    timers[name] = setTimeout(() => setStateValue(name, value), delay);
+    timers[name] = setTimeout(() => setStateValue(name, [data.id, value]), delay);
   }
   function choose(i) {
     if (i < 0 || i >= spans.length) return;
@@ -151,7 +170,11 @@ export default function ({ data, parentElement, setStateValue }) {
 
   back.onclick = () => step(-1);
   on.onclick = () => step(1);
-  text.onclick = (event) => { if (event.target.dataset.at !== undefined) choose(Number(event.target.dataset.at)); };
+  text.onclick = (event) => {
+    if (event.target.dataset.at === undefined) return;
+    choose(Number(event.target.dataset.at));
+    path.scrollIntoView({ block: "nearest" });
+  };
   text.onmouseover = (event) => { if (event.target.dataset.at !== undefined) describe(Number(event.target.dataset.at)); };
   text.onkeydown = (event) => {
     const moves = {
@@ -177,5 +200,8 @@ export default function ({ data, parentElement, setStateValue }) {
   find.oninput = () => seek(0);
   find.onkeydown = (event) => { if (event.key === "Enter") seek(event.shiftKey ? -1 : 1); };
   draw();
-  if (chosen >= 0) spans[chosen][0].scrollIntoView({ block: "nearest" });
+  if (chosen >= 0) { // within the box: the page stays where it is
+    const box = text.getBoundingClientRect(), place = spans[chosen][0].getBoundingClientRect();
+    if (place.bottom > box.bottom) text.scrollTop += place.top - box.top - text.clientHeight / 2;
+  }
 }
