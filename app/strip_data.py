@@ -15,7 +15,9 @@ from analysis.trace import LayerInfo, Trace
 from . import palette, text
 
 FIRST_TOKENS = 160
-HUES = "Hues belong to the run's 8 busiest experts of each layer; experts of different layers are unrelated, even in one hue."
+HUES = (
+    "Hues belong to the run's 8 busiest experts of each layer, green to another one shown alone; experts of different layers are unrelated."
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def strip_data(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[n
         ],
         "colours": list(palette.EXPERTS),
         "other": palette.OTHER,
+        "picked": palette.PICKED,
     }  # fmt: skip
 
 

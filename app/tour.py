@@ -150,7 +150,7 @@ def show(page: str) -> None:
         text.show_text(told.told(trace))
         with st.container(horizontal=True, vertical_alignment="center"):
             if step < len(STEPS):
-                st.button("Next →", key=f"tour-next-{step}", type="primary", on_click=_next)
+                st.button("Next →", key="tour-next", type="primary", on_click=_next)
             if step > 1:
                 st.page_link(_page(step - 1), label="← Back", query_params=_query(trace, step - 1), width="content")
             st.button("Close the tour", key="close-tour", type="tertiary", on_click=_close)

@@ -115,7 +115,7 @@ export default function ({ data, parentElement, setStateValue }) {
     const counts = new Map();
     for (const t of tops) if (t) counts.set(t[0], (counts.get(t[0]) || 0) + 1);
     const hued = layers[at].hues, used = (e) => counts.get(e) || 0;
-    const colour = (e) => colourOf(at, e);
+    const colour = (e) => (e === spotlight && !hued.includes(e) ? data.picked : colourOf(at, e));
     spans.forEach((pieces, i) => {
       const mine = all[i], top = tops[i];
       const shown = spotlight === null ? top : mine.find((c) => c[0] === spotlight);
