@@ -6,7 +6,7 @@ import numpy as np
 
 EXPERTS = ("#806BA5", "#96290A", "#E49E22", "#35B2FC", "#5230C1", "#C56604", "#4377FF", "#71426D")
 OTHER = "#9A9A9A"
-PICKED = "#1E9E6A"  # an expert without a hue that a strip shows alone
+PICKED = "#14805A"  # an expert without a hue that a strip shows alone
 LOAD = {
     "light": ("#053f69", "#2c7fb8", "#a9cfe6", "#f5f5f5", "#f6c39a", "#d9742b", "#7f2f08"),
     "dark": ("#9ad4ff", "#3f93cf", "#1f4e70", "#22262b", "#7a4318", "#d9792f", "#ffcf9e"),

@@ -115,9 +115,10 @@ def struck_text(trace: Trace, applied: AppliedCapacity, site: int) -> None:
     settings = "-".join(f"{k}={v}" for k, v in st.session_state["_chosen"].items() if k != "token")
     token_strip(shown, ["\n" in (t or "") for t in rows["token"].to_pylist()], [routing.chosen], [routing.weights], [layer.title], hues(trace, [layer]),
                 f"capacity-{settings}-{recording_id(trace)}", layer=0, lost=lost.tolist())  # fmt: skip
-    st.caption(
+    text.show_note(
         f"The first {stop - start:,} of {end - start:,} tokens. Struck out: dropped by all of its experts ({int((lost == 2).sum()):,}); "
-        f"dotted: by some ({int((lost == 1).sum()):,}). Whether a token is dropped depends on the texts it shares a batch with. {HUES}"
+        f"dotted: by some ({int((lost == 1).sum()):,}). Whether a token is dropped depends on the texts it shares a batch with.",
+        HUES,
     )
 
 
