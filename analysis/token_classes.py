@@ -18,6 +18,7 @@ CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word p
 _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:pad|unk|bos|eos|mask)>|\[(?:CLS|SEP|PAD|MASK|UNK)\]", re.I)
 PROSE = ("english", "prose", "en")  # labels of running text
 EXAMPLE_DOCUMENTS, EXAMPLE_TOKENS = 64, 256  # read in the search for prose
+_LETTER = re.compile("[A-Za-z]")
 _RAW_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
 
 
@@ -34,17 +35,16 @@ def token_class(text: str) -> str:
         return "parts of characters"
     if text.isspace():
         return "newlines" if "\n" in text or "\r" in text else "spaces"
-    letters = [c for c in text if c.isalpha()]
-    if not letters:
+    if not (_LETTER.search(text) if text.isascii() else any(c.isalpha() for c in text)):
         return "digits" if any(c.isnumeric() for c in text) else "punctuation"
-    if not text.isascii() and any(unicodedata.east_asian_width(c) in "WF" for c in letters):
+    if not text.isascii() and any(unicodedata.east_asian_width(c) in "WF" for c in text if c.isalpha()):
         return "ideographs"
     return "word starts" if text[0].isspace() else "word parts"
 
 
 def class_codes(trace: Trace, stream: str = "decoder") -> np.ndarray:
     """int64 [tokens of the stream] into CLASSES; -1 where a token's text is not known. Raises TraceError without tokens."""
-    text = trace.stream_tokens(stream)["token"].combine_chunks()
+    text = trace.stream_tokens(stream, columns=["token"])["token"].combine_chunks()
     coded = text if pa.types.is_dictionary(text.type) else text.dictionary_encode()
     at = {name: i for i, name in enumerate(CLASSES)}
     kinds = np.array([*(-1 if t is None else at[token_class(t)] for t in coded.dictionary.to_pylist()), -1])
@@ -77,8 +77,9 @@ def prose_example(trace: Trace, stream: str = "decoder") -> tuple[int, int]:
     named = [r for r in rows if (r["label"] or "").lower() in PROSE][:1]
     read = []
     for row in named or rows[:EXAMPLE_DOCUMENTS]:
-        tokens = trace.stream_tokens(stream)["token"].slice(row["first_row"], min(row["n_tokens"], EXAMPLE_TOKENS))
-        texts = [t or "" for t in tokens.to_pylist()]
+        start = row["first_row"]
+        tokens = trace.stream_tokens(stream, start, start + min(row["n_tokens"], EXAMPLE_TOKENS), ["token"])
+        texts = [t or "" for t in tokens["token"].to_pylist()]
         read.append((row["document"], texts, whole_words(texts)))
     if not read:
         raise TraceError(f"stream {stream!r} of run {trace.name!r} holds no token")

@@ -59,8 +59,8 @@ def _router(trace: Trace) -> str:
         return f"{said} This run holds counts alone, so there is no text to show it on."
     document, position = example(trace, recording_id(trace))
     at = trace.document_range(document, layer.stream)[0] + position
-    row, routing = trace.stream_tokens(layer.stream).slice(at, 1).to_pylist()[0], trace.routing(layer.index, at, at + 1)
-    shown = text.visible_name(row["token"]) or "⟨empty⟩"
+    token, routing = trace.stream_tokens(layer.stream, at, at + 1, ["token"])["token"][0].as_py(), trace.routing(layer.index, at, at + 1)
+    shown = text.visible_name(token or "") or "⟨empty⟩"
     pairs = sorted(((w, e) for w, e in zip(routing.weights[0].tolist(), routing.experts[0].tolist(), strict=True) if e >= 0), reverse=True)
     went = " and ".join(f"expert {e}" for _, e in pairs) or "no expert"
     parts = abs(sum(w for w, _ in pairs) - 1) < 0.01  # not every router's weights add up to one
