@@ -88,6 +88,28 @@ def test_every_page_over_every_kind_of_run(runs: Path, page: str, kind: str, len
     assert_harmless(test)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tour_over_every_kind_of_run(runs: Path, kind: str) -> None:
+    store(runs / kind, KINDS[kind], [1, *[20] * len(NASTY)])
+    test = shown("overview", kind)
+    for step, page in enumerate(("tokens", "load", "expert", "capacity", "runs"), 1):
+        test.query_params["tour"] = str(step)
+        test.switch_page(f"views/{page}.py")
+        test.run()
+        assert not test.exception and any(plain(f"Tour, {step} of 5:") in c.value for c in test.caption)
+        assert_harmless(test)
+    assert test.checkbox(key="paragraphs").value
+
+
+def test_pasted_paragraphs_are_counted_where_they_are_texts_of_their_own(runs: Path) -> None:
+    store(runs / "plain", PLAIN, [3])
+    test = shown("runs", "plain")
+    test.text_area(key="pasted").set_value("One.\n\nTwo.\nStill two.").run()
+    assert not test.checkbox(key="paragraphs").value and not any("pasted" in c.value for c in test.caption)
+    test.checkbox(key="paragraphs").check().run()
+    assert any("2 paragraphs pasted" in c.value for c in test.caption)
+
+
 @pytest.mark.parametrize("link", [{"by": "label"}, {"by": "class"}, {"by": "token"}, {"who": "label"}, {"who": "token"}, {"who": "text"},
                                   {"pieces": "label"}, {"token": "3", "doc": "2"}], ids=str)  # fmt: skip
 def test_every_way_to_look_shows_hostile_text_as_text(runs: Path, link: dict[str, str]) -> None:
