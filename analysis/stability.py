@@ -49,31 +49,69 @@ def batch_maxvio(trace: Trace, site: int, batch_tokens: int = 1) -> float:
     return float((loads.max(1) / loads.mean(1) - 1).mean()) if len(loads) else float("nan")
 
 
-def maxvio_table(trace: Trace, batch_tokens: int = 1, mixed: int | None = None) -> pa.Table:
-    """MaxVio of every site over the run and per batch, beside what uniform random routing would give at that batch size.
+def maxvio_batches(trace: Trace, site: int, batch_tokens: int = 1, mixed: int | None = None) -> pa.Table:
+    """MaxVio of every batch of one site, in the order filled: batch (from 1), n (tokens), maxvio, chance.
 
-    site, n (tokens), batches, batch_n (tokens of a batch, mean), run, chance_run; batch (as ``batch_maxvio``), least and
-    most of a batch, chance_batch: mean over batches of the upper bound of balance.chance_max_over_mean, less 1. ``mixed`` is a
-    seed by which documents are shuffled before they fill batches; None keeps the order recorded, which may follow labels.
+    Batches as in ``batch_balance``. ``mixed`` is a seed by which documents are shuffled before they fill batches; None keeps
+    the order recorded, which may follow labels. chance: balance.chance_max_over_mean of so many tokens, less 1.
+    """
+    layer = trace.layers[site]
+    sizes, counts = _documents(trace, site)
+    if mixed is not None:
+        order = np.random.default_rng(mixed).permutation(len(sizes))  # one order for every site of a stream
+        sizes, counts = sizes[order], counts[order]
+    starts = _batches(sizes, batch_tokens)
+    n, loads = (np.add.reduceat(x, starts, axis=0) if len(starts) else x for x in (sizes, counts[:, : layer.n_experts]))
+    ran = loads.sum(1) > 0
+    n, loads = n[ran], loads[ran]
+    chance = [_chance_maxvio(x, layer.n_classes, layer.top_k) for x in n.tolist()]
+    return pa.table({"batch": pa.array(np.arange(1, len(n) + 1), pa.int64()), "n": pa.array(n, pa.int64()),
+                     "maxvio": pa.array(loads.max(1) / loads.mean(1) - 1, pa.float64()), "chance": pa.array(chance, pa.float64())})  # fmt: skip
+
+
+def maxvio_table(trace: Trace, batch_tokens: int = 1, mixed: int | None = None) -> pa.Table:
+    """MaxVio of every site over the run and per batch (``maxvio_batches``), beside what uniform random routing would give.
+
+    site, n (tokens), batches, batch_n (tokens of a batch, mean), run, chance_run; batch (as ``batch_maxvio``), least, p95 and
+    most of a batch, chance_batch: mean over batches of the upper bound of balance.chance_max_over_mean, less 1. spread is the
+    standard deviation over batches (n - 1; NaN for fewer than two), chance_spread as ``_chance_spread``.
     """
     rows = []
     for layer in trace.layers:
-        sizes, counts = _documents(trace, layer.index)
-        if mixed is not None:
-            order = np.random.default_rng(mixed).permutation(len(sizes))  # one order for every site of a stream
-            sizes, counts = sizes[order], counts[order]
-        starts = _batches(sizes, batch_tokens)
-        n, loads = (np.add.reduceat(x, starts, axis=0) if len(starts) else x for x in (sizes, counts[:, : layer.n_experts]))
-        ran = loads.sum(1) > 0
-        n, loads = n[ran], loads[ran]
-        each = loads.max(1) / loads.mean(1) - 1 if len(n) else np.full(1, np.nan)
-        chance = [_chance_maxvio(x, layer.n_classes, layer.top_k) for x in n.tolist()] or [np.nan]
+        found = maxvio_batches(trace, layer.index, batch_tokens, mixed)
+        n, each, chance = (found[c].to_numpy() if len(found) else np.full(1, np.nan) for c in ("n", "maxvio", "chance"))
         whole, load = trace.stats.n_tokens(layer.index), trace.stats.load(layer.index)[: layer.n_experts]
-        rows.append({"site": layer.index, "n": whole, "batches": len(n), "batch_n": float(n.mean()) if len(n) else float("nan"),
+        rows.append({"site": layer.index, "n": whole, "batches": len(found), "batch_n": float(n.mean()),
                      "run": balance.maxvio(load), "chance_run": _chance_maxvio(whole, layer.n_classes, layer.top_k),
-                     "batch": float(each.mean()), "least": float(each.min()), "most": float(each.max()),
-                     "chance_batch": float(np.mean(chance))})  # fmt: skip
+                     "batch": float(each.mean()), "least": float(each.min()), "p95": float(np.percentile(each, 95)), "most": float(each.max()),
+                     "chance_batch": float(chance.mean()), "spread": float(each.std(ddof=1)) if len(each) > 1 else float("nan"),
+                     "chance_spread": _chance_spread(load, whole, n)})  # fmt: skip
     return pa.Table.from_pylist(rows)
+
+
+def _chance_spread(load: np.ndarray, tokens: int, sizes: np.ndarray) -> float:
+    """Upper bound of the standard deviation of MaxVio over batches of ``sizes`` tokens, were the run's tokens dealt to them at random.
+
+    A batch's load of an expert with share p of the run's tokens is then at most as spread as Binomial(n, p). The variance of
+    the largest of jointly normal variables is at most that of the most variable one (Poincaré's inequality), so here
+    max p (1 - p) / n over the squared mean share. The loads are taken as normal; the tests simulate it.
+    """
+    if not load.sum() or np.isnan(sizes).any():
+        return float("nan")
+    share = load / tokens
+    return float(np.sqrt((share * (1 - share)).max() * (1 / sizes).mean()) / share.mean())
+
+
+def least_stable(table: pa.Table) -> tuple[int, bool] | None:
+    """(row of ``maxvio_table`` with the largest spread, whether that is more than chance); None without two batches anywhere.
+
+    More than chance: above chance_spread by twice the relative standard error 1 / sqrt(2 (batches - 1)) of a standard deviation.
+    """
+    spread, chance, batches = (table[c].to_numpy() for c in ("spread", "chance_spread", "batches"))
+    if not np.isfinite(spread).any():
+        return None
+    row = int(np.nanargmax(spread))
+    return row, bool(spread[row] > chance[row] * (1 + 2 / np.sqrt(2 * (batches[row] - 1))))
 
 
 @lru_cache(maxsize=16_384)

@@ -184,6 +184,23 @@ def maxvio_lines(
     return _sized(figure, 320)
 
 
+def batch_line(batch: np.ndarray, maxvio: np.ndarray, n: np.ndarray, chance: np.ndarray, run: float) -> go.Figure:
+    """MaxVio over batch number, arrays [batches], beside what chance gives in each and the value over the whole run."""
+    figure, draw = go.Figure(), go.Scatter if len(batch) <= 1_024 else go.Scattergl  # SVG takes a second from some thousand markers on
+    figure.add_trace(draw(x=batch, y=maxvio, customdata=n[:, None], mode="markers+lines" if len(batch) <= 100 else "markers", name="a batch",
+                          meta={"x": "batch", "y": "maxvio", "customdata": ["tokens"]}, marker={"size": 7, "color": palette.DEAD}, line={"width": 1},
+                          hovertemplate="batch %{x}: MaxVio %{y:.3f}, n = %{customdata[0]:,} tokens<extra></extra>"))  # fmt: skip
+    figure.add_trace(draw(x=batch, y=chance, mode="lines", name="by chance, at most about", line={"color": "#9a9a9a", "dash": "dot", "width": 2},
+                          meta={"x": "batch", "y": "maxvio"}, hovertemplate="batch %{x}: by chance at most about %{y:.3f}<extra></extra>"))  # fmt: skip
+    figure.add_hline(
+        y=run, line={"color": palette.AMOUNT["light"][3], "width": 1.5}, annotation_text="whole run", annotation_font_color="#888"
+    )
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(title="batch, in the order filled", tickformat=",d")
+    figure.update_yaxes(title="MaxVio", rangemode="tozero")
+    return _sized(figure, 280)
+
+
 def document_scatter(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray) -> go.Figure:
     """Max / mean over tokens, a dot per document [n]; the line is what chance stays below for so many tokens. customdata[0] is the place."""
     order = np.argsort(n, kind="stable")

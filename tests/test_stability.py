@@ -16,6 +16,8 @@ from analysis.stability import (
     dead_experts,
     document_balance,
     label_balance,
+    least_stable,
+    maxvio_batches,
     maxvio_table,
     percentiles,
     pooled_balance,
@@ -136,6 +138,48 @@ def test_uniform_batches_stay_below_their_chance_and_little_below() -> None:
     layers = (site(0, 16, 2),)
     row = maxvio_table(make_trace(layers, [make_part(layers, [500] * 40)]), 500).to_pylist()[0]
     assert 0.85 * row["chance_batch"] < row["batch"] < row["chance_batch"] and row["run"] < row["least"]
+
+
+def uneven(tokens: int, documents: int, seed: int = 0) -> Trace:
+    """One top-1 site of eight experts: half of all tokens go to expert 3, whatever their document."""
+    layers = (site(0, 8, 1),)
+    part = make_part(layers, [tokens] * documents)
+    draw = np.random.default_rng(seed).choice(8, (tokens * documents, 1), p=[1 / 14] * 3 + [0.5] + [1 / 14] * 4).astype(np.int16)
+    return make_trace(layers, [replace(part, routing=(SiteRouting(draw, part.routing[0].weights, draw),))])
+
+
+def test_an_uneven_layer_is_not_an_unstable_one() -> None:
+    """Tokens drawn alike in every document spread over batches as chance says, however uneven the layer; even tokens spread less."""
+    skewed, even = uneven(200, 400), make_trace((site(0, 8, 1),), [make_part((site(0, 8, 1),), [200] * 400)])
+    for trace, low in ((skewed, 0.9), (even, 0.4)):
+        row = maxvio_table(trace, 200).to_pylist()[0]
+        assert low < row["spread"] / row["chance_spread"] < 1.1 and least_stable(maxvio_table(trace, 200)) == (0, False)
+    assert maxvio_table(skewed, 200)["batch"][0].as_py() > 2.5 > maxvio_table(even, 200)["batch"][0].as_py()
+
+
+def test_the_layer_that_changes_with_its_batch_is_the_least_stable() -> None:
+    """Site 0 sends every token to expert 0, always; site 1 sends odd documents there and spreads the even ones."""
+    layers = (site(0, 8, 1), site(1, 8, 1))
+    part = make_part(layers, [40] * 20)
+    always = np.zeros((800, 1), np.int16)
+    odd = (np.arange(800) // 40 % 2 == 1)[:, None]
+    now = np.where(odd, 0, np.arange(800)[:, None] % 8).astype(np.int16)
+    trace = make_trace(
+        layers, [replace(part, routing=tuple(SiteRouting(e, r.weights, e) for e, r in zip((always, now), part.routing, strict=True)))]
+    )
+    table = maxvio_table(trace)
+    assert table["batch"].to_pylist() == [7, 3.5] and table["spread"].to_pylist() == [0, pytest.approx(np.std([0, 7] * 10, ddof=1))]
+    assert table["p95"].to_pylist() == [7, 7] and least_stable(table) == (1, True)
+    assert least_stable(maxvio_table(trace, 10_000)) is None and math.isnan(maxvio_table(trace, 10_000)["spread"][0].as_py())
+
+
+def test_batches_one_by_one_are_those_of_the_table() -> None:
+    trace = make_trace(PLAIN)
+    for number in range(len(PLAIN)):
+        rows, before = maxvio_batches(trace, number, 12), batch_balance(trace, number, 12)
+        assert rows["batch"].to_pylist() == [1, 2, 3] and rows["n"].to_pylist() == before["n"].to_pylist()
+        np.testing.assert_allclose(rows["maxvio"].to_numpy(), before["max_over_mean"].to_numpy() - 1)
+        np.testing.assert_allclose(rows["chance"].to_numpy(), before["chance_max_over_mean"].to_numpy() - 1)
 
 
 def test_sites_that_executed_nothing_have_no_batches() -> None:

@@ -216,8 +216,12 @@ def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, piece
     test.query_params.update({"batch": batch, "pieces": pieces, "filled": filled})
     test.run()
     rows = maxvio_table(open_run(ROOT / "data" / "demo-run"), int(batch), 0 if filled == "mixed" else None).to_pylist()
-    first, worst = rows[0], max(rows, key=lambda r: r["batch"])
-    assert any(plain(f"MaxVio {worst['batch']:.2f} in a batch") in m.value for m in test.markdown)
+    first, worst, loose = rows[0], max(rows, key=lambda r: r["batch"]), max(rows, key=lambda r: r["spread"])
+    assert any(plain(f"most uneven in a batch: MaxVio {worst['batch']:.2f} on average") in m.value for m in test.markdown)
+    said = (
+        f"Layer {loose['site']} varies most: the standard deviation of its MaxVio over {loose['batches']} batches is {loose['spread']:.2f};"
+    )
+    assert any(plain(said) in m.value for m in test.markdown)
     assert any(plain(f"n = {first['batches']:,} batches of {first['batch_n']:,.0f} tokens") in c.value for c in test.caption)
     assert any(plain(f"in {9 if pieces == 'label' else 11} pieces") in c.value for c in test.caption) and not test.exception
 
@@ -240,6 +244,16 @@ def test_an_expert_without_tokens_says_so(runs: Path) -> None:
     test.selectbox(key="expert").set_value(str(int(used.argmin()))).run()
     assert "No token of this run uses this expert" in test.info[0].value and not test.exception
     assert all("nan" not in m.value for m in test.metric)
+
+
+def test_load_of_one_batch_tells_no_stability(runs: Path) -> None:
+    store(runs / "short", PLAIN, [9, 9])
+    test = shown("load", "short")
+    said = [m.value for m in test.markdown]
+    assert any(m.startswith(plain("One batch only: stability cannot be told.")) for m in said) and not any("varies" in m for m in said)
+    test.query_params["batch"] = "1"
+    test.run()
+    assert any("No layer varies more than chance" in m.value for m in test.markdown) and not test.exception
 
 
 def test_load_of_counts_without_documents_says_so(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

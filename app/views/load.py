@@ -20,6 +20,8 @@ from analysis.stability import (
     dead_experts,
     document_balance,
     label_balance,
+    least_stable,
+    maxvio_batches,
     maxvio_table,
     pooled_balance,
     position_balance,
@@ -35,6 +37,16 @@ SHOWN = ("max_over_mean", "chance_max_over_mean", "maxvio", "cv", "chance_cv", "
 COUNTS = ("dead", "cold")
 BATCHES = {"1": "each document", **{str(n): f"{n:,} tokens" for n in (512, 1_024, 2_048, 4_096, 8_192, 16_384, 65_536)}}
 ORDERS = {"mixed": "documents shuffled (seed 0)", "recorded": "documents as recorded"}
+BATCHED = {
+    "batches": ("batches", "batches with an assignment"),
+    "run": ("over the run", "MaxVio over the whole run"),
+    "batch": ("in a batch", "MaxVio of a batch, mean over batches"),
+    "p95": ("95th percentile", "19 of 20 batches are at most so uneven"),
+    "most": ("least even batch", "the largest MaxVio of a batch"),
+    "chance_batch": ("by chance, in a batch", "uniform routing of a batch's tokens stays below this on average"),
+    "spread": ("standard deviation", "of MaxVio over batches: how unstable the layer is"),
+    "chance_spread": ("by chance, deviation", "at most about so much, were the tokens dealt to batches at random and not by document"),
+}
 UNEVEN = 8  # documents named
 PIECES = {"label": "by label", "position": "along the text"}
 
@@ -50,6 +62,12 @@ def measured(_trace: Trace, run: str) -> tuple[pa.Table, pa.Table, PooledBalance
 def batches(_trace: Trace, run: str, batch_tokens: int, mixed: int | None) -> pa.Table:
     """MaxVio of every site over the run and per batch."""
     return maxvio_table(_trace, batch_tokens, mixed)
+
+
+@st.cache_resource(max_entries=32, show_spinner="Cutting the run into batches …")
+def batch_series(_trace: Trace, run: str, site: int, batch_tokens: int, mixed: int | None) -> pa.Table:
+    """MaxVio of one site, batch by batch."""
+    return maxvio_batches(_trace, site, batch_tokens, mixed)
 
 
 @st.cache_resource(max_entries=32, show_spinner="Measuring every document …")
@@ -125,9 +143,10 @@ def show_batches() -> tuple[str, pa.Table]:
     if not any(rows["batches"].to_pylist()):
         text.show_note("This run has counts over all its text but no documents, so it cannot be cut into batches.")
         return what, rows
-    value = {n: rows[n].to_numpy() for n in ("run", "batch", "least", "most", "chance_batch", "chance_run")}
+    value = {n: rows[n].to_numpy() for n in ("run", "batch", "least", "most", "chance_batch")}
     every = rows.to_pylist()
     first, worst = every[0], every[int(np.nanargmax(value["batch"]))]
+    text.show_text(stability_in_words(rows))
     show_figure(
         trace, charts.maxvio_lines([x.title for x in trace.layers], *(value[n] for n in ("run", "batch", "least", "most", "chance_batch"))),
         f"maxvio-batch-{size}", key="maxvio", alt="MaxVio per layer: over the whole run, mean of its batches with their range, and by chance.",
@@ -137,10 +156,45 @@ def show_batches() -> tuple[str, pa.Table]:
         n=f"{first['batches']:,} batches of {first['batch_n']:,.0f} tokens on average at the first layer",
     )  # fmt: skip
     text.show_text(
-        f"{trace.layers[worst['site']].title.capitalize()} is the least stable: MaxVio {worst['batch']:.2f} in a batch on average,"
+        f"{trace.layers[worst['site']].title.capitalize()} is the most uneven in a batch: MaxVio {worst['batch']:.2f} on average,"
         f" {worst['run']:.2f} over the whole run."
     )
+    shown = rows.select(list(BATCHED)).to_pandas()
+    shown.insert(0, "layer", [x.title for x in trace.layers])
+    st.dataframe(shown, hide_index=True, column_config={
+        n: st.column_config.NumberColumn(title, help=told, format="localized" if n == "batches" else "%.3f") for n, (title, told) in BATCHED.items()})  # fmt: skip
     return what, rows
+
+
+def stability_in_words(rows: pa.Table) -> str:
+    """Which layer varies most from batch to batch, and whether that is more than chance."""
+    found = least_stable(rows)
+    if found is None:
+        return "One batch only: stability cannot be told. Choose smaller batches."
+    most = rows.slice(found[0], 1).to_pylist()[0]
+    name, n = trace.layers[most["site"]].title, f"{text.counted(most['batches'], 'batch', 'batches')}"
+    chance = f"tokens dealt to batches at random would give at most about {most['chance_spread']:.2f}"
+    if found[1]:
+        return f"{name.capitalize()} varies most: the standard deviation of its MaxVio over {n} is {most['spread']:.2f}; {chance}."
+    return (
+        f"No layer varies more than chance: the most is {most['spread']:.2f}, the standard deviation of {name}'s MaxVio over {n}; {chance}."
+    )
+
+
+def show_batch_line() -> dict[str, tuple[str, pa.Table]]:
+    """MaxVio of the layer chosen, batch after batch."""
+    size, order = (st.session_state["_chosen"][n] for n in ("batch", "filled"))
+    rows = batch_series(trace, run, site, int(size), 0 if order == "mixed" else None)
+    if len(rows) < 2:
+        return {}
+    show_figure(
+        trace, charts.batch_line(*(rows[c].to_numpy() for c in ("batch", "maxvio", "n", "chance")), table["maxvio"][site].as_py()),
+        f"maxvio-over-batches-{size}-{trace.layers[site].title}", key="batch-line", alt="MaxVio of the layer over batch number, with what chance gives.",
+        definition=f"MaxVio of {trace.layers[site].title} in each batch: {BATCHES[size]}, {ORDERS[order]}. The dotted line is what uniform routing of"
+        " a batch's tokens stays below on average.",
+        n=f"{int(rows['n'].to_numpy().sum()):,} tokens in {len(rows):,} batches",
+    )  # fmt: skip
+    return {"batches of the layer": ("one row per batch: MaxVio at the layer chosen, with n and chance", rows)}
 
 
 def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
@@ -249,11 +303,12 @@ if chosen.native_capacity is not None:
         f"This model has a native capacity of {chosen.native_capacity} tokens per expert and sequence: it dropped {lost:,} of"
         f" {lost + int(stats.load(site).sum()):,} assignments here."
     )
+over_batches = show_batch_line()
 pieces = show_pieces(site, table["max_over_mean"][site].as_py()) | show_documents()
 show_numbers(table, over)
 st.header("Take the numbers")
 load = ("one row per layer and expert: assignments, share, load relative to an even share", load_table(trace))
-tables = {"load": load, "balance": ("one row per layer: every balance metric", table), "batches": batched, **pieces,
+tables = {"load": load, "balance": ("one row per layer: every balance metric", table), "batches": batched, **over_batches, **pieces,
           "percentiles": ("one row per metric: percentiles over layers", over)}  # fmt: skip
 settings = {
     "layer": chosen.title,
