@@ -17,6 +17,7 @@ from . import balance
 from .trace import LayerInfo, Trace
 
 EVEN, COLLAPSED = 1.5, 3.0  # max / mean: "looks even" up to the one, "collapsed" from the other, or with a dead expert
+LEAST_DOCUMENTS = 30  # a text in ten is missing from 30 of them in 4 % of cases: 0.9^30
 SCHEMA = (("n", pa.int64()), ("max_over_mean", pa.float64()), ("cv", pa.float64()), ("normalised_entropy", pa.float64()),
           ("dead", pa.float64()), ("chance_max_over_mean", pa.float64()), ("chance_cv", pa.float64()))  # fmt: skip
 
@@ -122,39 +123,107 @@ def _chance_maxvio(tokens: int, n_experts: int, top_k: int) -> float:
 
 @dataclass(frozen=True)
 class DeadExperts:
-    """Experts without any assignment over all sites: ``dead`` of ``experts``, at ``sites``; ``chance`` expects so many."""
+    """Experts without any assignment over all sites: ``dead`` of ``experts``, ``at`` these (site, expert ids); ``chance`` expects so many.
+
+    ``chance`` takes tokens as independent, which those of one document are not: ``few`` where the run has fewer than
+    LEAST_DOCUMENTS ``documents``, so that an expert without a token may merely have met none of its texts.
+    """
 
     dead: int
     experts: int
-    sites: tuple[int, ...]
+    at: tuple[tuple[int, tuple[int, ...]], ...]
     chance: float
+    documents: int
+    tokens: int
+
+    @property
+    def few(self) -> bool:
+        """Too few documents to call an expert dead; a run that holds no documents but counts is not judged by them."""
+        return 0 < self.documents < LEAST_DOCUMENTS
 
 
 def dead_experts(trace: Trace) -> DeadExperts:
     """Dead experts of sites that executed anything; by chance as balance.chance_dead has it, summed over those sites."""
-    ran = [x for x in trace.layers if trace.stats.load(x.index)[: x.n_experts].any()]
-    dead = {x.index: int(balance.dead(trace.stats.load(x.index)[: x.n_experts])) for x in ran}
+    loads = {x.index: trace.stats.load(x.index)[: x.n_experts] for x in trace.layers}
+    ran = [x for x in trace.layers if loads[x.index].any()]
+    at = tuple((x.index, tuple(np.flatnonzero(loads[x.index] == 0).tolist())) for x in ran if (loads[x.index] == 0).any())
     chance = sum(balance.chance_dead(trace.stats.n_tokens(x.index), x.n_classes, x.top_k) * x.n_experts / x.n_classes for x in ran)
-    return DeadExperts(sum(dead.values()), sum(x.n_experts for x in ran), tuple(s for s, d in dead.items() if d), float(chance))
+    streams = dict.fromkeys(x.stream for x in trace.layers)
+    return DeadExperts(sum(len(e) for _, e in at), sum(x.n_experts for x in ran), at, float(chance),
+                       len(set(trace.documents["document"].to_pylist())), sum(trace.n_tokens(s) for s in streams))  # fmt: skip
 
 
 def position_balance(trace: Trace, site: int) -> pa.Table:
-    """Balance per stretch of positions (0, 1-2, 3-6, ... doubling): first, last, then the columns of ``batch_balance``."""
+    """Balance per stretch of positions (0, 1-2, 3-6, ... doubling): first, last, documents, then the columns of ``batch_balance``.
+
+    documents: those that reach ``first``; the last stretch ends where the longest document does. Null and uncut for a run of counts alone.
+    """
     layer = trace.layers[site]
     loads = trace.stats.position_load(site)
     n = -(-loads.sum(1) // layer.top_k)  # tokens, but for assignments dropped natively
     bucket = np.arange(len(loads))
+    sizes = _sizes(trace, site)
+    first, last = 2**bucket - 1, 2 ** (bucket + 1) - 2
     table = _described(layer, n, loads)
-    table = table.add_column(0, "last", pa.array(2 ** (bucket + 1) - 2, pa.int64()))
-    return table.add_column(0, "first", pa.array(2**bucket - 1, pa.int64()))
+    reached = (sizes[None] > first[:, None]).sum(1)
+    table = table.add_column(0, "documents", pa.array(reached if len(sizes) else [None] * len(n), pa.int64()))
+    table = table.add_column(0, "last", pa.array(np.minimum(last, sizes.max() - 1) if len(sizes) else last, pa.int64()))
+    return table.add_column(0, "first", pa.array(first, pa.int64()))
+
+
+@dataclass(frozen=True)
+class LatePositions:
+    """The positions that fewer than half of the documents reach: from ``first`` on, in ``documents`` of ``of``.
+
+    ``label`` is the one with most of their tokens, ``share`` of them; ``overall`` is its share of all tokens. None without labels.
+    """
+
+    first: int
+    documents: int
+    of: int
+    label: str | None
+    share: float
+    overall: float
+
+
+def late_positions(trace: Trace, site: int) -> LatePositions | None:
+    """Whose text the late stretches of ``position_balance`` are made of; None where half of the documents reach every stretch."""
+    rows = position_balance(trace, site).to_pylist()
+    sizes = _sizes(trace, site)
+    late = next((r for r in rows if len(sizes) and 2 * r["documents"] < len(sizes)), None)
+    if late is None:
+        return None
+    documents = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
+    labels = documents["label"].to_pylist()
+    beyond = np.maximum(sizes - late["first"], 0)
+    tokens = {x: int(beyond[[y == x for y in labels]].sum()) for x in dict.fromkeys(labels) if x is not None}
+    label = max(tokens, key=tokens.__getitem__) if tokens else None
+    mine = np.array([y == label for y in labels])
+    return LatePositions(late["first"], late["documents"], len(sizes), label,
+                         *(float(s[mine].sum() / s.sum()) if label is not None else float("nan") for s in (beyond, sizes)))  # fmt: skip
+
+
+def _sizes(trace: Trace, site: int) -> np.ndarray:
+    """int64 [documents] tokens of the documents of the site's stream, by document number."""
+    rows = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
+    return rows["n_tokens"].to_numpy().astype(np.int64)
 
 
 def label_balance(trace: Trace, site: int) -> pa.Table:
-    """Balance per label: label, then the columns of ``batch_balance``. Empty for a run without labels."""
+    """Balance per label: label, documents, then the columns of ``batch_balance``; text without a label comes last, its label null.
+
+    Empty for a run without labels.
+    """
     labels, loads = trace.stats.label_load(site)
     tokens = trace.stats.label_tokens(site)
-    table = _described(trace.layers[site], np.array([tokens[x] for x in labels], np.int64), loads)
-    return table.add_column(0, "label", pa.array(labels, pa.string()))
+    n: list[int] = [tokens[x] for x in labels]
+    names: list[str | None] = [*labels]
+    if labels and (rest := trace.stats.n_tokens(site) - sum(n)):
+        n, names, loads = [*n, rest], [*labels, None], np.vstack([loads, trace.stats.load(site) - loads.sum(0)])
+    stream = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream))["label"].to_pylist()
+    table = _described(trace.layers[site], np.array(n, np.int64), loads)
+    table = table.add_column(0, "documents", pa.array([stream.count(x) if stream else None for x in names], pa.int64()))
+    return table.add_column(0, "label", pa.array(names, pa.string()))
 
 
 def document_balance(trace: Trace, site: int) -> pa.Table:

@@ -237,9 +237,12 @@ def layer_lines(rows: Sequence[str], lines: Sequence[tuple[str, np.ndarray, np.n
     return _sized(figure, 320)
 
 
-def piece_bars(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray, whole: float, what: str) -> go.Figure:
-    """Max / mean of pieces of a run [n], a dark mark at what chance gives for so many tokens, a line at the whole run's."""
-    figure = go.Figure(go.Bar(x=list(names), y=ratio, name="max / mean", customdata=n, marker_color=palette.AMOUNT["light"][2],
+def piece_bars(
+    names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray, whole: float, few: Sequence[bool], what: str
+) -> go.Figure:
+    """Max / mean of pieces of a run [n], a dark mark at what chance gives for so many tokens, a line at the whole run's; ``few`` fades."""
+    figure = go.Figure(go.Bar(x=list(names), y=ratio, name="max / mean", customdata=n,
+                              marker={"color": palette.AMOUNT["light"][2], "opacity": [0.35 if x else 1.0 for x in few]},
                               meta=(named := {"x": "piece", "y": "max_over_mean", "customdata": ["n"]}),
                               hovertemplate="%{x}: %{y:.2f} × the mean load, n = %{customdata:,} tokens<extra></extra>"))  # fmt: skip
     figure.add_scatter(x=list(names), y=chance, name="by chance, at most about", mode="markers", meta=named,

@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 from app import charts, palette
@@ -83,11 +84,26 @@ def test_maxvio_lines_show_run_batches_with_their_range_and_chance() -> None:
 
 def test_piece_bars_keep_the_order_and_mark_chance_and_the_whole() -> None:
     figure = charts.piece_bars(
-        ["0", "10-20", "3-6"], np.array([2.0, 1.5, 3.0]), np.array([5, 7, 9]), np.array([1.9, 1.2, 1.1]), 1.25, "position"
+        ["0", "10-20", "3-6"],
+        np.array([2.0, 1.5, 3.0]),
+        np.array([5, 7, 9]),
+        np.array([1.9, 1.2, 1.1]),
+        1.25,
+        [False, False, True],
+        "position",
     )
     bars, chance, whole = figure.data
     assert list(bars.x) == ["0", "10-20", "3-6"] == list(figure.layout.xaxis.categoryarray) and list(bars.customdata) == [5, 7, 9]
+    assert bars.marker.opacity[0] == bars.marker.opacity[1] == 1 > bars.marker.opacity[2]
     assert list(chance.y) == [1.9, 1.2, 1.1] and list(whole.y) == [1.25] * 3
+
+
+def test_batch_line_shows_every_batch_beside_chance_and_the_run() -> None:
+    figure = charts.batch_line(np.arange(1, 4), np.array([0.5, 0.9, 0.7]), np.array([10, 11, 12]), np.array([0.3, 0.2, 0.1]), 0.25)
+    batches, chance = figure.data
+    assert list(batches.x) == [1, 2, 3] and list(batches.y) == [0.5, 0.9, 0.7] and list(chance.y) == [0.3, 0.2, 0.1]
+    assert figure.layout.shapes[0].y0 == figure.layout.shapes[0].y1 == 0.25
+    assert charts.rows(figure).filter(pc.equal(charts.rows(figure)["series"], "a batch"))["tokens"].to_pylist() == [10, 11, 12]
 
 
 def test_rows_are_what_is_drawn() -> None:

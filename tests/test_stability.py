@@ -16,6 +16,7 @@ from analysis.stability import (
     dead_experts,
     document_balance,
     label_balance,
+    late_positions,
     least_stable,
     maxvio_batches,
     maxvio_table,
@@ -56,8 +57,8 @@ def test_columns() -> None:
     figures = ["n", "max_over_mean", "cv", "normalised_entropy", "dead", "chance_max_over_mean", "chance_cv"]
     trace = make_trace()
     assert batch_balance(trace, 0).column_names == ["batch", "documents", *figures]
-    assert position_balance(trace, 0).column_names == ["first", "last", *figures]
-    assert label_balance(trace, 0).column_names == ["label", *figures]
+    assert position_balance(trace, 0).column_names == ["first", "last", "documents", *figures]
+    assert label_balance(trace, 0).column_names == ["label", "documents", *figures]
 
 
 @pytest.mark.parametrize("layers", [PLAIN, TWO_STREAMS], ids=["plain", "streams"])
@@ -195,7 +196,7 @@ def test_sites_that_executed_nothing_have_no_batches() -> None:
 
 def test_dead_experts_are_counted_within_layers() -> None:
     found = dead_experts(layered(np.array([[3, 0, 5, 0], [2, 2, 2, 2], [0, 0, 0, 8]])))
-    assert (found.dead, found.experts, found.sites) == (5, 12, (0, 2))
+    assert (found.dead, found.experts, found.at) == (5, 12, ((0, (1, 3)), (2, (0, 1, 2)))) and (found.documents, found.tokens) == (1, 8)
     assert found.chance == pytest.approx(3 * 4 * 0.75**8)
 
 
@@ -203,7 +204,8 @@ def test_along_the_text_and_by_label() -> None:
     trace = make_trace(TWO_STREAMS)
     for number in range(3):
         table = position_balance(trace, number).to_pylist()
-        assert [(r["first"], r["last"]) for r in table] == [(0, 0), (1, 2), (3, 6), (7, 14)]
+        # lengths 5 3 9 6 3 9 7 3 9: the longest ends at position 8
+        assert [(r["first"], r["last"], r["documents"]) for r in table] == [(0, 0, 9), (1, 2, 9), (3, 6, 6), (7, 8, 3)]
         rows = trace.stream_tokens(trace.layers[number].stream)
         for row in table:
             inside = (rows["position"].to_numpy() >= row["first"]) & (rows["position"].to_numpy() <= row["last"])
@@ -211,9 +213,27 @@ def test_along_the_text_and_by_label() -> None:
             load = np.bincount(experts[experts >= 0], minlength=4)
             assert row["n"] == load.sum() and row["max_over_mean"] == pytest.approx(balance.max_over_mean(load), nan_ok=True)
         labels = label_balance(trace, number).to_pylist()
-        assert [r["label"] for r in labels] == ["a", "b"] and sum(r["n"] for r in labels) == len(rows)
+        assert [(r["label"], r["documents"]) for r in labels] == [("a", 5), ("b", 4)] and sum(r["n"] for r in labels) == len(rows)
     assert len(label_balance(make_trace(PLAIN, [make_part(PLAIN, [9], labels=(None,))]), 0)) == 0
     assert position_balance(make_trace(PLAIN, [make_part(PLAIN, [9, 20])]), 0)["n"].to_pylist() == [2, 4, 8, 10, 5]
+
+
+def test_text_without_a_label_is_a_piece_of_its_own() -> None:
+    trace = make_trace(PLAIN, [make_part(PLAIN, [30, 20, 10, 40], labels=("a", None, "b"))])
+    rows = label_balance(trace, 1).to_pylist()
+    assert [(r["label"], r["documents"], r["n"]) for r in rows] == [("a", 2, 70), ("b", 1, 10), (None, 1, 20)]
+    assert rows[2]["max_over_mean"] == pytest.approx(balance.max_over_mean(loads_of(trace, 1, [[1]])[0]))
+
+
+def test_late_positions_are_told_with_the_text_they_come_from() -> None:
+    """Lengths 10 10 10 100 40, labels a b none a b: two of five documents reach position 15, 85 tokens of a and 25 of b."""
+    trace = make_trace(PLAIN, [make_part(PLAIN, [10, 10, 10, 100, 40], labels=("a", "b", None, "a", "b"))])
+    late = late_positions(trace, 0)
+    assert late is not None and (late.first, late.documents, late.of, late.label) == (15, 2, 5, "a")
+    assert late.share == pytest.approx(85 / 110) and late.overall == pytest.approx(110 / 170)
+    unlabelled = late_positions(make_trace(PLAIN, [make_part(PLAIN, [10, 10, 10, 100, 40], labels=(None,))]), 0)
+    assert unlabelled is not None and unlabelled.label is None and (unlabelled.first, unlabelled.documents) == (15, 2)
+    assert late_positions(make_trace(PLAIN, [make_part(PLAIN, [20] * 4)]), 0) is None
 
 
 def layered(loads: np.ndarray) -> Trace:

@@ -11,15 +11,16 @@ import pyarrow as pa
 import streamlit as st
 
 from analysis.balance import relative_load
+from analysis.findings import unused_experts
 from analysis.glossary import GLOSSARY
 from analysis.metrics import METRICS, balance_table, load_table, percentile_table
 from analysis.stability import (
     COLLAPSED,
     EVEN,
     PooledBalance,
-    dead_experts,
     document_balance,
     label_balance,
+    late_positions,
     least_stable,
     maxvio_batches,
     maxvio_table,
@@ -47,6 +48,7 @@ BATCHED = {
     "spread": ("standard deviation", "of MaxVio over batches: how unstable the layer is"),
     "chance_spread": ("by chance, deviation", "at most about so much, were the tokens dealt to batches at random and not by document"),
 }
+FEW = 5  # documents: a bar of fewer is faded
 UNEVEN = 8  # documents named
 PIECES = {"label": "by label", "position": "along the text"}
 
@@ -90,17 +92,13 @@ def show_map(relative: list[np.ndarray]) -> None:
     clicked = show_figure(
         trace, charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load", clickable=True),
         f"load-map-by-{order}", key="load_map", on_select="rerun", selection_mode="points", alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
-        definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×. A cross marks a dead expert: no token at all."
+        definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×. A cross marks an expert without any token."
         f" Uniform random routing would give at most about {chance:.2f} × at {layer.title}.",
         n=f"{min(ns):,} tokens per layer" if len(set(ns)) == 1 else f"{min(ns):,} to {max(ns):,} tokens per layer",
     )  # fmt: skip
     st.caption("Click a cell for its expert.")
     open_expert(trace, clicked)
-    found = dead_experts(trace)
-    where = f", at {', '.join(trace.layers[s].title for s in found.sites)}" if found.sites else ""
-    text.show_text(
-        f"{found.dead:,} of {found.experts:,} experts are dead{where}. Uniform routing of so many tokens would leave {found.chance:.2f}."
-    )
+    text.show_text(unused_experts(trace))
 
 
 def show_pooled(pooled: PooledBalance | None, auxiliary: float) -> None:
@@ -122,7 +120,8 @@ def show_pooled(pooled: PooledBalance | None, auxiliary: float) -> None:
         )
     else:
         text.show_text(
-            "No layer hides behind another: summing load over layers would not make this run look even while a layer is collapsed."
+            f"Layers checked separately: the worst is {trace.layers[pooled.worst_site].title} ({pooled.worst:.2f}×), and"
+            f" {text.counted(pooled.dead, 'expert')} got no token. Summing load over layers would not hide that here."
         )
     text.show_note(
         f"Max / mean of the load summed over {pooled.layers:,} layers by expert number: {pooled.pooled:.2f}; of the worst layer: {pooled.worst:.2f}."
@@ -187,12 +186,13 @@ def show_batch_line() -> dict[str, tuple[str, pa.Table]]:
     rows = batch_series(trace, run, site, int(size), 0 if order == "mixed" else None)
     if len(rows) < 2:
         return {}
+    batch, maxvio, n, chance = (rows[c].to_numpy() for c in ("batch", "maxvio", "n", "chance"))
     show_figure(
-        trace, charts.batch_line(*(rows[c].to_numpy() for c in ("batch", "maxvio", "n", "chance")), table["maxvio"][site].as_py()),
+        trace, charts.batch_line(batch, maxvio, n, chance, table["maxvio"][site].as_py()),
         f"maxvio-over-batches-{size}-{trace.layers[site].title}", key="batch-line", alt="MaxVio of the layer over batch number, with what chance gives.",
         definition=f"MaxVio of {trace.layers[site].title} in each batch: {BATCHES[size]}, {ORDERS[order]}. The dotted line is what uniform routing of"
         " a batch's tokens stays below on average.",
-        n=f"{int(rows['n'].to_numpy().sum()):,} tokens in {len(rows):,} batches",
+        n=f"{int(n.sum()):,} tokens in {len(rows):,} batches",
     )  # fmt: skip
     return {"batches of the layer": ("one row per batch: MaxVio at the layer chosen, with n and chance", rows)}
 
@@ -203,15 +203,26 @@ def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
     offered = {k: v for k, v in PIECES.items() if k != "label" or len(labels)}
     piece = choice("pieces", "Its balance", offered, next(iter(offered)), draw=st.segmented_control)
     rows = labels if piece == "label" else position_balance(trace, site)
-    names = [text.axis_name(x) for x in rows["label"].to_pylist()] if piece == "label" else [
+    plain_names = [text.visible_name(x) if x is not None else "no label" for x in rows["label"].to_pylist()] if piece == "label" else [
         f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in zip(rows["first"].to_pylist(), rows["last"].to_pylist(), strict=True)]  # fmt: skip
     ratio, n, chance = (rows[c].to_numpy() for c in ("max_over_mean", "n", "chance_max_over_mean"))
+    few = [d is not None and d < FEW for d in rows["documents"].to_pylist()]
     show_figure(
-        trace, charts.piece_bars(names, ratio, n, chance, whole, "label" if piece == "label" else "position in the document"),
+        trace, charts.piece_bars([text.axis_name(x) for x in plain_names], ratio, n, chance, whole, few, "label" if piece == "label" else "position in the document"),
         f"balance-{piece}-{trace.layers[site].title}", key="pieces-chart", alt=f"Bars of max over mean load {PIECES[piece]}, with what chance gives.",
         definition=f"Largest load over mean load of {trace.layers[site].title} within each piece. Fewer tokens look less even by chance alone:"
-        " the dark mark is what uniform routing of the piece's tokens stays below on average.",
+        " the dark mark is what uniform routing of the piece's tokens stays below on average."
+        + (f" Faded: fewer than {FEW} documents." if any(few) else ""),
         n=f"{int(n.sum()):,} tokens in {len(n):,} pieces",
+    )  # fmt: skip
+    if piece == "position" and (late := late_positions(trace, site)) is not None:
+        whose = f", {late.share:.0%} {late.label} by tokens ({late.overall:.0%} of the whole run)" if late.label is not None else ""
+        text.show_text(f"Positions from {late.first:,} on come from the longest {late.documents:,} of {late.of:,} documents alone{whose}:"
+                       " what differs there may be the text, not the position.")  # fmt: skip
+    st.dataframe(
+        pd.DataFrame({piece: plain_names, "n (tokens)": n, "documents": rows["documents"].to_pylist(), "max / mean": ratio, "by chance, at most": chance}),
+        hide_index=True, column_config={**{c: st.column_config.NumberColumn(format="localized") for c in ("n (tokens)", "documents")},
+                                        **{c: st.column_config.NumberColumn(format="%.2f") for c in ("max / mean", "by chance, at most")}},
     )  # fmt: skip
     return {PIECES[piece]: (f"one row per {piece}: balance at the layer chosen, with n and chance", rows)}
 

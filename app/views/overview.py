@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from analysis.balance import relative_load
-from analysis.findings import Finding
+from analysis.findings import Finding, unused_experts
 from analysis.metrics import METRICS
 from analysis.stability import dead_experts
 from analysis.trace import Trace
@@ -78,10 +78,10 @@ numbers.metric(
     f" n = {worst['n'][at]:,} tokens; chance alone gives at most about {chance['value'][at]:.2f}.",
 )
 numbers.metric(
-    "Dead experts",
+    "Experts not used" if dead.few else "Dead experts",
     f"{dead.dead:,}",
     border=True,
-    help=f"Of {dead.experts:,} experts over all layers, those that received no token of this run. Uniform routing would leave {dead.chance:.1f}.",
+    help=f"Of {dead.experts:,} experts over all layers. {unused_experts(trace)}",
 )
 
 st.page_link("views/expert.py", label="What is the busiest expert for? →", width="content",
@@ -97,7 +97,7 @@ clicked = show_figure(
     trace, charts.load_map(relative, rows, theme(), mark, clickable=True), "load-map", key="load_map", on_select="rerun", selection_mode="points",
     alt=f"Heatmap of {len(rows)} layers by {len(relative[0])} experts: load relative to an even share.",
     definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×: neutral is even, orange carries more, blue less; a cross"
-    f" marks a dead expert. By chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×."
+    f" marks an expert without any token. By chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×."
     + (f" Framed: {finding.claim}" if finding is not None else "") + " Experts of different layers are unrelated, even with the same number.",
     n=f"{each} tokens per layer",
 )  # fmt: skip
