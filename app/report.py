@@ -160,7 +160,10 @@ def _balance(draft: _Draft) -> None:
          **{METRICS[m].title: f"{row[m]:.0f}" if m in COUNTS else f"{row[m]:.3f}" for m in BALANCE}}
         for layer, row in zip(draft.trace.layers, balance_table(draft.trace).to_pylist(), strict=True)
     ]  # fmt: skip
-    meant = {METRICS[m].title: f"{METRICS[m].definition}. By chance: {METRICS[m].chance}. Source: {METRICS[m].source}" for m in BALANCE}
+    meant = {
+        METRICS[m].title: f"{METRICS[m].definition}. By chance: {METRICS[m].chance_here(draft.trace)}. Source: {METRICS[m].source}"
+        for m in BALANCE
+    }
     body = (
         f'{_table(rows)}\n<p class="caption">{draft.told("Tokens per layer stand in the column n; definitions below.")}</p>\n{_list(meant)}'
     )

@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import streamlit as st
 
 from analysis.balance import relative_load
@@ -190,7 +191,7 @@ def show_batch_line() -> dict[str, tuple[str, pa.Table]]:
     show_figure(
         trace, charts.batch_line(batch, maxvio, n, chance, table["maxvio"][site].as_py()),
         f"maxvio-over-batches-{size}-{trace.layers[site].title}", key="batch-line", alt="MaxVio of the layer over batch number, with what chance gives.",
-        definition=f"MaxVio of {trace.layers[site].title} in each batch: {BATCHES[size]}, {ORDERS[order]}. The dotted line is what uniform routing of"
+        definition=f"MaxVio of {trace.layers[site].title} in each batch ({BATCHES[size] if size == '1' else f'whole documents, at least {BATCHES[size]}'}; {ORDERS[order]}). The dotted line is what uniform routing of"
         " a batch's tokens stays below on average.",
         n=f"{int(n.sum()):,} tokens in {len(rows):,} batches",
     )  # fmt: skip
@@ -221,7 +222,8 @@ def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
                        " what differs there may be the text, not the position.")  # fmt: skip
     st.dataframe(
         pd.DataFrame({piece: plain_names, "n (tokens)": n, "documents": rows["documents"].to_pylist(), "max / mean": ratio, "by chance, at most": chance}),
-        hide_index=True, column_config={**{c: st.column_config.NumberColumn(format="localized") for c in ("n (tokens)", "documents")},
+        hide_index=True, height="content",
+        column_config={**{c: st.column_config.NumberColumn(format="localized") for c in ("n (tokens)", "documents")},
                                         **{c: st.column_config.NumberColumn(format="%.2f") for c in ("max / mean", "by chance, at most")}},
     )  # fmt: skip
     return {PIECES[piece]: (f"one row per {piece}: balance at the layer chosen, with n and chance", rows)}
@@ -267,7 +269,7 @@ def show_documents() -> dict[str, tuple[str, pa.Table]]:
 def column(name: str) -> Any:
     """A metric's column: its title, and the definition when pointed at."""
     m = METRICS[name]
-    told = f"{m.definition}. By chance: {m.chance}. Source: {m.source}"
+    told = f"{m.definition}. By chance: {m.chance_here(trace)}. Source: {m.source}"
     return st.column_config.NumberColumn(m.title, help=told, format="%d" if name in COUNTS else "%.3f")
 
 
@@ -280,12 +282,17 @@ def show_numbers(table: pa.Table, over: pa.Table) -> None:
     st.caption("Point at a column's title for its definition, its source and what chance would give.")
     text.show_definitions(trace.name, {m: METRICS[m].title for m in SHOWN})
     st.header("Over layers")
-    shown = over.to_pandas()
-    shown.insert(1, "by chance, in each layer", [METRICS[m].chance for m in shown["metric"]])
+    measures = {m for m in METRICS if METRICS[m].level is not None}  # chance values have a column, no rows
+    shown = over.to_pandas().query("n > 0 and metric in @measures")
     shown["metric"] = [f"{METRICS[m].title} ({METRICS[m].unit})" for m in shown["metric"]]
     percentile = {c: st.column_config.NumberColumn(format="%.3f") for c in ("min", "p10", "median", "p90", "max")}
-    st.dataframe(shown[["metric", "n", *percentile, "by chance, in each layer"]], hide_index=True,
-                 column_config={"n": st.column_config.NumberColumn("n (layers)"), **percentile})  # fmt: skip
+    chance = st.column_config.NumberColumn(
+        "by chance", format="%.3f", help="what uniform random routing gives at the median layer; empty where too few tokens let it be told"
+    )
+    st.dataframe(shown[["metric", "n", "chance", *percentile]], hide_index=True, height="content",
+                 column_config={"n": st.column_config.NumberColumn("n (layers)"), "chance": chance, **percentile})  # fmt: skip
+    for m in sorted(measures - set(over.filter(pc.greater(over["n"], 0))["metric"].to_pylist())):
+        text.show_note(f"{METRICS[m].title} is not defined here: it takes {METRICS[m].needs}.")
     st.caption("Percentiles over layers of each layer's own number. Experts of different layers are never pooled.")
 
 
