@@ -240,10 +240,21 @@ def test_tokens_that_pay_are_named_by_their_own_text(runs: Path) -> None:
 def test_an_expert_without_tokens_says_so(runs: Path) -> None:
     store(runs / "short", PLAIN, [1])
     test = shown("expert", "short")
-    used = open_run(runs / "short").stats.load(len(PLAIN) - 1)
+    used = open_run(runs / "short").stats.load([x.title for x in PLAIN].index(test.selectbox(key="layer").value))
     test.selectbox(key="expert").set_value(str(int(used.argmin()))).run()
     assert "No token of this run uses this expert" in test.info[0].value and not test.exception
     assert all("nan" not in m.value for m in test.metric)
+
+
+@pytest.mark.parametrize("page", ["tokens", "load", "specialization", "expert"])
+def test_the_layer_chosen_first_is_that_of_the_headline(runs: Path, page: str) -> None:
+    part = make_part(PLAIN, [300] * 4)
+    busy = part.routing[0].experts.copy()
+    busy[::3] = [5, 6]
+    with RunWriter.open(runs / "busy", card(PLAIN), {}) as writer:
+        writer.write(replace(part, routing=(SiteRouting(busy, part.routing[0].weights, busy), part.routing[1])))
+        writer.commit()
+    assert shown(page, "busy").selectbox(key="layer").value == "layer 0"
 
 
 def test_load_of_one_batch_tells_no_stability(runs: Path) -> None:

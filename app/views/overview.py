@@ -16,7 +16,7 @@ from app import charts, text, tour
 from app.components.token_strip import token_strip
 from app.figures import show_figure
 from app.report import report_bytes
-from app.selection import current_trace, open_expert, recording_id, theme
+from app.selection import current_trace, found_first, open_expert, recording_id, theme
 from app.strip_data import first_text
 
 
@@ -40,7 +40,7 @@ def first_lines(trace: Trace, finding: Finding) -> None:
 
 
 trace = current_trace()
-finding = tour.found_first(trace, recording_id(trace))
+finding = found_first(trace, recording_id(trace))
 stats, card, layers = trace.stats, trace.model, trace.layers
 
 st.title("What does this router do?")
