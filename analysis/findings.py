@@ -89,7 +89,7 @@ def busiest(trace: Trace) -> Finding | None:
         return None
     layer, n = trace.layers[best[1]], trace.stats.n_tokens(best[1])
     chance = balance.chance_max_over_mean(n, layer.n_experts, layer.top_k)
-    claim = f"{layer.title.capitalize()} sends expert {best[2]} {best[0]:.2f} times its even share"
+    claim = f"At {layer.title}, expert {best[2]} carries {best[0]:.2f} times its even share"
     claim += "." if best[0] > chance else ": no more than chance in so few tokens."
     return Finding(claim, f"n = {n:,} tokens. Chance alone would give at most about {chance:.2f} times.", best[1], best[2])
 

@@ -125,7 +125,7 @@ def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, ma
             meta={"x": "place", "y": "layer", "z": "log2_relative_load_drawn", "customdata": ["relative_load", "expert"]},
             colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES, xgap=1, ygap=1, hoverongaps=False,
             colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES,
-                      "title": {"text": "even share"}, "thickness": 12},
+                      "title": {"text": "× even share"}, "thickness": 12},
             hovertemplate="%{y}, expert %{customdata[1]:.0f}<br>%{customdata[0]:.2f} × its even share<extra></extra>",
         )
     )  # fmt: skip
@@ -214,6 +214,24 @@ def document_scatter(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, cha
     figure.update_xaxes(title="tokens of the document", type="log", tickformat=",")
     figure.update_yaxes(title="max / mean load", rangemode="tozero")
     return _sized(figure, 340)
+
+
+def document_histogram(ratio: np.ndarray, tokens: int, chance: float) -> go.Figure:
+    """Documents of one length by their max / mean [documents], with a mark at what chance stays below for so many tokens."""
+    count, edges = np.histogram(ratio, bins=min(40, max(8, int(len(ratio) ** 0.5))))
+    middle, width = (edges[1:] + edges[:-1]) / 2, float(edges[1] - edges[0])
+    figure = go.Figure(go.Bar(x=middle, y=count, width=width, marker={"color": palette.AMOUNT["light"][3], "line": {"width": 0.5, "color": "#888"}},
+                              customdata=np.stack([edges[:-1], edges[1:]], -1), meta={"x": "max_over_mean", "y": "documents", "customdata": ["from", "to"]},
+                              hovertemplate="%{customdata[0]:.2f} to %{customdata[1]:.2f} × the mean load: %{y:,} documents<extra></extra>"))  # fmt: skip
+    figure.add_vline(
+        x=chance,
+        line={"color": "#9a9a9a", "dash": "dot", "width": 2},
+        annotation_text="by chance, at most about",
+        annotation_font_color="#888",
+    )
+    figure.update_xaxes(title=f"max / mean load of a document of {tokens:,} tokens", range=[0, max(float(edges[-1]), chance) * 1.05])
+    figure.update_yaxes(title="documents", rangemode="tozero")
+    return _sized(figure, 300)
 
 
 def layer_lines(rows: Sequence[str], lines: Sequence[tuple[str, np.ndarray, np.ndarray | None]], what: str) -> go.Figure:

@@ -106,6 +106,13 @@ def test_batch_line_shows_every_batch_beside_chance_and_the_run() -> None:
     assert charts.rows(figure).filter(pc.equal(charts.rows(figure)["series"], "a batch"))["tokens"].to_pylist() == [10, 11, 12]
 
 
+def test_documents_of_one_length_are_counted_beside_chance() -> None:
+    figure = charts.document_histogram(np.array([1.0] * 5 + [3.0] * 4), 512, 1.4)
+    [bars] = figure.data
+    assert sum(bars.y) == 9 and bars.y[0] == 5 and bars.y[-1] == 4 and figure.layout.shapes[0].x0 == 1.4
+    assert figure.layout.xaxis.range[0] == 0 and figure.layout.xaxis.range[1] > 3
+
+
 def test_rows_are_what_is_drawn() -> None:
     run, batch, least, most, chance = (np.array(x) for x in ([0.1, 0.2], [0.5, 0.9], [0.25, 0.9], [1.5, 1.0], [0.2, 0.2]))
     rows = charts.rows(charts.maxvio_lines(["layer 0", "a &lt;b&gt;"], run, batch, least, most, chance)).to_pylist()

@@ -237,12 +237,14 @@ def show_documents() -> dict[str, tuple[str, pa.Table]]:
     st.header("Is it even within each document?")
     ratio, n, chance = (rows[c].to_numpy() for c in ("max_over_mean", "n", "chance_max_over_mean"))
     names = [text.axis_name(x or "") for x in rows["name"].to_pylist()]
+    equal = n.min() == n.max()  # one length: a scatter over lengths would be a line
+    drawn = charts.document_histogram(ratio, int(n[0]), chance[0]) if equal else charts.document_scatter(names, ratio, n, chance)
     show_figure(
-        trace, charts.document_scatter(names, ratio, n, chance), f"documents-{trace.layers[site].title}", key="documents",
-        alt="Max over mean load of every document by its number of tokens, with what chance stays below.",
-        definition=f"Largest load over mean load of {trace.layers[site].title} within each document, by its length; the line is what uniform routing"
-        " of so many tokens stays below on average.",
-        n=f"{int(n.sum()):,} tokens in {len(n):,} documents",
+        trace, drawn, f"documents-{trace.layers[site].title}", key="documents",
+        alt="Max over mean load of every document" + (", by how many have it" if equal else " by its number of tokens") + ", with what chance stays below.",
+        definition=f"Largest load over mean load of {trace.layers[site].title} within each document{'' if equal else ', by its length'}; the line is what uniform"
+        " routing of so many tokens stays below on average.",
+        n=f"{int(n.sum()):,} tokens in {len(n):,} documents" + (f" of {n[0]:,} each" if equal else ""),
     )  # fmt: skip
     text.show_text(
         f"{int((ratio > chance).sum()):,} of {len(rows):,} documents lie above what uniform routing of so many tokens stays below on average at {trace.layers[site].title};"
@@ -255,7 +257,7 @@ def show_documents() -> dict[str, tuple[str, pa.Table]]:
                        "max / mean": r["max_over_mean"], "by chance, at most": r["chance_max_over_mean"], "tokens": link}
                       for r, link in zip(top, links, strict=True)]),
         hide_index=True, column_config={**{c: st.column_config.NumberColumn(format="%.2f") for c in ("max / mean", "by chance, at most")},
-                                        "tokens": st.column_config.LinkColumn(display_text="where they go")},
+                                        "n (tokens)": st.column_config.NumberColumn(format="localized"), "tokens": st.column_config.LinkColumn(display_text="where they go")},
     )  # fmt: skip
     st.caption(
         f"The {len(top):,} documents of {len(rows):,} that lie furthest above chance for their length; the download has them all. Max / mean is at most "
@@ -276,7 +278,7 @@ def column(name: str) -> Any:
 def show_numbers(table: pa.Table, over: pa.Table) -> None:
     """Every layer, and percentiles over layers."""
     st.header("Every layer in numbers")
-    n = st.column_config.NumberColumn("n (tokens)", help="tokens that passed the layer")
+    n = st.column_config.NumberColumn("n (tokens)", help="tokens that passed the layer", format="localized")
     st.dataframe(table.select(["layer", "stack", "n", *SHOWN]).to_pandas(), hide_index=True,
                  column_config={"n": n, **{m: column(m) for m in SHOWN}})  # fmt: skip
     st.caption("Point at a column's title for its definition, its source and what chance would give.")

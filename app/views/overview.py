@@ -15,6 +15,7 @@ from analysis.trace import Trace
 from app import charts, text, tour
 from app.components.token_strip import token_strip
 from app.figures import show_figure
+from app.model_card import size_in_words
 from app.report import report_bytes
 from app.selection import current_trace, found_first, open_expert, recording_id, theme
 from app.strip_data import first_text
@@ -114,8 +115,7 @@ st.download_button("Save this run as one HTML file", data=partial(report_bytes, 
 st.header("The model")
 layer = layers[0]
 text.show_text(
-    f"{card.name} ({card.architecture}): {card.parameters / 1e6:,.1f} million parameters, {card.active_parameters / 1e6:,.1f} million "
-    f"active per token; {len(layers)} routed layers, {layer.n_experts} experts each at the first, top-{layer.top_k}, "
+    f"{card.name} ({card.architecture}): {size_in_words(card)}; {len(layers)} routed layers, {layer.n_experts} experts each at the first, top-{layer.top_k}, "
     f"{layer.scoring} scores, {card.dtype} weights."
 )
 for warning in card.warnings:
