@@ -39,12 +39,10 @@ def plotly_script() -> str:
     return str(get_plotlyjs())
 
 
-def portable(figure: go.Figure, run: str, what: str) -> dict[str, Any]:
-    """A figure as plain values for a page outside the app, which brings its own fonts and colours of axes; saved as SVG."""
+def portable(figure: go.Figure) -> dict[str, Any]:
+    """A figure as plain values for a page outside the app, which brings its own fonts and colours of axes."""
     figure.layout.template = None
-    save = {"format": "svg", "filename": file_name(run, what)}
-    config = {"displaylogo": False, "toImageButtonOptions": save, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
-    return {**json.loads(figure.to_json()), "config": config}
+    return {**json.loads(figure.to_json()), "config": dict(BAR)}
 
 
 def printed(figure: go.Figure) -> str:

@@ -47,11 +47,17 @@ class Shown:
     figure: Any
     definition: str
     n: str
+    how: str = ""
+
+    @property
+    def told(self) -> str:
+        """Definition and how it is computed."""
+        return f"{self.definition} {self.how}".strip()
 
     @property
     def caption(self) -> str:
-        """What stands under it."""
-        return f"{self.definition} n = {self.n}."
+        """What goes with it into a file."""
+        return f"{self.told} n = {self.n}."
 
 
 def begin() -> None:
@@ -59,15 +65,16 @@ def begin() -> None:
     st.session_state["_figures"] = []
 
 
-def show_figure(trace: Trace, figure: Any, name: str, *, key: str, alt: str, definition: str, n: str, **options: Any) -> Any:
+def show_figure(trace: Trace, figure: Any, name: str, *, key: str, alt: str, definition: str, n: str, how: str = "", **options: Any) -> Any:
     """Draw a figure with its caption and keep it for ``take_figures``; returns what st.plotly_chart does.
 
-    ``name`` goes into its files' names, ``definition`` says in sentences what is shown, ``n`` of how much ("3,000 tokens").
-    Both may hold data text. ``options`` go to st.plotly_chart.
+    ``name`` goes into its files' names, ``definition`` says in a sentence or two what is shown and what chance would give, ``n`` of
+    how much ("3,000 tokens"); ``how``, what only a careful reader asks (settings, tests, corrections), stands behind a question mark
+    and in the files. All may hold data text. ``options`` go to st.plotly_chart.
     """
     event = st.plotly_chart(figure, key=key, alt=alt, config=dict(charts.BAR), **options)
-    shown = Shown(trace, charts.file_name(trace.name, name), key, figure, definition, n)
-    show_note(shown.caption)
+    shown = Shown(trace, charts.file_name(trace.name, name), key, figure, definition, n, how)
+    show_note(f"{definition} n = {n}.", how)
     st.session_state["_figures"].append(shown)
     return event
 
@@ -95,7 +102,7 @@ def take_figures() -> None:
     settings = {k: v for k, v in st.session_state["_chosen"].items() if k != "run"}
     with row:
         figure_files(_order(chosen, size, captioned, settings))
-    what = f"one row per mark of the figure. {chosen.definition}"
+    what = f"one row per mark of the figure. {chosen.told}"
     buttons(
         row, lambda kind: partial(_rows, chosen, what, settings | {"figure": name, "n": chosen.n}, kind), name, ("csv", "parquet"), "take"
     )
@@ -108,11 +115,11 @@ def _rows(shown: Shown, what: str, settings: Mapping[str, Any], kind: str) -> by
 def _order(shown: Shown, size: str, captioned: bool, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the browser needs to make the files: the figure, its place on the page, size, caption, and what goes along."""
     _, width, height, font, dpi = SIZES[size]
-    about = describe_computed(shown.trace, shown.definition, settings)
+    about = describe_computed(shown.trace, shown.told, settings)
     about = {"figure": shown.name, "definition": about.pop("row"), "n": shown.n, **about}
     return {
         "figure": charts.printed(shown.figure),
-        "key": shown.key,
+        "place": f".st-key-{shown.key} .js-plotly-plot",
         "name": shown.name,
         "width": width,
         "height": height,

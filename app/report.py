@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import analysis
 from analysis.balance import relative_load
 from analysis.capacity import capacity_curves, in_words, percent, pool_curves
+from analysis.export import describe_computed
 from analysis.files import write_atomically
 from analysis.findings import Finding, first_finding
 from analysis.metrics import METRICS, balance_table
@@ -35,7 +36,7 @@ from analysis.trace import Trace
 from . import charts, palette
 from .model_card import facts, origin, router_rows
 from .strip_data import first_text, strip_data
-from .text import axis_label, markup
+from .text import axis_label, markup, visible_name
 
 _HERE = Path(__file__).parent
 _PARTS = _HERE / "report_page"
@@ -74,7 +75,10 @@ class _Draft:
 
     def figure(self, name: str, figure: Any, caption: str, alt: str) -> str:
         """Keep a figure; returns the markup of its place and caption."""
-        self.figures[name] = charts.portable(figure, self.trace.name, name)
+        about = {"figure": name, **describe_computed(self.trace, caption, {})}
+        file = {"name": charts.file_name(self.trace.name, name), "width": None, "height": None, "font": 12, "dpi": 192, "captioned": True,
+                "caption": visible_name(f"{caption} {self.origin}"), "software": f"Routerscope {analysis.__version__}", "about": json.dumps(about)}  # fmt: skip
+        self.figures[name] = charts.portable(figure) | {"file": file}
         place = f'<div class="plot" id="figure-{name}" role="img" aria-label="{markup(alt)}" {HEIGHT.format(figure.layout.height)}></div>'
         return f"<figure>\n{place}\n<figcaption>{self.told(caption)}</figcaption>\n</figure>"
 
@@ -117,7 +121,8 @@ def _opening(draft: _Draft, finding: Finding | None) -> None:
     draft.sections.append(
         f"<header>\n<h1>What does the router of {markup(trace.model.name)} do?</h1>\n<p>In every routed layer, a router picks a few small"
         " networks, the experts, for each token; only those compute. This file shows what was chosen, as executed: "
-        f'{counted} through {len(trace.layers):,} routed layers.</p>\n<p class="note">{markup(draft.origin)}</p>\n</header>'
+        f"{counted} through {len(trace.layers):,} routed layers. <strong>{markup(trace.rounding)}</strong></p>\n"
+        f'<p class="note">{markup(draft.origin)}</p>\n</header>'
     )
     if finding is None:
         return
@@ -235,11 +240,10 @@ def _list(values: Mapping[str, str]) -> str:
 
 
 def _page(draft: _Draft) -> str:
-    strip = _HERE / "components" / "token_strip"
+    strip, files = _HERE / "components" / "token_strip", _HERE / "components" / "figure_files"
     plotly = charts.plotly_script()
-    script = (
-        "\n" + _read(strip / "strip.js").replace("export default function", "const tokenStrip = function", 1) + _read(_PARTS / "report.js")
-    )
+    parts = [("tokenStrip", strip / "strip.js"), ("figureFiles", files / "files.js"), ("", _PARTS / "report.js")]
+    script = "\n" + "".join(_read(path).replace("export default function", f"const {name} = function", 1) for name, path in parts)
     data = {"strip": draft.strip[0] if draft.strip else None, "figures": draft.figures,
             "scales": {theme: palette.scale(colours) for theme, colours in palette.LOAD.items()}}  # fmt: skip
     filled = {

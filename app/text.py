@@ -101,9 +101,9 @@ def show_text(text: str) -> None:
     st.markdown(plain(text))
 
 
-def show_note(text: str) -> None:
-    """A caption made of data text."""
-    st.caption(plain(text))
+def show_note(text: str, how: str = "") -> None:
+    """A caption made of data text; ``how`` is shown where one points at its question mark."""
+    st.caption(plain(text), help=plain(how) or None)
 
 
 def show_definitions(run: str, terms: Mapping[str, str]) -> None:
@@ -115,6 +115,11 @@ def show_definitions(run: str, terms: Mapping[str, str]) -> None:
 def show_error(text: str) -> None:
     """An error sentence, which may name data."""
     st.error(plain(text))
+
+
+def show_warning(text: str) -> None:
+    """A sentence that must not be overlooked."""
+    st.warning(plain(text))
 
 
 def counted(n: int, one: str, many: str | None = None) -> str:

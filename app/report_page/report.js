@@ -27,8 +27,9 @@ function drawFigures() {
   for (const [name, figure] of Object.entries(report.figures)) {
     const data = structuredClone(figure.data);
     for (const trace of data) if (trace.type === "heatmap") trace.colorscale = report.scales[dark.matches ? "dark" : "light"];
-    const png = { name: "Download plot as PNG", icon: Plotly.Icons.camera, click: (place) => Plotly.downloadImage(place, { ...figure.config.toImageButtonOptions, format: "png" }) };
-    Plotly.react("figure-" + name, data, themed(structuredClone(figure.layout)), { ...figure.config, modeBarButtonsToAdd: [png], responsive: true });
+    const saved = { ...figure.file, figure: JSON.stringify({ data: figure.data, layout: figure.layout }), place: "#figure-" + name };
+    const buttons = ["SVG", "PNG"].map((kind) => ({ name: "Save as " + kind, icon: Plotly.Icons.camera, click: () => saveFigure(saved, kind.toLowerCase()) }));
+    Plotly.react("figure-" + name, data, themed(structuredClone(figure.layout)), { ...figure.config, modeBarButtonsToAdd: buttons, responsive: true });
   }
 }
 

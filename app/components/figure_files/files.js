@@ -4,6 +4,7 @@ const round = (x) => Number(x.toFixed(3));
 let loading;
 
 function plotly() {
+  if (window.Plotly) return Promise.resolve(window.Plotly); // a report brings its own
   loading ??= new Promise((done, failed) => {
     const script = document.createElement("script");
     script.src = "/plotly.min.js";
@@ -83,7 +84,7 @@ const made = (name, attributes, text) => {
 // The figure as an SVG document: { text, width, height } in CSS pixels.
 async function drawn(data) {
   const figure = JSON.parse(data.figure), pad = data.font, small = 0.9 * data.font;
-  const screen = document.querySelector(`.st-key-${CSS.escape(data.key)} .js-plotly-plot`)?.getBoundingClientRect();
+  const screen = document.querySelector(data.place)?.getBoundingClientRect();
   const width = data.width ?? screen?.width ?? 900;
   const lines = data.captioned ? wrapped(data.caption, width - 2 * pad, small) : [];
   const under = lines.length ? lines.length * 1.3 * small + pad : 0;
@@ -130,28 +131,30 @@ async function painted(data, about) {
   canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
   const plain = new Uint8Array(await (await new Promise((done) => canvas.toBlob(done, "image/png"))).arrayBuffer());
   const metre = Math.round(data.dpi / 0.0254), header = 33; // signature and IHDR
-  const told = { Title: data.name, Description: data.caption, Software: data.software, Source: about.url, routerscope: ascii(about) };
+  const told = { Title: data.name, Description: data.caption, Software: data.software, ...(about.url ? { Source: about.url } : {}), routerscope: ascii(about) };
   const texts = Object.entries(told).map(([key, value]) => chunk("iTXt", [...utf8(key), 0, 0, 0, 0, 0, ...utf8(value)]));
   return [plain.slice(0, header), chunk("pHYs", [...big(metre, metre), 1]), ...texts, plain.slice(header)];
 }
 
+// Gives the figure to the person as a file, "svg" or "png".
+async function saveFigure(data, kind) {
+  const about = { ...JSON.parse(data.about), ...(data.query === undefined ? {} : { url: `${location.origin}${location.pathname}?${data.query}` }) };
+  const parts = kind === "svg" ? [(await drawn({ ...data, about: ascii(about) })).text] : await painted({ ...data, about: ascii(about) }, about);
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob(parts, { type: kind === "svg" ? "image/svg+xml" : "image/png" }));
+  link.download = `${data.name}.${kind}`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
+
 export default function ({ data, parentElement }) {
   const said = parentElement.querySelector(".said"), buttons = [...parentElement.querySelectorAll("button")];
-  async function save(kind) {
-    const about = { ...JSON.parse(data.about), url: `${location.origin}${location.pathname}?${data.query}` };
-    const parts = kind === "svg" ? [(await drawn({ ...data, about: ascii(about) })).text] : await painted({ ...data, about: ascii(about) }, about);
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob(parts, { type: kind === "svg" ? "image/svg+xml" : "image/png" }));
-    link.download = `${data.name}.${kind}`;
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
-  }
   for (const button of buttons) {
     button.onclick = async () => {
       said.textContent = "Drawing …";
       for (const b of buttons) b.disabled = true;
       try {
-        await save(button.className);
+        await saveFigure(data, button.className);
         said.textContent = "";
       } catch (error) {
         console.error(error);
