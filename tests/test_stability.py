@@ -84,7 +84,8 @@ def test_documents_of_uniform_routing_lie_at_chance() -> None:
 def test_shuffled_batches_of_sorted_texts_are_nearer_to_the_run() -> None:
     """Documents 0 to 9 use experts 0 to 3, the others 4 to 7: in order every batch is of one kind."""
     part = make_part(PLAIN, [20] * 20)
-    experts = ((part.routing[0].experts % 4) + 4 * (np.arange(400) >= 200)[:, None]).astype(np.int16)
+    first, step = part.routing[0].experts.T % np.array([[4], [3]])  # two different experts of four
+    experts = (np.stack([first, (first + 1 + step) % 4], 1) + 4 * (np.arange(400) >= 200)[:, None]).astype(np.int16)
     trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
     ordered, mixed = (maxvio_table(trace, 100, m).to_pylist()[0] for m in (None, 0))
     assert ordered["least"] >= 1 and mixed["batch"] < 0.8 * ordered["batch"] and mixed["run"] == ordered["run"]
