@@ -166,7 +166,8 @@ def shuffled_curves(trace: Trace, shuffles: Sequence[int | None], factors: Seque
     ranked = _ranked(trace, policy, scope, size, shuffles, seed, layers)
     tables = _curve_tables(trace, ranked, factors, _rule(preset))
     for site, mine in groupby(tables, lambda found: found[0]):
-        yield site, pa.concat_tables([t.append_column("shuffle", pa.array([m] * len(t), pa.int32())) for _, m, t in mine])
+        each = [t.append_column("shuffle", pa.array([m] * len(t), pa.int32())) for _, m, t in mine]
+        yield site, pa.concat_tables(each).combine_chunks()
 
 
 def compare_policies(trace: Trace, factor: float = 1.25, scope: str = "document", *, policies: Sequence[str] = POLICIES,

@@ -54,8 +54,8 @@ def typical_shuffle(curves: pa.Table, factor: float = 1.0) -> int | None:
 def drops_in_words(now: Mapping[str, float], factor: float, where: str = "", shares: Mapping[int | None, float] | None = None) -> str:
     """What ``factor`` drops and what that costs: ``now`` has the shares, ``shares`` is ``shuffle_shares``; ``where`` follows "assignments"."""
     said = f"CF {factor:g} drops {percent(now['dropped_share'])} of assignments{where}"
-    if shares is not None and len(shares) > 1:
-        low, high = min(shares.values()), max(shares.values())
+    low, high = (min(shares.values()), max(shares.values())) if shares else (0.0, 0.0)
+    if shares is not None and low < high:  # one batch drops the same in any order
         said += f" ({percent(low)} to {percent(high)} over {len(shares)} shuffles of the documents)"
     if not np.isnan(now["gate_mass_lost_share"]):
         said += f", {percent(now['gate_mass_lost_share'])} of the gate weight"
@@ -76,11 +76,11 @@ def needs_in_words(curves: pa.Table, titles: Mapping[int, str], target: float = 
     curves    one row per site and factor, as ``mean_curves`` and ``capacity.capacity_curves`` give.
     """
     pooled = pool_curves(curves)
-    factors, goal = pooled["factor"].to_numpy(), f"For {percent(target)} or less"
+    factors, goal = pooled["factor"].to_numpy(), f"To drop {percent(target)} or less"
     least = least_factor(factors, pooled["dropped_share"].to_numpy(), target)
     if np.isnan(least):
         return f"{goal} no factor up to {factors.max():g} is enough"
-    said = f"{goal}: CF {least:g}" + (" pooled" if len(titles) > 1 else "") + _idle(pooled, least)
+    said = f"{goal}: CF {least:g}" + (" pooled over the layers" if len(titles) > 1 else "") + _idle(pooled, least)
     if len(titles) == 1:
         return said
     sites = {i: curves.filter(pc.equal(curves["site"], i)) for i in titles}
@@ -89,7 +89,7 @@ def needs_in_words(curves: pa.Table, titles: Mapping[int, str], target: float = 
     if never:
         return f"{said}; no factor up to {factors.max():g} is enough at every layer ({never[0]})"
     worst = max(needs, key=lambda i: needs[i])
-    return f"{said}; every layer: CF {needs[worst]:g} ({titles[worst]} needs most){_idle(pooled, needs[worst])}"
+    return f"{said}; at every layer: CF {needs[worst]:g} ({titles[worst]} needs most){_idle(pooled, needs[worst])}"
 
 
 def batches_in_words(batches: Batches, documents: int, scope: str, size: int | None) -> str:

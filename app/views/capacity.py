@@ -109,7 +109,7 @@ def who_pays(trace: Trace, applied: AppliedCapacity, site: int, total: dict[str,
         f"lost-{lost}-{WHO[asked]}-{layer.title}-cf-{factor:g}", key="who-chart", alt=f"Bars of the share of {unit} lost {WHO[asked]}.",
         definition=f"Share of each group's {unit} at {layer.title} lost at capacity factor {factor:g}; the line is the whole layer's"
         f" {percent(total[share])}.",
-        n=f"{float(whole.sum()):,.0f} {'of ' if lost == 'gate' else ''}{unit} in {text.counted(len(rows), 'group')}", how=f"{setting} {which}".strip(),
+        n=f"{float(whole.sum()):,.0f} {'of ' if lost == 'gate' else ''}{unit} in {text.counted(len(rows), 'group')}{of_shuffle}", how=f"{setting} {which}".strip(),
     )  # fmt: skip
     return {WHO[asked]: (f"one row per {asked}", rows)}
 
@@ -144,7 +144,10 @@ def show_policies(rows: pa.Table) -> None:
                       **{SHARES[c]: told[c].to_pylist() for c in shares}}),
         hide_index=True, column_config={SHARES[c]: st.column_config.NumberColumn(format="percent") for c in shares},
     )  # fmt: skip
-    text.show_note(f"{layer.title.capitalize()} at capacity factor {factor:g}.", f"{setting.replace(served, '')} {which}".strip())
+    text.show_note(
+        f"{layer.title.capitalize()} at capacity factor {factor:g}{of_shuffle and ','}{of_shuffle.replace('of', 'for')}.",
+        f"{setting.replace(served, '')} {which}".strip(),
+    )
     for row in rows.filter(pc.is_valid(rows["unanswered"])).to_pylist():
         text.show_note(f"{row['unanswered'][:1].upper()}{row['unanswered'][1:]}.")
 
@@ -259,12 +262,17 @@ formed = batches_in_words(batches, documents, scope, size)
 setting = f"Capacity as in {PRESETS[preset].title}; {served}{formed}."
 which = f"Shuffle {shown} of {len(shuffles)}, the one nearest to their mean at CF 1." if len(shuffles) > 1 else (
     f"Documents shuffled with seed {shown}." if shown is not None else "")  # fmt: skip
+of_shuffle = f" of shuffle {shown}" if len(shuffles) > 1 else ""
 where = " over all layers" if whole and exact else f" at {layer.title}"
 text.show_heading(drops_in_words(now if exact else total, factor, where, shuffle_shares(mine, factor) if exact else None) + ".")
 named = {x.index: x.title for x in trace.layers if whole or x.index == site}
 if exact:
     text.show_text(f"{needs_in_words(means, named)}. {tokens_in_words(now, len(named))}.")
-few = f" Only {text.counted(len(batches.sizes), 'batch', 'batches')}: another text can give quite other figures." if len(batches.sizes) < FEW else ""
+few = (
+    f" Only {text.counted(len(batches.sizes), 'batch', 'batches')}: another text can give quite other figures."
+    if len(batches.sizes) < FEW
+    else ""
+)
 once = " One shuffle only: the run is long and its batches are many." if order == "mixed" and len(shuffles) == 1 else ""
 text.show_note(
     f"n = {now['assignments']:,.0f} assignments of {text.counted(trace.n_tokens(layer.stream), 'token')}, in {formed}; uniform routing in the same"
@@ -303,7 +311,7 @@ show_figure(
     definition=f"Assignments and slots of {layer.title} at capacity factor {factor:g}, with"
     f" {f'{least:,} to {largest:,}' if least < largest else f'{largest:,}'} slots per expert and batch. An expert can drop in one batch and"
     " idle in another.",
-    n=f"{total['assignments']:,} assignments in {text.counted(len(batches.sizes), 'batch', 'batches')}", how=f"{setting} {which}".strip(),
+    n=f"{total['assignments']:,} assignments in {text.counted(len(batches.sizes), 'batch', 'batches')}{of_shuffle}", how=f"{setting} {which}".strip(),
 )  # fmt: skip
 text.show_heading(f"Who pays at {layer.title}?")
 here = means.filter(pc.equal(means["factor"], factor)) if exact else applied.by_layer()
@@ -325,7 +333,7 @@ if cost.open:
             tables["cost"] = "one row per layer: slots, FLOPs and all-to-all bytes, and the part of each that is padding", costs
             row = costs.to_pylist()[0]
             text.show_text(
-                f"At {layer.title}, over {text.counted(len(batches.sizes), 'batch', 'batches')}: {row['slots']:,} slots are computed for"
+                f"At {layer.title}, over {text.counted(len(batches.sizes), 'batch', 'batches')}{of_shuffle}: {row['slots']:,} slots are computed for"
                 f" {total['kept']:,} assignments. {row['padding_flops'] / 1e9:,.3f} of {row['flops'] / 1e9:,.3f} GFLOP and, spread over 8 devices,"
                 f" {row['padding_bytes'] / 1e6:,.3f} of {row['all_to_all_bytes'] / 1e6:,.3f} MB of all-to-all are padding."
             )
