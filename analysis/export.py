@@ -54,10 +54,10 @@ def _decisions(trace: Trace) -> Iterator[pa.Table]:
     width = max(x.top_k for x in trace.layers)
     native = any(x.native_capacity is not None for x in trace.layers)
     for layer in trace.layers:
-        tokens = trace.stream_tokens(layer.stream)
-        for start in range(0, max(1, len(tokens)), BATCH):
-            rows = tokens.slice(start, BATCH)
-            stop = start + len(rows)
+        n = trace.n_tokens(layer.stream)
+        for start in range(0, max(1, n), BATCH):
+            stop = min(start + BATCH, n)
+            rows = trace.stream_tokens(layer.stream, start, stop)
             routing, scores = trace.routing(layer.index, start, stop), trace.scores(layer.index, start, stop)
             columns: dict[str, Any] = {n: _plain(rows[n]) for n in rows.column_names}
             columns["site"] = pa.array([layer.index] * len(rows), pa.int16())
@@ -86,8 +86,9 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _tokens(trace: Trace) -> Iterator[pa.Table]:
     for stream in dict.fromkeys(x.stream for x in trace.layers):
-        rows = trace.stream_tokens(stream)
-        yield pa.table({n: _plain(rows[n]) for n in rows.column_names})
+        for start in range(0, max(1, trace.n_tokens(stream)), BATCH):
+            rows = trace.stream_tokens(stream, start, min(start + BATCH, trace.n_tokens(stream)))
+            yield pa.table({n: _plain(rows[n]) for n in rows.column_names})
 
 
 TABLES: Mapping[str, ExportTable] = MappingProxyType(
@@ -130,6 +131,7 @@ def _about(trace: Trace) -> dict[str, Any]:
         "model": trace.model.name,
         "model_digest": trace.model.digest,
         "tokens": {s: trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in trace.layers)},
+        "gate_weights": trace.rounding or "exact, as executed",
         "schema_version": SCHEMA_VERSION,
         "routerscope": __version__,
     }

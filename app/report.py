@@ -25,12 +25,12 @@ import pyarrow.compute as pc
 import analysis
 from analysis.balance import relative_load
 from analysis.capacity import pool_curves, shuffled_curves
+from analysis.capacity_answer import drops_in_words, mean_curves, needs_in_words, percent, shuffle_shares, shuffles_for, tokens_in_words
 from analysis.export import describe_computed
 from analysis.files import write_atomically
 from analysis.findings import Finding, first_finding
 from analysis.metrics import METRICS, balance_table
 from analysis.overflow import FACTORS, MissingScores
-from analysis.shuffles import drops_in_words, mean_curves, needs_in_words, percent, shuffle_shares, shuffles_for, tokens_in_words
 from analysis.slots import PRESETS
 from analysis.specialization import by_label, label_information, seriation
 from analysis.trace import Trace
@@ -123,7 +123,8 @@ def _opening(draft: _Draft, finding: Finding | None) -> None:
     draft.sections.append(
         f"<header>\n<h1>What does the router of {markup(trace.model.name)} do?</h1>\n<p>In every routed layer, a router picks a few small"
         " networks, the experts, for each token; only those compute. This file shows what was chosen, as executed: "
-        f'{counted} through {len(trace.layers):,} routed layers.</p>\n<p class="note">{markup(draft.origin)}</p>\n</header>'
+        f"{counted} through {len(trace.layers):,} routed layers. <strong>{markup(trace.rounding)}</strong></p>\n"
+        f'<p class="note">{markup(draft.origin)}</p>\n</header>'
     )
     if finding is None:
         return

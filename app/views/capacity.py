@@ -11,8 +11,7 @@ import pyarrow.compute as pc
 import streamlit as st
 
 from analysis.capacity import AppliedCapacity, RankedTrace, compare_policies, pool_curves, rank_trace, shuffled_curves
-from analysis.overflow import FACTORS, POLICIES, MissingScores, rank_site
-from analysis.shuffles import (
+from analysis.capacity_answer import (
     FEW,
     SHUFFLES,
     batches_in_words,
@@ -25,8 +24,10 @@ from analysis.shuffles import (
     tokens_in_words,
     typical_shuffle,
 )
+from analysis.overflow import FACTORS, POLICIES, MissingScores, rank_site
 from analysis.slots import PRESETS, CapacityError, make_batches
 from analysis.trace import Trace
+from analysis.vocabulary import token_texts
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
@@ -117,11 +118,9 @@ def who_pays(trace: Trace, applied: AppliedCapacity, site: int, total: dict[str,
 def token_table(trace: Trace, rows: pa.Table, mean: float, lost: str) -> pa.Table:
     """The tokens that lose most of what ``lost`` names, with their texts."""
     stream = trace.layers[int(rows["site"][0].as_py())].stream
-    tokens = trace.stream_tokens(stream)
-    first = dict(zip(tokens["token_id"].to_pylist(), tokens["token"].to_pylist(), strict=True))
     unit, part = LOST[lost]
     rows = rows.sort_by([(part, "descending")])
-    rows = rows.append_column("token", pa.array([first[i] for i in rows["token_id"].to_pylist()]))
+    rows = rows.append_column("token", pa.array(token_texts(trace, rows["token_id"].to_numpy(), stream), pa.string()))
     top = rows.slice(0, 25)
     st.dataframe(
         pd.DataFrame({"token": [text.visible_token(t) for t in top["token"].to_pylist()], "token id": top["token_id"].to_pylist(),
@@ -158,7 +157,7 @@ def struck_text(trace: Trace, applied: AppliedCapacity, site: int) -> None:
     document = document_picker(trace, layer.stream)
     start, end = trace.document_range(document, layer.stream)
     stop = min(end, start + SHOWN_TOKENS)
-    rows, routing = trace.stream_tokens(layer.stream).slice(start, stop - start), trace.routing(site, start, stop)
+    rows, routing = trace.stream_tokens(layer.stream, start, stop, ["token", "token_bytes"]), trace.routing(site, start, stop)
     dropped, there = applied.dropped(site)[start:stop], routing.chosen >= 0
     lost = np.where(~dropped.any(1), 0, np.where((dropped == there).all(1), 2, 1))
     shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())

@@ -22,11 +22,11 @@ from playwright.sync_api import Browser, Page, expect
 from analysis import __version__, expert_capacity
 from analysis.balance import relative_load
 from analysis.capacity import capacity_curves, pool_curves, shuffled_curves
+from analysis.capacity_answer import drops_in_words, mean_curves, shuffle_shares
 from analysis.cards import expert_card, passages
 from analysis.findings import first_finding
 from analysis.glossary import GLOSSARY
 from analysis.overflow import FACTORS
-from analysis.shuffles import drops_in_words, mean_curves, shuffle_shares
 from analysis.slots import PRESETS
 from analysis.specialization import by_label
 from analysis.stability import maxvio_table

@@ -11,8 +11,7 @@ import pytest
 
 from analysis import open_run
 from analysis.capacity import batches_of, capacity_curves, pool_curves, rank_trace, shuffled_curves
-from analysis.overflow import FACTORS
-from analysis.shuffles import (
+from analysis.capacity_answer import (
     CHEAP,
     batches_in_words,
     drops_in_words,
@@ -24,6 +23,7 @@ from analysis.shuffles import (
     tokens_in_words,
     typical_shuffle,
 )
+from analysis.overflow import FACTORS
 from analysis.slots import make_batches
 from analysis.trace import SiteRouting, Trace
 from tests.synthetic import TWO_STREAMS, make_part, make_trace, site
@@ -77,7 +77,7 @@ def test_the_demo_runs_shuffles_are_as_each_alone_gives(demo: Trace) -> None:
 
 def test_long_runs_are_shuffled_less(demo: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(demo.n_tokens(x.stream) * x.top_k for x in demo.layers) < CHEAP
-    monkeypatch.setattr("analysis.shuffles.CHEAP", 1)
+    monkeypatch.setattr("analysis.capacity_answer.CHEAP", 1)
     assert len(shuffles_for(demo, "documents", 16)) == 5 and len(shuffles_for(demo, "documents", 2)) == 1
 
 
