@@ -362,18 +362,21 @@ def slot_grid(tokens: Sequence[str], experts: np.ndarray, ranks: np.ndarray, cap
     return _sized(figure, 300)
 
 
-def overflow_curves(factors: np.ndarray, dropped: np.ndarray, idle: np.ndarray, chance: np.ndarray, at: float) -> go.Figure:
-    """Shares over capacity factors [F]: dropped and idle [sites, F] as median line and band over sites, dropped by chance [F]."""
+def overflow_curves(
+    factors: np.ndarray, dropped: np.ndarray, idle: np.ndarray, pooled: np.ndarray, at: float, one: str = "layer"
+) -> go.Figure:
+    """Shares over capacity factors [F]. Lines: pooled [3, F], dropped, idle and dropped by chance; bands: the range of dropped and idle
+    [n, F] over ``one`` each (layer, shuffle)."""
     figure, named = go.Figure(), {"x": "capacity_factor", "y": "share"}
-    for name, values, colour, fill in (("dropped", dropped, palette.DEAD, "rgba(213,94,0,0.18)"),
-                                       ("idle slots", idle, "#7f8c9b", "rgba(127,140,155,0.2)")):  # fmt: skip
+    for name, values, line, colour, fill in (("dropped", dropped, pooled[0], palette.DEAD, "rgba(213,94,0,0.18)"),
+                                             ("idle slots", idle, pooled[1], "#7f8c9b", "rgba(127,140,155,0.2)")):  # fmt: skip
         if len(values) > 1:
             edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "meta": named}
-            figure.add_scatter(x=factors, y=values.max(0), name=f"{name}, most of any layer", **edge)
-            figure.add_scatter(x=factors, y=values.min(0), name=f"{name}, least of any layer", fill="tonexty", fillcolor=fill, **edge)
-        figure.add_scatter(x=factors, y=np.median(values, axis=0), name=name, mode="lines", line={"color": colour, "width": 2.5}, meta=named,
+            figure.add_scatter(x=factors, y=values.max(0), name=f"{name}, most of any {one}", **edge)
+            figure.add_scatter(x=factors, y=values.min(0), name=f"{name}, least of any {one}", fill="tonexty", fillcolor=fill, **edge)
+        figure.add_scatter(x=factors, y=line, name=name, mode="lines", line={"color": colour, "width": 2.5}, meta=named,
                            hovertemplate=f"CF %{{x:g}}: %{{y:.1%}} {name}<extra></extra>")  # fmt: skip
-    figure.add_scatter(x=factors, y=chance, name="dropped by chance (uniform routing)", mode="lines", meta=named,
+    figure.add_scatter(x=factors, y=pooled[2], name="dropped by chance (uniform routing)", mode="lines", meta=named,
                        line={"color": palette.DEAD, "dash": "dot", "width": 1.5},
                        hovertemplate="CF %{x:g}: %{y:.2%} by chance<extra></extra>")  # fmt: skip
     figure.add_vline(x=at, line={"color": "#888", "dash": "dash"})
@@ -383,15 +386,17 @@ def overflow_curves(factors: np.ndarray, dropped: np.ndarray, idle: np.ndarray, 
     return _sized(figure, 360)
 
 
-def share_bars(names: Sequence[str], shares: np.ndarray, counts: np.ndarray, mean: float, what: str) -> go.Figure:
-    """Bars of dropped shares [n] by group with the share over all as a line; ``counts`` [n] assignments stand in the hover."""
+def share_bars(
+    names: Sequence[str], shares: np.ndarray, counts: np.ndarray, mean: float, what: str, unit: str = "assignments"
+) -> go.Figure:
+    """Bars of lost shares [n] by group with the share over all as a line; ``counts`` [n] of what is lost, ``unit``, stand in the hover."""
     told = np.stack([counts, np.full(len(counts), mean)], -1)
     figure = go.Figure(go.Bar(x=list(names), y=shares, customdata=told, marker_color=palette.DEAD,
-                              meta={"x": "group", "y": "dropped_share", "customdata": ["assignments", "dropped_share_of_the_layer"]},
-                              hovertemplate="%{x}: %{y:.1%} of %{customdata[0]:,} assignments dropped<extra></extra>"))  # fmt: skip
+                              meta={"x": "group", "y": "dropped_share", "customdata": [unit.replace(" ", "_"), "dropped_share_of_the_layer"]},
+                              hovertemplate=f"%{{x}}: %{{y:.1%}} of %{{customdata[0]:,.0f}} {unit} lost<extra></extra>"))  # fmt: skip
     figure.add_hline(y=mean, line={"color": "#888", "dash": "dot"}, annotation_text="whole layer", annotation_font_color="#888")
     figure.update_xaxes(title=what, type="category")
-    figure.update_yaxes(title="dropped share", tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(title=f"share of {unit} lost", tickformat=".0%", rangemode="tozero")
     return _sized(figure, 300)
 
 

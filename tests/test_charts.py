@@ -60,11 +60,17 @@ def test_slot_grid_places_every_token_and_every_idle_slot() -> None:
 
 def test_overflow_curves_show_the_range_over_layers() -> None:
     factors, dropped = np.array([1.0, 2.0]), np.array([[0.4, 0.1], [0.2, 0.0], [0.3, 0.05]])
-    figure = charts.overflow_curves(factors, dropped, 1 - dropped, np.array([0.1, 0.0]), 1.0)
+    pooled = np.array([[0.35, 0.04], [0.6, 0.9], [0.1, 0.0]])  # dropped, idle, by chance: sums over unlike layers, not medians
+    figure = charts.overflow_curves(factors, dropped, 1 - dropped, pooled, 1.0)
     shown = {t.name: np.asarray(t.y).tolist() for t in figure.data if t.name}
-    assert shown["dropped"] == [0.3, 0.05] and shown["dropped by chance (uniform routing)"] == [0.1, 0.0]
+    assert (
+        shown["dropped"] == [0.35, 0.04]
+        and shown["idle slots"] == [0.6, 0.9]
+        and shown["dropped by chance (uniform routing)"] == [0.1, 0.0]
+    )
     assert [np.asarray(t.y).tolist() for t in figure.data[:2]] == [[0.4, 0.1], [0.2, 0.0]]
-    assert len(charts.overflow_curves(factors, dropped[:1], dropped[:1], dropped[0], 1.0).data) == 3
+    assert "most of any shuffle" in charts.overflow_curves(factors, dropped, dropped, pooled, 1.0, "shuffle").data[0].name
+    assert len(charts.overflow_curves(factors, dropped[:1], dropped[:1], pooled, 1.0).data) == 3
 
 
 def test_slot_bars_put_the_busiest_expert_first() -> None:

@@ -167,6 +167,50 @@ def test_capacity_answers_as_the_engine_does(runs: Path) -> None:
     assert test.select_slider(key="cf").value == "1"
 
 
+def test_capacity_is_told_over_shuffles_and_one_shuffle_can_be_chosen(runs: Path) -> None:
+    from analysis.capacity import apply_capacity
+
+    test = shown("capacity", "demo-run")
+    run = open_run(ROOT / "data" / "demo-run")
+    shares = [apply_capacity(run, 1.25, "position", "documents", size=16, mixed=s).summary()["dropped_share"] for s in range(20)]
+    said = f"CF 1.25 drops {np.mean(shares):.1%} of assignments over all layers ({min(shares):.1%} to {max(shares):.1%} over 20 shuffles"
+    assert any(plain(said) in m.value for m in test.markdown)
+    told = [c.value.replace("\\", "") for c in test.caption]
+    assert any("in 5 batches of 16 documents, the last of 11" in c and "Only 5 batches" in c for c in told)
+    test.selectbox(key="mix").set_value("7").run()
+    one = apply_capacity(run, 1.25, "probability", "documents", size=16, mixed=7).summary()
+    said = f"{one['dropped_share']:.1%} of assignments over all layers, {one['gate_mass_lost_share']:.1%} of the gate weight"
+    assert any(plain(f"{said} and {one['top1_dropped_share']:.1%} of first choices") in m.value for m in test.markdown)
+    assert test.query_params["mix"] in ("7", ["7"]) and not any("shuffles of" in m.value for m in test.markdown)
+
+
+@pytest.mark.parametrize(("lost", "whole", "part"), [("gate", "gate_mass", "gate_mass_lost"), ("first", "tokens", "top1_dropped")])
+def test_who_pays_can_be_told_in_gate_weight_and_first_choices(runs: Path, lost: str, whole: str, part: str) -> None:
+    from analysis.capacity import apply_capacity
+
+    test = shown("capacity", "demo-run")
+    test.query_params.update({"who": "token", "lost": lost, "at": "layer 2", "mix": "recorded"})
+    test.run()
+    rows = (
+        apply_capacity(open_run(ROOT / "data" / "demo-run"), 1.25, "probability", "documents", size=16, layers=[2]).by_token().to_pylist()
+    )
+    told, best = test.dataframe[0].value, max(rows, key=lambda r: r[part])
+    assert told["lost"][0] == pytest.approx(best[part]) and told["share lost"][0] == pytest.approx(best[part] / best[whole])
+    assert told["lost"].is_monotonic_decreasing and not test.exception
+
+
+def test_a_run_smaller_than_a_batch_says_what_is_routed_together(runs: Path) -> None:
+    store(runs / "small", PLAIN, [40, 5, 30, 20])
+    test = shown("capacity", "small")
+    test.query_params["compare"] = "open"
+    test.run()
+    told = "".join(m.value for m in [*test.caption, *test.markdown]).replace("\\", "")
+    assert "in 1 batch, all 4 documents;" in told and "Only 1 batch:" in told and "1 batches" not in told and "shuffles of" not in told
+    assert re.search(r"with [0-9,]+ slots per expert and batch", told)
+    policies = test.dataframe[0].value
+    assert "reroute" not in policies["served first"].tolist() and not policies.isna().any().any() and "Reroute needs" in told
+
+
 def test_parts_of_the_capacity_page_stand_open_in_the_link_and_close_on_the_way_back(runs: Path) -> None:
     test = shown("capacity", "demo-run")
     test.query_params.update({"lesson": "open", "compare": "open"})
@@ -254,7 +298,7 @@ def test_tokens_that_pay_are_named_by_their_own_text(runs: Path) -> None:
     told = test.dataframe[0].value
     tokens = open_run(ROOT / "data" / "demo-run").tokens
     text_of = dict(zip(tokens["token_id"].to_pylist(), tokens["token"].to_pylist(), strict=True))
-    assert [visible_token(text_of[i]) for i in told["token id"]] == told["token"].tolist() and told["dropped"].is_monotonic_decreasing
+    assert [visible_token(text_of[i]) for i in told["token id"]] == told["token"].tolist() and told["lost"].is_monotonic_decreasing
 
 
 def test_an_expert_without_tokens_says_so(runs: Path) -> None:
