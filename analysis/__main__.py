@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from .checkpoints import ModelError, find_checkpoint
-from .export import FORMATS, TABLES, ExportError, describe, export_table
+from .export import FORMATS, TABLES, ExportError, describe, export_bytes, export_table
 from .metrics import METRICS, balance_table
 from .store import RunError, delete_run, list_runs, open_run, same_counts, valid_run_name, verify_run
 from .trace import TraceError
@@ -68,10 +68,12 @@ def parser() -> argparse.ArgumentParser:
     for command in (stats, verify, export, report):
         command.add_argument("run", type=Path, help="folder of the run")
     _add_cluster_options(stats)
+    stats.add_argument("--json", action="store_true", help="print the table, n and the definitions as JSON")
     export.add_argument(
         "--table", choices=sorted(TABLES), required=True, help="; ".join(f"{t.name}: {t.definition}" for t in TABLES.values())
     )
     export.add_argument("--format", choices=FORMATS, default="parquet")
+    _add_table_settings(export)
     to = export.add_mutually_exclusive_group(required=True)
     to.add_argument("-o", "--output", type=Path, help="the file to write")
     to.add_argument("--describe", action="store_true", help="print what the table means, as JSON, and write nothing")
@@ -102,6 +104,21 @@ def _add_capture_options(capture: argparse.ArgumentParser) -> None:
     _add_cluster_options(capture)
     capture.add_argument("--workers", type=_at_least_one, help="with --cluster: copies of the model (default: as many as have room)")
     capture.add_argument("--gpus", type=_at_least_none, default=0, help="with --cluster: GPUs per copy (default 0)")
+
+
+def _add_table_settings(export: argparse.ArgumentParser) -> None:
+    """What the tables of batches and of capacity depend on; None: as on the page where nothing is chosen."""
+    told = export.add_argument_group("settings of a table")
+    told.add_argument("--batch-tokens", type=_at_least_one, help="batches: tokens that fill one (default 1024; 1: each document)")
+    told.add_argument(
+        "--order", choices=("mixed", "recorded"), help="batches, capacity: documents shuffled with seed 0 (default), or as recorded"
+    )
+    told.add_argument("--preset", help="capacity: whose arithmetic (default megatron)")
+    told.add_argument("--policy", help="capacity: who is served first (default: as the preset has it)")
+    told.add_argument(
+        "--scope", choices=("document", "documents", "tokens", "run"), help="capacity: what is routed together (default documents)"
+    )
+    told.add_argument("--size", type=_at_least_one, help="capacity: documents or tokens per batch (default 16 or 4096)")
 
 
 def _add_cluster_options(command: argparse.ArgumentParser) -> None:
@@ -293,7 +310,13 @@ def _stats(arguments: argparse.Namespace) -> int:
 
         if not same_counts(trace.stats, statistics_on_cluster(arguments.run, Cluster(arguments.cluster))):
             raise RunError(f"{trace.name}: its statistics are not those of its decisions, counted again: try python -m analysis verify")
-        _say("counted again from the recorded decisions on the cluster: equal to the stored statistics\n")
+        _say(
+            "counted again from the recorded decisions on the cluster: equal to the stored statistics\n",
+            sys.stderr if arguments.json else None,
+        )
+    if arguments.json:
+        print(export_bytes(trace, "balance", "json").decode(), end="")
+        return 0
     table = balance_table(trace).to_pandas()
     table.insert(0, "", [x.title for x in trace.layers])
     _say(f"{trace.name}: {trace.model.name} ({trace.model.family}), one column per routed layer, n = tokens\n")
@@ -315,10 +338,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     trace = open_run(arguments.run)
+    settings = {n: v for n in ("batch_tokens", "order", "preset", "policy", "scope", "size") if (v := getattr(arguments, n)) is not None}
     if arguments.describe:
-        print(json.dumps(describe(trace, arguments.table), indent=1))
+        print(json.dumps(describe(trace, arguments.table, settings), indent=1))
         return 0
-    rows = export_table(trace, arguments.table, arguments.format, arguments.output)
+    rows = export_table(trace, arguments.table, arguments.format, arguments.output, settings)
     _say(f"{arguments.output}: {rows:,} rows")
     return 0
 

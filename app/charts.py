@@ -53,8 +53,8 @@ def printed(figure: go.Figure) -> str:
     light = {tuple(palette.scale(by["dark"])): palette.scale(by["light"]) for by in (palette.LOAD, palette.AMOUNT)}
     light[tuple(palette.ink(palette.LOAD["dark"]))] = palette.ink(palette.LOAD["light"])
     for trace in paper.data:
-        coloured = trace if trace.type == "heatmap" else trace.marker.line if trace.type == "scatter" else {}
-        if coloured and coloured.colorscale:
+        coloured: Any = trace if trace.type == "heatmap" else trace.marker.line if trace.type == "scatter" else None
+        if coloured is not None and coloured.colorscale:
             coloured.colorscale = light.get(tuple(map(tuple, coloured.colorscale)), coloured.colorscale)
     paper.layout.template = None
     return str(paper.to_json())

@@ -24,7 +24,8 @@ def scale(colours: tuple[str, ...]) -> list[tuple[float, str]]:
 def ink(colours: tuple[str, ...]) -> list[tuple[float, str]]:
     """Plotly colour stops for marks on cells of ``scale(colours)``: near black or white, whichever stands out more from the cell there."""
     steps = 120
-    best = [max(INKS, key=lambda i, at=(step + 0.5) / steps: contrast(rgb(i), between(colours, at))) for step in range(steps)]
+    cells = [between(colours, (step + 0.5) / steps) for step in range(steps)]
+    best = [max((contrast(rgb(mark), cell), mark) for mark in INKS)[1] for cell in cells]
     return [((step + side) / steps, best[step]) for step in range(steps) for side in (0, 1)]
 
 
