@@ -1,4 +1,4 @@
-"""The command line: python -m analysis capture | params | verify-model | stats | verify | export | report | runs | delete.
+"""The command line: python -m analysis capture | params | verify-model | stats | compare | verify | export | report | copy | runs | delete.
 
 Exit status: 0 done, 1 verify or verify-model found problems, 2 an error (one sentence on stderr), 130 stopped by Ctrl-C.
 """
@@ -17,123 +17,24 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 
+from .arguments import parser
 from .checkpoints import ModelError, find_checkpoint
-from .export import FORMATS, TABLES, ExportError, describe, export_bytes, export_table
+from .export import ExportError, describe, export_bytes, export_table
+from .glossary import GLOSSARY
 from .metrics import METRICS, balance_table
+from .paths import saturation
 from .store import RunError, delete_run, list_runs, open_run, same_counts, valid_run_name, verify_run
 from .trace import TraceError
 from .untrusted import Prompt, UploadError, read_prompts
 from .whatif import EXAMPLES, Example, weigh
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def _at_least_one(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def _at_least_none(text: str) -> int:
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The whole command line, with an example per command."""
-    whole = argparse.ArgumentParser(prog="python -m analysis", description="Routing of mixture-of-experts models, exactly.")
-    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        style = argparse.RawDescriptionHelpFormatter
-        return commands.add_parser(name, help=text, description=text, formatter_class=style,
-                                   epilog=f"example:\n  python -m analysis {example}")  # fmt: skip
-
-    capture = add("capture", "run a model over text and record its routing; resumes an interrupted run",
-                  "capture --model data/demo-model --input prompts.jsonl --out data/runs/mine")  # fmt: skip
-    _add_capture_options(capture)
-    params = add("params", "print what a model weighs, from its config alone: experts, total and active parameters, bytes",
-                 "params data/demo-model")  # fmt: skip
-    params.add_argument("config", help=f"a config.json, a model folder, or an example to learn from: {', '.join(EXAMPLES)}")
-    params.add_argument("--json", action="store_true", help="print JSON")
-    verify_model = add("verify-model", "prove on a checkpoint that what is captured is what it executes; status 1 where it differs",
-                       "verify-model data/demo-model")  # fmt: skip
-    verify_model.add_argument("model", help="folder of a transformers checkpoint, or a hub id with --hub")
-    _add_model_options(verify_model)
-    stats = add("stats", "print a run's load balance per layer", "stats data/demo-run")
-    verify = add("verify", "check every file, invariant and count of a run", "verify data/demo-run")
-    export = add("export", "write a table of a run", "export data/demo-run --table load --format csv -o load.csv")
-    report = add("report", "write one HTML file of a run's main views that opens without a network", "report data/demo-run -o report.html")
-    for command in (stats, verify, export, report):
-        command.add_argument("run", type=Path, help="folder of the run")
-    _add_cluster_options(stats)
-    stats.add_argument("--json", action="store_true", help="print the table, n and the definitions as JSON")
-    export.add_argument(
-        "--table", choices=sorted(TABLES), required=True, help="; ".join(f"{t.name}: {t.definition}" for t in TABLES.values())
-    )
-    export.add_argument("--format", choices=FORMATS, default="parquet")
-    _add_table_settings(export)
-    to = export.add_mutually_exclusive_group(required=True)
-    to.add_argument("-o", "--output", type=Path, help="the file to write")
-    to.add_argument("--describe", action="store_true", help="print what the table means, as JSON, and write nothing")
-    report.add_argument("-o", "--output", type=Path, required=True, help="the file to write")
-    copy = add("copy", "copy a finished run to or from a folder or an object store, every digest checked where it arrives",
-               "copy data/demo-run s3://bucket/runs/demo-run")  # fmt: skip
-    copy.add_argument("source", help="a run's folder, or its address (s3://..., gs://..., as pyarrow.fs reads them)")
-    copy.add_argument("target", help="the new run's folder or address")
-    runs = add("runs", "list the runs in a folder", "runs data/runs")
-    runs.add_argument("folder", type=Path)
-    delete = add("delete", "delete a run for good", "delete data/runs mine")
-    delete.add_argument("folder", type=Path)
-    delete.add_argument("name")
-    return whole
-
-
-def _add_capture_options(capture: argparse.ArgumentParser) -> None:
-    capture.add_argument("--model", required=True, help="folder of a transformers checkpoint, or a hub id with --hub")
-    _add_model_options(capture)
-    capture.add_argument("--input", type=Path, action="append", default=[], help=".txt, .csv or .jsonl; may be repeated")
-    capture.add_argument("--text", action="append", default=[], help="a document given here; may be repeated")
-    capture.add_argument("--label", help="label of the documents given with --text")
-    capture.add_argument("--out", type=Path, required=True, help="folder of the new run")
-    capture.add_argument("--batch-size", type=_at_least_one, default=8, help="documents per forward pass (default 8)")
-    capture.add_argument("--new-tokens", type=_at_least_none, default=0, help="continue each document greedily by so many tokens")
-    capture.add_argument("--max-tokens", type=_at_least_one, help="refuse longer documents (default: the model's context)")
-    capture.add_argument("--probabilities", action="store_true", help="keep every expert's probability (large)")
-    _add_cluster_options(capture)
-    capture.add_argument("--workers", type=_at_least_one, help="with --cluster: copies of the model (default: as many as have room)")
-    capture.add_argument("--gpus", type=_at_least_none, default=0, help="with --cluster: GPUs per copy (default 0)")
-
-
-def _add_table_settings(export: argparse.ArgumentParser) -> None:
-    """What the tables of batches and of capacity depend on; None: as on the page where nothing is chosen."""
-    told = export.add_argument_group("settings of a table")
-    told.add_argument("--batch-tokens", type=_at_least_one, help="batches: tokens that fill one (default 1024; 1: each document)")
-    told.add_argument(
-        "--order", choices=("mixed", "recorded"), help="batches, capacity: documents shuffled with seed 0 (default), or as recorded"
-    )
-    told.add_argument("--preset", help="capacity: whose arithmetic (default megatron)")
-    told.add_argument("--policy", help="capacity: who is served first (default: as the preset has it)")
-    told.add_argument(
-        "--scope", choices=("document", "documents", "tokens", "run"), help="capacity: what is routed together (default documents)"
-    )
-    told.add_argument("--size", type=_at_least_one, help="capacity: documents or tokens per batch (default 16 or 4096)")
-
-
-def _add_cluster_options(command: argparse.ArgumentParser) -> None:
-    text = "spread the work over a Ray cluster: host:port, or auto (the one running here, else one started for this command)"
-    command.add_argument("--cluster", metavar="auto|ADDRESS", help=text)
-
-
-def _add_model_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--hub", action="store_true", help="the model is a hub id (owner/name) in the local hub cache; needs --revision")
-    command.add_argument("--allow-download", action="store_true", help="as --hub, but fetch from the hub what the cache lacks")
-    command.add_argument("--revision", help="commit of a hub model, 40 hex digits")
-    command.add_argument("--dtype", default="auto", choices=DTYPES, help="auto (default) is as stored")
-    command.add_argument("--device-map", choices=("auto",), help="spread a model larger than a device over GPUs, memory and disk")
-    command.add_argument("--offload-folder", type=Path, help="with --device-map: a folder for weights that fit nowhere else")
-    command.add_argument("--threads", type=_at_least_one, default=1, help="CPU threads (default 1: small models are fastest so)")
+SATURATION = {
+    "low, high": "95% bootstrap interval over documents",
+    "chance": "uniform routing in both runs, k / E",
+    "chance_given_loads": "independent choices at the two runs' loads",
+    "shuffled": "mean with the other run's tokens turned round within each document, draws times: what documents have in common stays",
+    "p": "probability that such a turn agrees as much",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -201,7 +102,8 @@ def _capture(arguments: argparse.Namespace) -> int:
 
     options: dict[str, Any] = {
         "labels": [p.label for p in prompts], "names": [p.name for p in prompts], "out": arguments.out, "batch_size": arguments.batch_size,
-        "new_tokens": arguments.new_tokens, "max_tokens": arguments.max_tokens, "probabilities": arguments.probabilities, "progress": show,
+        "new_tokens": arguments.new_tokens, "max_tokens": arguments.max_tokens, "probabilities": arguments.probabilities, "weights": arguments.weights,
+        "progress": show,
     }  # fmt: skip
     texts = [p.text for p in prompts]
     try:
@@ -223,6 +125,8 @@ def _capture(arguments: argparse.Namespace) -> int:
     streams = dict.fromkeys(x.stream for x in trace.layers)
     tokens = ", ".join(f"{trace.n_tokens(s):,} {s} tokens" for s in streams)
     _say(f"\n{arguments.out}: {tokens}, {len(trace.layers)} routed layers", sys.stderr)
+    if trace.rounding:
+        _say(trace.rounding, sys.stderr)
     return 0
 
 
@@ -320,6 +224,8 @@ def _stats(arguments: argparse.Namespace) -> int:
     table = balance_table(trace).to_pandas()
     table.insert(0, "", [x.title for x in trace.layers])
     _say(f"{trace.name}: {trace.model.name} ({trace.model.family}), one column per routed layer, n = tokens\n")
+    if trace.rounding:
+        _say(f"{trace.rounding}\n")
     shown = table.drop(columns=["site", "layer", "stack"]).set_index("").T
     # One metric a line, so that the definitions can stand below and the table stays narrow; 8 layers fit 100 columns.
     for start in range(0, shown.shape[1], 8):
@@ -327,6 +233,27 @@ def _stats(arguments: argparse.Namespace) -> int:
         _say(block.to_string(float_format=lambda x: f"{x:,.0f}" if x == int(x) else f"{x:.4g}") + "\n")
     for metric in METRICS.values():
         _say(f"  {metric.name}: {metric.definition} [{metric.unit}]; by chance: {metric.chance}")
+    return 0
+
+
+def _layers_done(done: int, total: int) -> None:
+    print(f"\r{done}/{total} layers ", end="\n" if done == total else "", file=sys.stderr)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    runs = open_run(arguments.run), open_run(arguments.other)
+    table, term = saturation(*runs, _layers_done), GLOSSARY["router_saturation"]
+    names = [x.name for x in runs]
+    if arguments.json:
+        rows = [{k: None if v != v else v for k, v in row.items()} for row in table.to_pylist()]  # JSON knows no NaN
+        _say(json.dumps({"run": names[0], "other": names[1], "metric": term.name, "definition": term.definition, "rows": rows}, indent=1))
+        return 0
+    shown = table.to_pandas().drop(columns=["site", "layer"])
+    shown.index = [x.title for x in runs[0].layers]
+    _say(f"{names[0]} and {names[1]}: router saturation, one row per routed layer, n = tokens of both runs\n")
+    _say(shown.to_string(formatters={"n": "{:,}".format}, float_format="{:.4f}".format) + "\n")
+    for name, text in {"saturation": f"{term.definition} [{term.source}]", **SATURATION}.items():
+        _say(f"  {name}: {text}")
     return 0
 
 

@@ -11,6 +11,7 @@ policies that order by weight are refused. Everything else there is exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
@@ -226,15 +227,19 @@ def _ranked(trace: Trace, policy: str, scope: str, size: int | None, mixed: int 
     chosen, batches = range(len(trace.layers)) if layers is None else layers, dict[str, Batches]()
     if not len(chosen):
         raise CapacityError("no layer is chosen: give at least one site number")
-    for i in chosen:
-        routing = trace.routing(i)
-        layer = trace.layers[i]
-        if layer.stream not in batches:
-            batches[layer.stream] = make_batches([stop - start for start, stop in _ranges(trace, layer.stream)], scope, size, mixed)
-        known = routing.chosen is routing.experts or bool((routing.chosen == routing.experts).all())
-        preference = trace.scores(i).probabilities if policy == "reroute" else None
-        yield i, rank_site(routing.chosen, routing.weights, layer.n_experts, batches[layer.stream], policy, n_special=layer.n_special,
-                           seed=[seed, i], preference=preference, weights_known=known)  # fmt: skip
+    with ThreadPoolExecutor(1) as pool:  # the next site is read while this one is ranked
+        ahead = pool.submit(trace.routing, chosen[0])
+        for i, following in zip(chosen, [*chosen[1:], None], strict=True):
+            routing = ahead.result()
+            if following is not None:
+                ahead = pool.submit(trace.routing, following)
+            layer = trace.layers[i]
+            if layer.stream not in batches:
+                batches[layer.stream] = make_batches([stop - start for start, stop in _ranges(trace, layer.stream)], scope, size, mixed)
+            known = routing.chosen is routing.experts or bool((routing.chosen == routing.experts).all())
+            preference = trace.scores(i).probabilities if policy == "reroute" else None
+            yield i, rank_site(routing.chosen, routing.weights, layer.n_experts, batches[layer.stream], policy, n_special=layer.n_special,
+                               seed=[seed, i], preference=preference, weights_known=known)  # fmt: skip
 
 
 def _curve_tables(
@@ -302,7 +307,7 @@ def _positions(trace: Trace, stream: str, width: int | None) -> tuple[np.ndarray
 
 
 def _token_ids(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    ids = trace.stream_tokens(stream)["token_id"].to_numpy()
+    ids = trace.stream_tokens(stream, columns=["token_id"])["token_id"].to_numpy()
     there = np.flatnonzero(np.bincount(ids))  # ids are 0 and above
     code = np.empty(ids.max(initial=-1) + 1, np.int32)
     code[there] = np.arange(len(there))

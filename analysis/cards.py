@@ -8,14 +8,15 @@ data is passed on as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from .paths import PairCounts, coactivation, flow
-from .specialization import ROWS, Preferences, by_label, effects
+from .specialization import ROWS, Preferences, assignments, by_label, effects
 from .token_classes import CLASSES, by_class, class_codes
 from .trace import Trace
 from .vocabulary import LEAST, DocumentUse, TokenCounts, TokenUse, document_use, input_tokens, leading_ids, top_tokens
@@ -102,20 +103,15 @@ class ExpertCard:
 
 def site_evidence(trace: Trace, site: int) -> SiteEvidence:
     """All tests and tables of one site. About 0.5 s on 50,000 tokens; one pass over the site where there are tokens."""
-    layer, labels = trace.layers[site], by_label(trace, site)
     before = [i for i, after in enumerate(trace.stats.following) if after == site]
+    decided = trace.source is not None and trace.load_tokens is not None
+    with ThreadPoolExecutor() as pool:  # each spends most of its time without Python's lock
+        tested, kinds, use = (pool.submit(by_label, trace, site), pool.submit(_kinds, trace, site), pool.submit(_token_use, trace, site))
+    labels, (classes, crossed), (tokens, token_use) = tested.result(), kinds.result(), use.result()
     missing = [] if labels.groups else ["labels: the run has none"]
-    classes = crossed = tokens = token_use = None
-    if trace.source is None or trace.tokens is None:
+    if not decided:
         missing.append("token classes, texts and passages: the run holds statistics only")
-    else:
-        codes = class_codes(trace, layer.stream)
-        classes = by_class(trace, site, codes)
-        crossed = _crossed(trace, site, labels.groups, classes, codes)
-    if trace.tokens is not None or trace.stats.load(site).sum() == trace.stats.n_tokens(site) * layer.top_k:
-        tokens = input_tokens(trace, site)
-        token_use = document_use(trace, tokens, leading_ids(tokens, range(layer.n_classes)))
-    else:
+    if tokens is None:
         missing.append("top tokens: assignments were dropped, and without tokens an id's occurrences are unknown")
     if not before:
         missing.append("where its tokens come from: this is the first routed layer")
@@ -123,6 +119,24 @@ def site_evidence(trace: Trace, site: int) -> SiteEvidence:
         missing.append("where its tokens go to: this is the last routed layer")
     return SiteEvidence(site, labels, classes, crossed, tokens, token_use, coactivation(trace, site), flow(trace, before[0]) if before else None,
                         flow(trace, site) if trace.stats.following[site] is not None else None, tuple(missing))  # fmt: skip
+
+
+def _kinds(trace: Trace, site: int) -> tuple[Preferences | None, Preferences | None]:
+    """``classes`` and ``crossed`` of SiteEvidence."""
+    if trace.source is None or trace.load_tokens is None:
+        return None, None
+    codes = class_codes(trace, trace.layers[site].stream)
+    classes = by_class(trace, site, codes)
+    return classes, _crossed(trace, site, trace.stats.label_load(site)[0], classes, codes)
+
+
+def _token_use(trace: Trace, site: int) -> tuple[TokenCounts | None, DocumentUse | None]:
+    """``tokens`` and ``token_use`` of SiteEvidence."""
+    layer = trace.layers[site]
+    if trace.load_tokens is None and trace.stats.load(site).sum() != trace.stats.n_tokens(site) * layer.top_k:
+        return None, None
+    tokens = input_tokens(trace, site)
+    return tokens, document_use(trace, tokens, leading_ids(tokens, range(layer.n_classes)))
 
 
 def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | None = None) -> ExpertCard:
@@ -199,22 +213,17 @@ def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: Preferen
     layer = trace.layers[site]
     if not labels:
         return None
-    table = trace.stream_tokens(layer.stream)
     place = {name: i for i, name in enumerate(labels)}
     of_document = {r["document"]: place.get(r["label"], -1) for r in trace.documents.to_pylist()}
-    numbers, inverse = np.unique(table["document"].to_numpy(), return_inverse=True)
+    numbers, inverse = np.unique(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy(), return_inverse=True)
     label = np.array([of_document[int(d)] for d in numbers])[inverse]
     column = np.array([classes.groups.index(c) if c in classes.groups else -1 for c in CLASSES] + [-1])
     kind = column[codes]
     group = np.where((label >= 0) & (kind >= 0), label * len(classes.groups) + kind, -1)
     size = len(labels) * len(classes.groups)
-    counts = np.zeros(size * layer.n_classes, np.int64)
-    for start in range(0, len(group), ROWS):
-        experts = trace.routing(site, start, min(start + ROWS, len(group))).experts.astype(np.int64)
-        mine = group[start : start + len(experts), None]
-        counts += np.bincount((mine * layer.n_classes + experts)[(experts >= 0) & (mine >= 0)], minlength=len(counts))
     names = tuple(f"{a} {b}" for a in labels for b in classes.groups)
-    return effects(site, "label and class", names, np.bincount(group[group >= 0], minlength=size), counts.reshape(size, -1))
+    return effects(site, "label and class", names, np.bincount(group[group >= 0], minlength=size),
+                   assignments(trace, layer, group, size))  # fmt: skip
 
 
 def _uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:
@@ -267,20 +276,23 @@ def passages(trace: Trace, site: int, expert: int, most: int = 5, width: int = 2
     """
     stream = trace.layers[site].stream
     rows = [r for r in trace.documents.to_pylist() if r["stack"] == stream and r["n_tokens"] and label in (None, r["label"])]
-    found: list[tuple[float, int, dict[str, Any]]] = []
-    for chunk in _runs(rows):
+
+    def best(chunk: list[dict[str, Any]]) -> list[tuple[float, int, dict[str, Any]]]:
         start, stop = chunk[0]["first_row"], chunk[-1]["first_row"] + chunk[-1]["n_tokens"]
         routing = trace.routing(site, start, stop)
         weight = np.where(routing.experts == expert, routing.weights, 0).sum(1, dtype=np.float64)
+        found = []
         for row in chunk:
             mine = weight[row["first_row"] - start : row["first_row"] - start + row["n_tokens"]]
             masses = np.add.reduceat(mine, np.arange(0, len(mine), width))
-            best = int(masses.argmax())
-            if masses[best] > 0:
-                found.append((-float(masses[best]), row["first_row"] + best * width, row))
-        found = sorted(found, key=lambda x: x[:2])[:most]
-    texts = trace.stream_tokens(stream)["token"]
-    return tuple(_passage(trace, texts, site, expert, at, min(at + width, row["first_row"] + row["n_tokens"]), row) for _, at, row in found)
+            at = int(masses.argmax())
+            if masses[at] > 0:
+                found.append((-float(masses[at]), row["first_row"] + at * width, row))
+        return sorted(found, key=lambda x: x[:2])[:most]
+
+    with ThreadPoolExecutor(2) as pool:  # reading runs without Python's lock
+        found = sorted(chain.from_iterable(pool.map(best, _runs(rows))), key=lambda x: x[:2])[:most]
+    return tuple(_passage(trace, site, expert, at, min(at + width, row["first_row"] + row["n_tokens"]), row) for _, at, row in found)
 
 
 def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -297,10 +309,10 @@ def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return out
 
 
-def _passage(trace: Trace, stream_texts: pa.ChunkedArray, site: int, expert: int, start: int, stop: int, row: dict[str, Any]) -> Passage:
+def _passage(trace: Trace, site: int, expert: int, start: int, stop: int, row: dict[str, Any]) -> Passage:
     routing = trace.routing(site, start, stop)
     here = routing.experts == expert
     weights = np.where(here, routing.weights, 0).sum(1)
-    texts = stream_texts.slice(start, stop - start).to_pylist()
+    texts = trace.stream_tokens(trace.layers[site].stream, start, stop, ["token"])["token"].to_pylist()
     return Passage(row["document"], row["name"], row["label"], start, stop, tuple(texts), tuple(weights.tolist()), int(here.any(1).sum()),
                    float(weights.sum(dtype=np.float64)))  # fmt: skip

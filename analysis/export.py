@@ -60,10 +60,10 @@ def _decisions(trace: Trace) -> Iterator[pa.Table]:
     width = max(x.top_k for x in trace.layers)
     native = any(x.native_capacity is not None for x in trace.layers)
     for layer in trace.layers:
-        tokens = trace.stream_tokens(layer.stream)
-        for start in range(0, max(1, len(tokens)), BATCH):
-            rows = tokens.slice(start, BATCH)
-            stop = start + len(rows)
+        n = trace.n_tokens(layer.stream)
+        for start in range(0, max(1, n), BATCH):
+            stop = min(start + BATCH, n)
+            rows = trace.stream_tokens(layer.stream, start, stop)
             routing, scores = trace.routing(layer.index, start, stop), trace.scores(layer.index, start, stop)
             columns: dict[str, Any] = {n: _plain(rows[n]) for n in rows.column_names}
             columns["site"] = pa.array([layer.index] * len(rows), pa.int16())
@@ -92,8 +92,9 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _tokens(trace: Trace) -> Iterator[pa.Table]:
     for stream in dict.fromkeys(x.stream for x in trace.layers):
-        rows = trace.stream_tokens(stream)
-        yield pa.table({n: _plain(rows[n]) for n in rows.column_names})
+        for start in range(0, max(1, trace.n_tokens(stream)), BATCH):
+            rows = trace.stream_tokens(stream, start, min(start + BATCH, trace.n_tokens(stream)))
+            yield pa.table({n: _plain(rows[n]) for n in rows.column_names})
 
 
 def _per_layer(trace: Trace, tables: Iterable[tuple[LayerInfo, pa.Table]]) -> Iterator[pa.Table]:
@@ -143,7 +144,7 @@ _TOKEN = {"stack": _PLACE["stack"], "document": "number of the document in the r
 _LOAD = {**_PLACE, "expert": "its number in the layer; unrelated between layers", "assignments": "tokens sent to the expert, as executed", "share": "of the layer's assignments; by chance 1 / E",
          "relative": "assignments over the mean of the layer's experts; 1 is even", "gate_mass": "sum of the gate weights of its assignments", "first_choices": "tokens for which it has the largest gate weight",
          "n": "tokens that passed the layer", "special": "true for a class without weights (skip, zero-compute)"}  # fmt: skip
-_DECISION = {**_TOKEN, **_PLACE, "expert_i": "an expert that executed the token (slot order is not rank); missing: none", "weight_i": "its gate weight as executed",
+_DECISION = {**_TOKEN, **_PLACE, "expert_i": "an expert that executed the token (slot order is not rank); missing: none", "weight_i": "its gate weight; gate_weights says whether exact or rounded",
              "chosen_i": "what the router chose, before any native drop", "entropy": "of the token's router probabilities, nats", "margin": "k-th score less the next: how near another choice was",
              "logsumexp": "of the router's logits"}  # fmt: skip
 _DOCUMENT = {"document": _TOKEN["document"], "stack": _PLACE["stack"], "name": "as given at capture", "label": "as given at capture", "first_row": "of the document in the table of tokens, within its stack",
@@ -206,6 +207,7 @@ def _about(trace: Trace) -> dict[str, Any]:
         "model": trace.model.name,
         "model_digest": trace.model.digest,
         "tokens": {s: trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in trace.layers)},
+        "gate_weights": trace.rounding or "exact, as executed",
         "schema_version": SCHEMA_VERSION,
         "routerscope": __version__,
     }

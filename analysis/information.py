@@ -97,19 +97,9 @@ def shuffled_tables(
 
     ``width`` is one more than the largest y. O(n) in the number of draws.
     """
-    held, dealt = np.repeat(x.astype(np.int64) * width, counts), np.repeat(y.astype(np.int32), counts)
-    count_all = (int(x.max(initial=0)) + 1) * width <= DENSE  # counting beats sorting
-    for seed in seeds:
-        ys = dealt.copy()
-        np.random.default_rng(seed).shuffle(ys)
-        drawn = held + ys
-        if count_all:
-            dense = np.bincount(drawn)
-            cells = np.flatnonzero(dense)
-            number = dense[cells]
-        else:
-            cells, number = np.unique(drawn, return_counts=True)
-        yield cells // width, cells % width, number
+    from .shuffling import dealt_table  # pays for numba
+
+    return (dealt_table(x, y, counts, width, seed) for seed in seeds)
 
 
 def jensen_shannon(a: np.ndarray, b: np.ndarray) -> float:

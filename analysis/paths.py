@@ -7,7 +7,7 @@ Definitions: co-activation and router saturation OLMoE (arXiv 2409.02060) eq. 6 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import comb
 from types import MappingProxyType
@@ -71,7 +71,7 @@ def coactivation(trace: Trace, site: int) -> PairCounts:
     return PairCounts(pairs.observed, pairs.expected, pairs.lift, share, pairs.residual, pairs.n, pairs.chance_share)
 
 
-def quasi_independent(totals: np.ndarray, rounds: int = 500) -> np.ndarray:
+def quasi_independent(totals: np.ndarray, rounds: int = 10_000) -> np.ndarray:
     """float64 [E, E], symmetric, zero diagonal, a_i a_j elsewhere, rows adding up to ``totals`` (Goodman 1968).
 
     By proportional fitting, to 1e-9 of the total or ``rounds`` rounds; an expert in nearly every pair converges slowly.
@@ -143,17 +143,22 @@ def repetition(trace: Trace, site: int) -> Repetition:
                       1 - comb(e - k, k) / comb(e, k), given)  # fmt: skip
 
 
-def saturation(a: Trace, b: Trace) -> pa.Table:
+def saturation(a: Trace, b: Trace, progress: Callable[[int, int], None] | None = None) -> pa.Table:
     """How far two runs over the same tokens agree, one row per site: mean over tokens of |chosen by both| / k.
 
     Columns site, layer, n (tokens), saturation (0 to 1), low, high (95 % bootstrap over documents; NaN below 2),
     chance (k / E), chance_given_loads (independent choices at the two runs' loads); shuffled: mean over ``draws`` where
     the tokens of b are turned round within each document (by random steps, the last following on the first), which
     keeps what documents and stretches of text have in common; p: that a turn agrees as much. OLMoE eq. 5 with b the final
-    checkpoint. One pass over both runs. Raises TraceError where texts, tokenization or sites differ.
+    checkpoint. One pass over both runs; ``progress`` is told (sites done, sites). Raises TraceError where texts, tokenization or sites
+    differ.
     """
     check_comparable(a, b)
-    rows = [_site_saturation(a, b, x.index) for x in a.layers]
+    rows = []
+    for done, layer in enumerate(a.layers, 1):
+        rows.append(_site_saturation(a, b, layer.index))
+        if progress is not None:
+            progress(done, len(a.layers))
     return pa.Table.from_pylist(rows)
 
 

@@ -188,11 +188,11 @@ def by_position(trace: Trace, site: int) -> Preferences:
     """
     load = trace.stats.position_load(site)
     names = tuple("0" if b == 0 else f"{2**b - 1}-{2 ** (b + 1) - 2}" for b in range(len(load)))
-    if trace.source is None or trace.tokens is None:
+    if trace.source is None or trace.load_tokens is None:
         plain = effects(site, "position", names, -(-load.sum(1) // trace.layers[site].top_k), load)
         return replace(plain, method="no test: the run holds statistics only, no decisions of single documents")
-    rows = trace.stream_tokens(trace.layers[site].stream)
-    bucket = np.floor(np.log2(rows["position"].to_numpy() + 1)).astype(np.int64)
+    position = trace.stream_tokens(trace.layers[site].stream, columns=["position"])["position"].to_numpy()
+    bucket = np.floor(np.log2(np.arange(1, int(position.max(initial=0)) + 2))).astype(np.int64)[position]
     return by_group(trace, site, "position", names, np.where(bucket < len(names), bucket, -1))
 
 
@@ -227,28 +227,32 @@ def _interval(count: np.ndarray, tokens: np.ndarray, units: np.ndarray) -> tuple
 def _group_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(int64 [units, groups, classes], int64 [units, groups] tokens, int64 [groups] documents); one pass over a site."""
     layer = trace.layers[site]
-    numbers = trace.stream_tokens(layer.stream)["document"].to_numpy()
+    numbers = trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy()
     distinct, document = np.unique(numbers, return_inverse=True)
     units = min(len(distinct), MOST_UNITS)
     unit = document * units // max(len(distinct), 1)
-    counts = np.zeros(units * n_groups * layer.n_classes, np.int64)
-    for start, experts in blocks(trace, layer):
-        stop = start + len(experts)
-        cell = (unit[start:stop] * n_groups + codes[start:stop]) * layer.n_classes
-        kept = (experts >= 0) & (codes[start:stop] >= 0)[:, None]
-        counts += np.bincount((cell[:, None] + experts)[kept], minlength=len(counts))
     known = codes >= 0
+    counts = assignments(trace, layer, np.where(known, unit * n_groups + codes, -1), units * n_groups)
     sizes = np.bincount(unit[known] * n_groups + codes[known], minlength=units * n_groups).reshape(units, n_groups)
     pairs = np.unique(document[known] * n_groups + codes[known])
     documents = np.bincount(pairs % n_groups, minlength=n_groups)
     return counts.reshape(units, n_groups, layer.n_classes), sizes, documents
 
 
+def assignments(trace: Trace, layer: LayerInfo, group: np.ndarray, n_groups: int) -> np.ndarray:
+    """int64 [groups, classes]: assignments of the tokens of each group; ``group`` int [tokens], -1 for none. One pass over a site."""
+    width = layer.n_classes + 1  # a row and a column more, for tokens of no group and places without an expert: no test in the pass
+    first, counts = (group + 1) * width + 1, np.zeros((n_groups + 1) * width, np.int64)
+    for start, experts in blocks(trace, layer):
+        counts += np.bincount((experts + first[start : start + len(experts), None]).ravel(), minlength=len(counts))
+    return counts.reshape(n_groups + 1, width)[1:, 1:]
+
+
 def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, executed experts int64 [up to ``rows``, k]) over a site's stream, in order; bounded memory."""
     for start in range(0, trace.n_tokens(layer.stream), rows):
         stop = min(start + rows, trace.n_tokens(layer.stream))
-        yield start, trace.routing(layer.index, start, stop).experts.astype(np.int64)
+        yield start, trace.experts(layer.index, start, stop).astype(np.int64)
 
 
 def label_information(trace: Trace, site: int, draws: int = 199, seed: int = 0) -> Information:

@@ -15,6 +15,7 @@ from .trace import Trace
 CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
            "special tokens", "empty tokens")  # fmt: skip
 _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:pad|unk|bos|eos|mask)>|\[(?:CLS|SEP|PAD|MASK|UNK)\]", re.I)
+_LETTER = re.compile("[A-Za-z]")
 _RAW_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
 
 
@@ -31,17 +32,16 @@ def token_class(text: str) -> str:
         return "parts of characters"
     if text.isspace():
         return "newlines" if "\n" in text or "\r" in text else "spaces"
-    letters = [c for c in text if c.isalpha()]
-    if not letters:
+    if not (_LETTER.search(text) if text.isascii() else any(c.isalpha() for c in text)):
         return "digits" if any(c.isnumeric() for c in text) else "punctuation"
-    if not text.isascii() and any(unicodedata.east_asian_width(c) in "WF" for c in letters):
+    if not text.isascii() and any(unicodedata.east_asian_width(c) in "WF" for c in text if c.isalpha()):
         return "ideographs"
     return "word starts" if text[0].isspace() else "word parts"
 
 
 def class_codes(trace: Trace, stream: str = "decoder") -> np.ndarray:
     """int64 [tokens of the stream] into CLASSES; -1 where a token's text is not known. Raises TraceError without tokens."""
-    text = trace.stream_tokens(stream)["token"].combine_chunks()
+    text = trace.stream_tokens(stream, columns=["token"])["token"].combine_chunks()
     coded = text if pa.types.is_dictionary(text.type) else text.dictionary_encode()
     at = {name: i for i, name in enumerate(CLASSES)}
     kinds = np.array([*(-1 if t is None else at[token_class(t)] for t in coded.dictionary.to_pylist()), -1])

@@ -8,11 +8,12 @@ pass over a site's decisions. Definitions: OLMoE (arXiv 2409.02060) eq. 8 for vo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,14 +30,15 @@ PREDICTED_NEXT = (
     "The predicted next token is not known here: the model has no language head, or the run was recorded before predictions were."
     " Use the next token, or record the run again."
 )
+_Found = TypeVar("_Found")
 WORKERS = 4  # each holds the draws of one expert: some 50 MB for 10,000 token ids
 
 
 def token_texts(trace: Trace, ids: np.ndarray, stream: str = "decoder") -> tuple[str | None, ...]:
     """Readable text of each token id as recorded in the run; None for an id that does not occur, or without tokens."""
-    if trace.tokens is None or not len(ids):
+    if trace.load_tokens is None or not len(ids):
         return (None,) * len(ids)
-    tokens = trace.stream_tokens(stream)
+    tokens = trace.stream_tokens(stream, columns=["token_id", "token"])
     recorded = tokens["token_id"].to_numpy()
     first = np.full(int(max(recorded.max(initial=0), ids.max())) + 1, -1)
     first[recorded[::-1]] = np.arange(len(recorded))[::-1]
@@ -71,7 +73,7 @@ def input_tokens(trace: Trace, site: int) -> TokenCounts:
         ids, row = np.unique(cells, return_inverse=True)
         tokens = np.bincount(row, counts, len(ids)).astype(np.int64) // layer.top_k
     else:  # some tokens have fewer than k experts: their number is in the tokens table only
-        recorded = trace.stream_tokens(layer.stream)["token_id"].to_numpy().astype(np.int64)
+        recorded = trace.stream_tokens(layer.stream, columns=["token_id"])["token_id"].to_numpy().astype(np.int64)
         ids, tokens = np.unique(recorded, return_counts=True)
         row = np.searchsorted(ids, cells)
     return TokenCounts(site, "input token", layer.n_classes, ids, tokens, row, experts, counts)
@@ -84,9 +86,9 @@ def next_tokens(trace: Trace, site: int) -> TokenCounts:
 
 def predicts(trace: Trace, stream: str = "decoder") -> bool:
     """Whether the run knows what the model predicted next for any token of the stream."""
-    if trace.tokens is None:
+    if trace.load_tokens is None:
         return False
-    predicted = trace.stream_tokens(stream)["predicted"]
+    predicted = trace.stream_tokens(stream, columns=["predicted"])["predicted"]
     return bool(predicted.null_count < len(predicted))
 
 
@@ -105,9 +107,9 @@ VARIANTS: Mapping[str, Callable[[Trace, int], TokenCounts]] = MappingProxyType(
 )  # OLMoE's three
 
 
-def _coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
+def coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """(ids ascending, int64 [tokens of the stream] into ids, -1 for a token that has none of this kind)."""
-    table = trace.stream_tokens(stream)
+    table = trace.stream_tokens(stream, columns=["token_id", "document", *(["predicted"] if kind == "predicted next token" else [])])
     if kind == "predicted next token":
         predicted = table["predicted"]
         known = np.full(len(predicted), -1)
@@ -133,7 +135,7 @@ def _coded_ids(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _counted(trace: Trace, site: int, kind: str) -> TokenCounts:
     """One pass over a site's decisions."""
     layer = trace.layers[site]
-    ids, code = _coded(trace, layer.stream, kind)
+    ids, code = coded(trace, layer.stream, kind)
     size = len(ids) * layer.n_classes
     count_all = size <= 16 * ROWS * layer.top_k  # counting beats sorting where a block fills much of the table
     dense, cells, n = np.zeros(size if count_all else 0, np.int64), [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -146,7 +148,7 @@ def _counted(trace: Trace, site: int, kind: str) -> TokenCounts:
             found = np.unique(keys, return_counts=True)
             cells, n = [*cells, found[0]], [*n, found[1]]
     cell = np.flatnonzero(dense)
-    cell, count = (cell, dense[cell]) if count_all else _summed(np.concatenate(cells), np.concatenate(n))
+    cell, count = (cell, dense[cell]) if count_all else summed(np.concatenate(cells), np.concatenate(n))
     tokens = np.bincount(code[code >= 0], minlength=len(ids))
     return TokenCounts(site, kind, layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count)
 
@@ -160,7 +162,9 @@ def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) 
     """
     bits, corrected, h_id, h_expert = sparse_information(counts.row, counts.expert, counts.count)
     seeds = range(seed, seed + shuffles if counts.count.sum() else seed)
-    null = [sparse_information(*again)[0] for again in shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, seeds)]
+    null = _on_cores(
+        lambda s: sparse_information(*next(shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, [s])))[0], seeds
+    )
     floor = float(np.mean(null)) if null else float("nan")
     p = (sum(x >= bits for x in null) + 1) / (len(null) + 1) if null else float("nan")
     return Information(bits, corrected, floor, p, h_id, h_expert, int(counts.count.sum()), f"assignments dealt again, {len(null)} times")
@@ -200,7 +204,7 @@ def _label_of_document(trace: Trace, site: int) -> dict[int, str | None]:
 def _document_cells(trace: Trace, site: int, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(cell, count), cell = (token index x documents + document index) x classes + expert, of assignments that occur."""
     layer = trace.layers[site]
-    table = trace.stream_tokens(layer.stream)
+    table = trace.stream_tokens(layer.stream, columns=["token_id", "document"])
     recorded, owner = np.unique(table["token_id"].to_numpy(), return_inverse=True)[1], table["document"].to_numpy()
     at = np.minimum(np.searchsorted(documents, owner), max(len(documents) - 1, 0))
     base = np.where(documents[at] == owner, recorded * len(documents) + at, -1) if len(documents) else np.full(len(owner), -1)
@@ -323,37 +327,38 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
 
     One pass over the site; None for a run without decisions or tokens.
     """
-    if trace.source is None or trace.tokens is None:
+    if trace.source is None or trace.load_tokens is None:
         return None
     layer = trace.layers[counts.site]
-    every, code = _coded(trace, layer.stream, counts.kind)
+    every, code = coded(trace, layer.stream, counts.kind)
     ids = every if ids is None else ids
     row = np.full(len(every) + 1, -1)  # the last for tokens that have no id
     row[np.searchsorted(every, ids)] = np.arange(len(ids))
-    owner = _coded_ids(trace.stream_tokens(layer.stream)["document"].to_numpy().astype(np.int64))[1]
+    owner = _coded_ids(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy().astype(np.int64))[1]
     known, asked, height, width = code >= 0, row[code] >= 0, max(len(ids), 1), layer.n_classes
     place = owner * height + row[code]  # by document first: pieces of the run then follow one another, but where one cuts a document
     pairs, occurs = np.unique(place[asked], return_counts=True)
     size = np.bincount(owner[known])
-    load = np.zeros((int(owner.max(initial=-1)) + 1) * width, np.int64)
+    load = np.zeros((int(owner.max(initial=-1)) + 1, width), np.int64)
     cells, n = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for start, experts in blocks(trace, layer):
         here = slice(start, start + len(experts))
-        first = int(owner[here].min(initial=len(load)))
-        met = np.bincount(((owner[here, None] - first) * width + experts)[(experts >= 0) & known[here, None]])
-        load[first * width : first * width + len(met)] += met
+        first, last = int(owner[here].min()), int(owner[here].max())
+        base = np.where(known[here], owner[here] - first + 1, 0) * (width + 1) + 1  # a row and a column more, for what does not count
+        met = np.bincount((base[:, None] + experts).ravel(), minlength=(last - first + 2) * (width + 1))
+        load[first : last + 1] += met.reshape(-1, width + 1)[1:, 1:]
         mine = experts[asked[here]]
         found = np.unique((place[here][asked[here], None] * width + mine)[mine >= 0], return_counts=True)
         cells, n = [*cells, found[0]], [*n, found[1]]
-    cell, count = _summed(np.concatenate(cells), np.concatenate(n))
+    cell, count = summed(np.concatenate(cells), np.concatenate(n))
     pair, expert = np.divmod(cell, width)
     document, at = np.divmod(pair, height)
-    leans = count * size[document] > load[document * width + expert] * occurs[np.searchsorted(pairs, pair)]
+    leans = count * size[document] > load[document, expert] * occurs[np.searchsorted(pairs, pair)]
     leaning = np.bincount((at * width + expert)[leans], minlength=len(ids) * width)
     return DocumentUse(ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width))
 
 
-def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(keys ascending, sum of their counts), int64; fast for keys that are sorted runs, as a merge sort is."""
     order = keys.argsort(kind="stable")
     keys = keys[order]
@@ -364,7 +369,8 @@ def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def leading_ids(counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20) -> np.ndarray:
     """int64, ascending: the ids that ``top_tokens`` names for any of ``experts``."""
     often = _dealt(counts, least)[1]
-    found = [counts.ids[often][_leading(counts, often, expert, most)[0]] for expert in experts]
+    cells = _cells_of_experts(counts)
+    found = [counts.ids[often][_leading(counts, cells[expert], often, most)[0]] for expert in experts]
     return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
@@ -382,12 +388,23 @@ def top_tokens_of(trace: Trace, counts: TokenCounts, experts: Sequence[int], lea
                   seed: int = 0, use: DocumentUse | None = None) -> tuple[tuple[TokenUse, ...], ...]:  # fmt: skip
     """``top_tokens`` of each of ``experts``, shared out among the cores."""
     dealt, often = _dealt(counts, least)
-    one = partial(_top_uses, counts, dealt, often, most=most, draws=draws, seed=seed, use=use)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, WORKERS)) as pool:  # draws, nearly all of the time, run without Python's lock
-        found = list(pool.map(one, experts))
+    one = partial(_top_uses, counts, _cells_of_experts(counts), dealt, often, most=most, draws=draws, seed=seed, use=use)
+    found = _on_cores(one, experts)
     ids = np.unique([use.token_id for uses in found for use in uses]).astype(np.int64)
     text = dict(zip(ids.tolist(), token_texts(trace, ids, trace.layers[counts.site].stream), strict=True))
     return tuple(tuple(replace(use, text=text[use.token_id]) for use in uses) for uses in found)
+
+
+def _on_cores(one: Callable[[int], _Found], items: Iterable[int]) -> list[_Found]:
+    """``one`` of each item, on all cores: drawing, nearly all of the time, runs without Python's lock."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, WORKERS)) as pool:
+        return list(pool.map(one, items))
+
+
+def _cells_of_experts(counts: TokenCounts) -> list[np.ndarray]:
+    """int64 [cells of the expert] of each: its places in ``counts``."""
+    order = counts.expert.astype(np.uint16).argsort(kind="stable")
+    return np.split(order, np.cumsum(np.bincount(counts.expert, minlength=counts.classes))[:-1])
 
 
 def _dealt(counts: TokenCounts, least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -396,10 +413,13 @@ def _dealt(counts: TokenCounts, least: int) -> tuple[np.ndarray, np.ndarray]:
     return dealt, (counts.tokens >= least) & (dealt > 0)
 
 
-def _leading(counts: TokenCounts, often: np.ndarray, expert: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(order, used, share, lift): the ``most`` leading of the ids ``often``, as indices into those, and figures of them all."""
-    mine = counts.expert == expert
-    whole = np.bincount(counts.row[mine], counts.count[mine], len(counts.ids)).astype(np.int64)
+def _leading(counts: TokenCounts, cells: np.ndarray, often: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(order, used, share, lift): the ``most`` leading of the ids ``often``, as indices into those, and figures of them all.
+
+    ``cells`` are the expert's.
+    """
+    whole = np.zeros(len(counts.ids), np.int64)
+    whole[counts.row[cells]] = counts.count[cells]
     used, total = whole[often], int(whole.sum())
     share = used / counts.tokens[often]
     lift = share / (total / int(counts.tokens.sum())) if total else np.zeros(len(used))
@@ -409,13 +429,13 @@ def _leading(counts: TokenCounts, often: np.ndarray, expert: int, most: int) -> 
     return high[np.lexsort((counts.ids[often][high], -used[high], -lift[high]))][:most], used, share, lift
 
 
-def _top_uses(counts: TokenCounts, dealt: np.ndarray, often: np.ndarray, expert: int, *, most: int, draws: int,
+def _top_uses(counts: TokenCounts, cells: Sequence[np.ndarray], dealt: np.ndarray, often: np.ndarray, expert: int, *, most: int, draws: int,
               seed: int, use: DocumentUse | None) -> list[TokenUse]:  # fmt: skip
-    """Without texts. ``dealt`` and ``often`` of ``_dealt``."""
-    order, used, share, lift = _leading(counts, often, expert, most)
+    """Without texts. ``cells`` of every expert, ``dealt`` and ``often`` of ``_dealt``."""
+    order, used, share, lift = _leading(counts, cells[expert], often, most)
     if not len(order):
         return []
-    total = int(counts.count[counts.expert == expert].sum())
+    total = int(counts.count[cells[expert]].sum())
     rate = total / dealt.sum()
     expected, spread = dealt[often] * rate, np.sqrt(dealt[often])  # binomial error but for a factor all ids share
     standing = (used - expected) / spread

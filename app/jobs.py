@@ -134,6 +134,7 @@ def warm_up() -> None:
 
     def warm() -> None:
         import_module("analysis.overflow").warm_up()
+        import_module("analysis.shuffling").warm_up()
         import_module("analysis.capture")
 
     timer = threading.Timer(5.0, warm)

@@ -1,4 +1,4 @@
-"""Work on every layer of a run that takes seconds: told on screen as it goes on, and kept layer by layer."""
+"""Work on the layers of a run that takes seconds: told on screen as it goes on, and kept layer by layer."""
 
 from __future__ import annotations
 
@@ -31,3 +31,22 @@ def layer_by_layer(trace: Trace, known: dict[int, pa.Table], make: Callable[[Seq
         finally:
             bar.empty()
     return pa.concat_tables([known[x.index] for x in trace.layers])
+
+
+def one_layer(site: int, known: dict[int, pa.Table], make: Callable[[Callable[[int, int], None]], pa.Table]) -> pa.Table:
+    """The table of one site, which ``make`` makes if it is not ``known`` yet, telling (tokens read, tokens in all) as it goes on.
+
+    A person who leaves in the middle stops it at the next telling. Nothing is shown of what is done at the first one.
+    """
+    if site not in known:
+        place = st.empty()
+
+        def tell(done: int, total: int) -> None:
+            if done < total:
+                place.progress(done / total, text=f"Reading the layer's decisions: {done:,} of {total:,} tokens …")
+
+        try:
+            known[site] = make(tell)
+        finally:
+            place.empty()
+    return known[site]

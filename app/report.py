@@ -121,7 +121,8 @@ def _opening(draft: _Draft, finding: Finding | None) -> None:
     draft.sections.append(
         f"<header>\n<h1>What does the router of {markup(trace.model.name)} do?</h1>\n<p>In every routed layer, a router picks a few small"
         " networks, the experts, for each token; only those compute. This file shows what was chosen, as executed: "
-        f'{counted} through {len(trace.layers):,} routed layers.</p>\n<p class="note">{markup(draft.origin)}</p>\n</header>'
+        f"{counted} through {len(trace.layers):,} routed layers. <strong>{markup(trace.rounding)}</strong></p>\n"
+        f'<p class="note">{markup(draft.origin)}</p>\n</header>'
     )
     if finding is None:
         return

@@ -16,7 +16,7 @@ from analysis.trace import Trace, TraceError
 
 from .components.theme_probe import probed_theme, theme_probe
 from .runs_folder import all_runs
-from .text import counted, plain, show_error, show_note
+from .text import counted, plain, show_error, show_note, show_warning
 
 TYPED = 64  # characters of a search
 
@@ -166,6 +166,12 @@ def current_trace() -> Trace:
         st.markdown("Choose another run above. The Runs page can delete a run that cannot be read; record its text again there.")
         st.page_link("views/runs.py", label="To the Runs page →")
         st.stop()
+
+
+def show_rounding() -> None:
+    """Says what the gate weights of the header's run have lost, where they have."""
+    if rounding := current_trace().rounding:
+        show_warning(rounding)
 
 
 def comparable_runs(trace: Trace) -> dict[str, Trace]:

@@ -39,7 +39,7 @@ def first_text(trace: Trace, finding: Finding) -> StripText:
     start, stop = trace.document_range(document["document"], site.stream)
     stop = min(stop, start + FIRST_TOKENS)
     sites = [x for x in trace.layers if x.stream == site.stream]
-    rows = trace.stream_tokens(site.stream).slice(start, stop - start)
+    rows = trace.stream_tokens(site.stream, start, stop, ["token", "token_bytes"])
     read = [trace.routing(x.index, start, stop) for x in sites]
     tokens = rows["token"].to_pylist()
     return StripText(text.token_texts(tokens, rows["token_bytes"].to_pylist()), ["\n" in (t or "") for t in tokens],

@@ -43,7 +43,7 @@ def _router(trace: Trace) -> str:
     said = f"At {layer.title} a small network, the router, scores {layer.n_experts:,} experts for every token and sends it to {layer.top_k:,} of them."
     if trace.load_tokens is None or not trace.n_tokens(layer.stream):
         return f"{said} This run holds counts alone, so there is no text to show it on."
-    row, routing = trace.stream_tokens(layer.stream).slice(0, 1), trace.routing(layer.index, 0, 1)
+    row, routing = trace.stream_tokens(layer.stream, 0, 1, ["token", "token_bytes"]), trace.routing(layer.index, 0, 1)
     [shown] = text.token_texts(row["token"].to_pylist(), row["token_bytes"].to_pylist())
     pairs = sorted(zip(routing.weights[0].tolist(), routing.experts[0].tolist(), strict=True), reverse=True)
     went = " and ".join(f"expert {e} (gate weight {w:.2f})" for w, e in pairs if e >= 0) or "no expert"

@@ -11,6 +11,7 @@ from analysis.capacity import capacity_curves
 from analysis.capture import capture
 from analysis.export import TABLES
 from analysis.metrics import balance_table
+from analysis.paths import saturation
 from analysis.store import open_run
 
 from . import tiny
@@ -173,7 +174,8 @@ def test_capture_from_the_hub_records_its_commit(
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     commands = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert set(commands) == {"capture", "params", "verify-model", "stats", "verify", "export", "report", "runs", "copy", "delete"}
+    told = ("capture", "params", "verify-model", "stats", "compare", "verify", "export", "report", "runs", "copy", "delete")
+    assert set(commands) == set(told)
     for name in commands:
         with pytest.raises(SystemExit):
             main([name, "--help"])
@@ -323,3 +325,32 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(
     loaded, tokenizer = load_model(model)
     names = [f"text {i}" for i in range(1, 10)]
     assert differences(whole(loaded, tokenizer, texts, names=names, batch_size=1), open_run(tmp_path / "r")) == []
+
+
+def test_two_runs_are_compared_layer_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["def f(x): return x" * 3, "Il pleut." * 5, "x"]
+    for name, seed, mine in (
+        ("early", 0, texts),
+        ("late", 1, texts),
+        ("elsewhere", 1, texts[:2]),
+        ("one", 1, texts[:1]),
+        ("uno", 0, texts[:1]),
+    ):
+        capture(tiny.build("olmoe", seed=seed), tiny.tokenizer(), mine, out=tmp_path / name)
+    early, late, elsewhere, one, uno = (str(tmp_path / x) for x in ("early", "late", "elsewhere", "one", "uno"))
+    expected = saturation(open_run(early), open_run(late)).to_pylist()
+    assert main(["compare", early, late, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["rows"] == expected and (told["run"], told["other"], told["metric"]) == ("early", "late", "router_saturation")
+    assert main(["compare", early, late]) == 0
+    shown, progress = capsys.readouterr()
+    assert f"{len(expected)}/{len(expected)} layers" in progress
+    lines = {" ".join(x.split()[:2]): x.split()[2:] for x in shown.splitlines() if x.startswith("layer ")}
+    assert len(lines) == len(expected) > 1 and shown.count("95% bootstrap interval") == 1
+    for row in expected:
+        values = lines[f"layer {row['layer']}"]
+        assert values[0] == f"{row['n']:,}" and values[1:4] == [f"{row[x]:.4f}" for x in ("saturation", "low", "high")]
+    assert main(["compare", one, uno, "--json"]) == 0  # one document: no interval
+    assert {(r["low"], r["high"]) for r in json.loads(capsys.readouterr().out)["rows"]} == {(None, None)}
+    assert main(["compare", early, elsewhere]) == 2 and "not over the same token ids" in capsys.readouterr().err
+    assert main(["compare", early, str(tmp_path / "missing")]) == 2

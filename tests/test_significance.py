@@ -178,6 +178,18 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(whole.p, pieces.p) and np.array_equal(whole.maximum, pieces.maximum)
 
 
+@pytest.mark.parametrize("codes", [np.arange(32) % 3, np.where(np.arange(32) % 3, 2, 0)], ids=["three groups", "one without units"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_many_deals_are_compared_as_few_are_bit_for_bit(codes: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = routed(np.random.default_rng(0), LENGTHS["alike"], None)
+    few = permutation_test(counts, LENGTHS["alike"], codes, draws=999)
+    monkeypatch.setattr(significance, "COMPILED", 0)
+    many = permutation_test(counts, LENGTHS["alike"], codes, draws=999)
+    assert len(np.unique(few.p)) > 6
+    for name in ("p", "family", "statistic", "maximum"):
+        np.testing.assert_array_equal(getattr(few, name), getattr(many, name))
+
+
 def test_sign_flips_by_brute_force() -> None:
     excess = np.random.default_rng(2).normal(size=(6, 2, 3)) + 0.5
     test = sign_flip_test(excess)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from analysis import specialization
 from analysis.significance import benjamini_hochberg, permutation_test
 from analysis.specialization import (
+    blocks,
     by_group,
     by_label,
     by_position,
@@ -314,3 +316,20 @@ def test_domain_specialization_of_olmoe_and_mixtral(model: str, n_experts: int, 
             assert found.tokens[g] == figures["tokens"] and found.share[g].sum() == pytest.approx(top_k)
             assert 100 * found.share[g].max() == pytest.approx(figures["max_domain_specialization_pct"], abs=5e-7)
             assert found.share[g].argmax() == figures["argmax"]
+
+
+@pytest.mark.parametrize("rows", [7, 65_536])
+def test_assignments_of_groups_by_counting_one_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of no group and places without an expert count nowhere, whatever block they fall in."""
+    monkeypatch.setattr(specialization, "blocks", partial(blocks, rows=rows))
+    trace = make_trace(MANY)
+    for layer in MANY:
+        experts = trace.experts(layer.index)
+        experts[::3, -1] = -1
+        group = np.random.default_rng(layer.index).integers(-1, 3, len(experts))
+        expected = np.zeros((3, layer.n_classes), int)
+        for g, chosen in zip(group, experts, strict=True):
+            for e in chosen:
+                if g >= 0 and e >= 0:
+                    expected[g, e] += 1
+        assert specialization.assignments(trace, layer, group, 3).tolist() == expected.tolist() and expected.any(1).all()

@@ -1,5 +1,6 @@
 """The kind of a token: read off its text, counted over a run, and no more than chance on random routing."""
 
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,19 @@ KINDS = {
 @pytest.mark.parametrize("kind", CLASSES)
 def test_token_classes(kind: str) -> None:
     assert [token_class(text) for text in KINDS[kind]] == [kind] * len(KINDS[kind])
+
+
+def test_text_of_ascii_is_looked_at_as_any_other() -> None:
+    """Every pair of characters below 128: letters found by their Unicode class, as outside ASCII."""
+    for text in (f"{chr(a)}{chr(b)}" for a in range(128) for b in range(128)):
+        letters = any(unicodedata.category(c).startswith("L") for c in text)
+        if text.isspace():
+            expected = "newlines" if "\n" in text or "\r" in text else "spaces"
+        elif letters:
+            expected = "word starts" if text[0].isspace() else "word parts"
+        else:
+            expected = "digits" if any(unicodedata.category(c) == "Nd" for c in text) else "punctuation"
+        assert token_class(text) == expected, repr(text)
 
 
 def of_text(layers: tuple = PLAIN, seed: int = 0) -> Trace:

@@ -11,9 +11,10 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from analysis import vocabulary
+from analysis import jackknife, vocabulary
 from analysis.capture import capture
 from analysis.glossary import TERMS, search
+from analysis.jackknife import vocabulary_interval
 from analysis.metrics import METRICS
 from analysis.neighbours import expert_similarities
 from analysis.store import open_run
@@ -25,7 +26,7 @@ from app.text import plain, visible_token
 from . import tiny
 from .families import FAMILIES
 from .nasty import NASTY
-from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, site
+from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, make_parts, site
 
 ROOT = Path(__file__).parent.parent
 CAPTURED = ("jetmoe", "longcat_flash", "zaya", "doge", "llama4")
@@ -54,6 +55,25 @@ def shown(page: str, run: str) -> AppTest:
         test.switch_page(f"views/{page}.py")
         test.run()
     return test
+
+
+@pytest.mark.parametrize("query", [{"doc": "1"}, {"doc": "1", "tour": "1"}])
+def test_a_document_is_shown_where_the_tokens_of_the_other_parts_cannot_be_read(runs: Path, query: dict[str, str]) -> None:
+    with RunWriter.open(runs / "two", card(PLAIN), {}) as writer:
+        for part in make_parts(PLAIN):
+            writer.write(part)
+        writer.commit()
+    for path in sorted((runs / "two" / "tokens").iterdir())[1:]:
+        path.write_bytes(bytes(path.stat().st_size))
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
+    for key, value in (query | {"run": "two"}).items():
+        test.query_params[key] = value
+    test.switch_page("views/tokens.py")
+    test.run()
+    assert not test.exception and test.title[0].value == "Which expert does each token go to?"
+    test.query_params["doc"] = "4"
+    test.run()
+    assert test.exception
 
 
 @pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs", "glossary"])
@@ -295,6 +315,56 @@ def test_specialization_by_token_is_that_of_the_token_asked_for(runs: Path, vari
     share = plain(f"alone explains {alone.share_of(alone.entropy_y):.0%} of which")
     assert any(share in m.value for m in test.markdown) and not test.exception
     assert len({round(context_independence(f(trace, 5)).share_of(alone.entropy_y), 2) for f in VARIANTS.values()}) == 3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_vocabulary_specialization_has_an_interval_over_documents(runs: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = open_run(ROOT / "data" / "demo-run")
+    found = vocabulary_interval(trace, VARIANTS[variant](trace, 3))
+    st.cache_resource.clear()
+    test = shown("specialization", "demo-run")
+    test.query_params.update({"by": "token", "token_is": variant, "layer": "layer 3"})
+    test.run()
+    said = plain(f"specialization {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}")
+    assert not test.exception and found.low < found.value < found.high
+    assert any(said in c.value and "Each of 75 documents" in c.value for c in test.caption)
+    monkeypatch.setattr(jackknife, "blocks", None)  # a second view reads nothing
+    assert not test.run().exception and any(said in c.value for c in test.caption)
+
+
+def test_a_run_of_too_few_documents_says_that_it_has_no_interval(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jackknife, "FEWEST", 76)
+    st.cache_resource.clear()
+    test = shown("specialization", "demo-run")
+    test.query_params["by"] = "token"
+    assert not test.run().exception
+    assert any(plain("no interval here: fewer than 76 documents") in c.value for c in test.caption)
+
+
+def test_one_layers_work_is_told_stopped_and_kept() -> None:
+    def script() -> None:
+        import pyarrow as pa
+        import streamlit as st
+
+        from app.layers import one_layer
+
+        def make(tell: object) -> pa.Table:
+            for done in (1, 2, 3):
+                tell(done, 3)
+                st.session_state["told"] = [*st.session_state.get("told", []), done]
+                if len(st.session_state["told"]) == 1:
+                    st.stop()  # as a person who leaves
+            return pa.table({"site": [0]})
+
+        known = st.session_state.setdefault("known", {})
+        st.write(f"{one_layer(0, known, make).num_rows} row")
+
+    test = AppTest.from_function(script).run()
+    assert test.session_state["told"] == [1] and test.session_state["known"] == {} and not test.markdown
+    test.run()
+    assert test.session_state["told"] == [1, 1, 2, 3] and test.markdown[0].value == "1 row" and not test.exception
+    test.run()
+    assert test.session_state["told"] == [1, 1, 2, 3] and test.markdown[0].value == "1 row"
 
 
 def test_what_reads_every_decision_waits_until_its_part_is_opened(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

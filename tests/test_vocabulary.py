@@ -233,7 +233,7 @@ def test_top_tokens_of_random_routing_are_no_more_than_chance() -> None:
 @pytest.mark.parametrize("layers", [PLAIN, TWO_STREAMS], ids=["plain", "streams"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_documents_that_lean_by_hand(layers: tuple, variant: str) -> None:
-    trace = make_trace(layers, [make_part(layers, [60, 30, 40], seed=3)])
+    trace = make_trace(layers, [make_part(layers, [60, 30, 40], seed=3, n_ids=6)])
     counts = VARIANTS[variant](trace, 0)
     found = document_use(trace, counts)
     table, experts = trace.stream_tokens(layers[0].stream).to_pandas(), trace.experts(0)

@@ -15,6 +15,7 @@ from analysis.capacity import AppliedCapacity, RankedTrace, compare_policies, in
 from analysis.overflow import FACTORS, POLICIES, MissingScores, rank_site
 from analysis.slots import PRESETS, CapacityError, make_batches
 from analysis.trace import Trace
+from analysis.vocabulary import token_texts
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
@@ -86,10 +87,8 @@ def who_pays(trace: Trace, applied: AppliedCapacity, site: int, mean: float) -> 
 def token_table(trace: Trace, rows: pa.Table, mean: float) -> pa.Table:
     """The tokens that lose most assignments, with their texts."""
     stream = trace.layers[int(rows["site"][0].as_py())].stream
-    tokens = trace.stream_tokens(stream)
-    first = dict(zip(tokens["token_id"].to_pylist(), tokens["token"].to_pylist(), strict=True))
     rows = rows.sort_by([("dropped", "descending")])
-    rows = rows.append_column("token", pa.array([first[i] for i in rows["token_id"].to_pylist()]))
+    rows = rows.append_column("token", pa.array(token_texts(trace, rows["token_id"].to_numpy(), stream), pa.string()))
     top = rows.slice(0, 25)
     st.dataframe(
         pd.DataFrame({"token": [text.visible_token(t) for t in top["token"].to_pylist()], "token id": top["token_id"].to_pylist(),
@@ -107,7 +106,7 @@ def struck_text(trace: Trace, applied: AppliedCapacity, site: int) -> None:
     document = document_picker(trace, layer.stream)
     start, end = trace.document_range(document, layer.stream)
     stop = min(end, start + SHOWN_TOKENS)
-    rows, routing = trace.stream_tokens(layer.stream).slice(start, stop - start), trace.routing(site, start, stop)
+    rows, routing = trace.stream_tokens(layer.stream, start, stop, ["token", "token_bytes"]), trace.routing(site, start, stop)
     dropped, there = applied.dropped(site)[start:stop], routing.chosen >= 0
     lost = np.where(~dropped.any(1), 0, np.where((dropped == there).all(1), 2, 1))
     shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())

@@ -119,7 +119,7 @@ def show_passages() -> None:
     """Passages with the expert's tokens marked by gate weight."""
     layer = trace.layers[site]
     for i, p in enumerate(examples(trace, run, site, expert)):
-        rows = trace.stream_tokens(layer.stream).slice(p.start, p.stop - p.start)
+        rows = trace.stream_tokens(layer.stream, p.start, p.stop, ["token", "token_bytes"])
         weights = np.array(p.weights, np.float32)[:, None]
         token_strip(text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist()),
                     ["\n" in (t or "") for t in rows["token"].to_pylist()], [np.where(weights > 0, expert, -1)], [weights], [layer.title],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ import streamlit as st
 
 from analysis.glossary import GLOSSARY
 from analysis.information import Information
+from analysis.jackknife import DocumentInterval, vocabulary_interval
 from analysis.paths import PairCounts, coactivation, flow, repetition, saturation
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
 from analysis.token_classes import by_class
@@ -32,7 +35,7 @@ from analysis.vocabulary import (
 from app import charts, text
 from app.downloads import computed_downloads
 from app.figures import show_figure
-from app.layers import kept, layer_by_layer
+from app.layers import kept, layer_by_layer, one_layer
 from app.selection import choice, comparable_runs, current_trace, layer_picker, open_expert, recording_id, section, theme
 
 KINDS = {
@@ -64,7 +67,8 @@ def preferences(_trace: Trace, run: str, site: int, kind: str) -> Preferences:
 @st.cache_resource(max_entries=8, show_spinner="Measuring every layer …")
 def informations(_trace: Trace, run: str) -> list[Information]:
     """I(expert; label) of every site."""
-    return [label_information(_trace, x.index) for x in _trace.layers]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda x: label_information(_trace, x.index), _trace.layers))
 
 
 def show_preferences(found: Preferences, site: int) -> None:
@@ -117,8 +121,12 @@ def vocabulary(
     """(context independence, eq. 8, each expert's tokens by lift) of one site, by the kind of token ``variant``."""
     counts = VARIANTS[variant](_trace, site)
     experts = range(counts.classes)
-    found = top_tokens_of(_trace, counts, experts, most=SHOWN, use=document_use(_trace, counts, leading_ids(counts, experts, most=SHOWN)))
-    return context_independence(counts), vocabulary_specialization(counts), found
+    with ThreadPoolExecutor() as pool:  # each spends most of its time without Python's lock
+        alone, words = pool.submit(context_independence, counts), pool.submit(vocabulary_specialization, counts)
+        found = top_tokens_of(
+            _trace, counts, experts, most=SHOWN, use=document_use(_trace, counts, leading_ids(counts, experts, most=SHOWN))
+        )
+        return alone.result(), words.result(), found
 
 
 def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
@@ -134,6 +142,7 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         f" {alone.floor:.2f}. n = {alone.n:,} assignments of {words.n_ids:,} ids. Vocabulary specialization (OLMoE eq. 8) over ids seen at least"
         f" {words.least} times: {words.frequent:.2f}, by chance {words.chance_frequent:.2f}."
     )
+    beside = st.container()
     if "predicted" not in variants:
         text.show_note(PREDICTED_NEXT)
     by_expert = {
@@ -151,11 +160,36 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     )
     tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in enumerate(found) for t in uses])
     tables = {"tokens by expert": ("one row per expert and token; p takes each occurrence for independent", tokens)}
+    with beside:
+        tables["interval"] = "one row: vocabulary specialization of the layer with its interval over documents", show_interval(asked)
     follow = section("follow", "Which token do the layers follow? Reads every decision of the run")
     if follow.open:
         with follow:
             tables["vocabulary specialization"] = "one row per layer and kind of token", show_followed(variants, words.least, alone.n)
     return tables
+
+
+def show_interval(asked: str) -> pa.Table:
+    """Between which values the layer's vocabulary specialization lies, or why that is not known."""
+
+    def make(progress: Callable[[int, int], None]) -> pa.Table:
+        found = vocabulary_interval(trace, VARIANTS[asked](trace, site), progress=progress)
+        return pa.Table.from_pylist([{"site": site, "token_is": asked, **asdict(found)}])
+
+    table = one_layer(site, kept(run, ("vocabulary interval", asked)), make)
+    row = table.to_pylist()[0]
+    found = DocumentInterval(**{k: v for k, v in row.items() if k not in ("site", "token_is")})
+    if found.missing:
+        text.show_note(f"Vocabulary specialization has no interval here: {found.missing}.")
+        return table
+    each = text.counted(found.documents, "document") if found.left_out == found.documents else (
+        f"{found.left_out:,} runs of documents ({found.documents:,} in all)")  # fmt: skip
+    text.show_note(
+        f"Vocabulary specialization {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}: its mean over other collections of as many"
+        f" documents like these. Each of {each} is left out in turn (jackknife): documents drawn again (bootstrap) bring no other text, which raises"
+        " this figure, and their interval misses. It errs on the wide side; what rare ids add is in the chance too."
+    )
+    return table
 
 
 def show_followed(variants: Mapping[str, str], least: int, n: int) -> pa.Table:

@@ -54,7 +54,7 @@ if length > WINDOW:
         first = int(choice("first", f"Tokens shown, of {length:,}", windows, str((token or 0) // WINDOW * WINDOW), width=200))
     start, stop = start + first, min(stop, start + first + WINDOW)
 sites = [x for x in trace.layers if x.stream == stream]
-rows = trace.stream_tokens(stream).slice(start, stop - start)
+rows = trace.stream_tokens(stream, start, stop)
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)

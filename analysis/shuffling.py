@@ -1,0 +1,136 @@
+"""The compiled kernels of random rearrangements: a table of counts dealt again, groups of units compared under many deals.
+
+Importing this module pays for numba, so ``information`` and ``significance`` do it only when there is much to do. Kernels release
+the GIL and hold no state.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from .counting import compiled
+
+RAW = 1 << 15  # random numbers of 64 bits drawn at a time: these, and the places made of them, stay in a processor's cache
+_U = np.uintp
+
+
+def dealt_table(x: np.ndarray, y: np.ndarray, counts: np.ndarray, width: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(x, y, counts), ascending, of a random table with the margins of the given cells: each draw keeps its x and is dealt another's y.
+
+    y from 0 to ``width`` - 1, int64 [cells] each. The draws, by x and then as given, end where numpy's Generator.shuffle puts them.
+    ValueError for another y, more than 65,536 kinds of it, or 2^32 draws.
+    """
+    n = int(counts.sum())
+    if width > 1 << 16 or n >= 1 << 32:
+        raise ValueError(f"{n:,} draws of {width:,} kinds are too many to be dealt again")
+    if len(y) and not 0 <= y.min() <= y.max() < width:  # a kernel would count it out of bounds
+        raise ValueError(f"kinds {y.min()} to {y.max()} in a table of {width}")
+    if not (x[1:] >= x[:-1]).all():
+        order = x.argsort(kind="stable")
+        x, y, counts = x[order], y[order], counts[order]
+    held, rng = np.repeat(y.astype(np.uint16), counts), np.random.default_rng(seed)
+    places, last = np.empty(RAW, np.uint32), n - 1
+    while last > 0:
+        raw = rng.integers(0, 1 << 64, RAW, dtype=np.uint64)
+        last = _swap(held, raw.astype("<u8", copy=False).view("<u4"), last, places)  # the lower half comes first
+    starts = np.flatnonzero(np.append(True, x[1:] != x[:-1]))[: len(x)]
+    totals = np.add.reduceat(counts, starts) if len(starts) else counts
+    room = int(np.minimum(totals, width).sum()) + 1
+    row, column, number = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    cells = _count_rows(held, x[starts], totals, width, row, column, number)
+    return row[:cells], column[:cells], number[:cells]
+
+
+@compiled
+def _swap(held: np.ndarray, raw: np.ndarray, last: int, places: np.ndarray) -> int:
+    """Fisher and Yates from draw ``last`` down until ``raw``, uint32, is used up; returns the next draw, 0 at the end.
+
+    The place to swap with is as many random bits as it needs, drawn again where it is too large. Places are found before anything is
+    swapped: finding them without branches, and swapping without waiting for them, is three times as fast.
+    """
+    used, mask = 0, 0xFFFFFFFF
+    while last > 0 and used < raw.shape[0]:
+        while mask >> 1 >= last:
+            mask >>= 1
+        found, stop = 0, min(raw.shape[0], used + places.shape[0])
+        while used < stop and last - found > mask >> 1:
+            place = np.int64(raw[_U(used)]) & mask
+            places[_U(found)] = place
+            found += int(place <= last - found)
+            used += 1
+        for k in range(found):
+            a, b = _U(last - k), _U(places[_U(k)])
+            held[a], held[b] = held[b], held[a]
+        last -= found
+    return last
+
+
+@compiled
+def _count_rows(held: np.ndarray, names: np.ndarray, totals: np.ndarray, width: int, row: np.ndarray, column: np.ndarray,
+                number: np.ndarray) -> int:  # fmt: skip
+    """How many cells occur, which are written in order; there is room for one more. Row r holds the next totals[r] draws."""
+    mine, at, cells = np.zeros(width, np.int64), 0, 0
+    for r in range(totals.shape[0]):
+        for t in range(at, at + totals[r]):
+            mine[_U(held[_U(t)])] += 1
+        at += totals[r]
+        for e in range(width):  # each is written, and kept where it was counted
+            row[cells], column[cells], number[cells] = names[r], e, mine[e]
+            cells += mine[e] > 0
+            mine[e] = 0
+    return cells
+
+
+@partial(compiled, error_model="numpy")
+def compare_deals(columns: np.ndarray, deals: np.ndarray, bar: np.ndarray, pseudo: float) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 as ``bar`` [groups, experts]: deals whose statistic reaches it, float64 [deals]: the largest of each, NaN where one is).
+
+    The statistic of ``significance.permutation_test``, bit for bit; columns as there, deals int [deals, units] into groups.
+    """
+    groups, experts = bar.shape
+    exceeded, maximum = np.zeros((groups, experts), np.int64), np.empty(deals.shape[0])
+    sums, total, value = np.empty((groups, columns.shape[1])), columns.sum(0), np.empty(experts)
+    for d in range(deals.shape[0]):
+        sums[:] = 0.0
+        for u in range(columns.shape[0]):
+            mine, more = sums[_U(deals[d, u])], columns[_U(u)]
+            for c in range(columns.shape[1]):
+                mine[c] += more[c]
+        largest = -np.inf
+        for g in range(groups):
+            _separate(sums[g], total, pseudo, value)
+            for e in range(experts):
+                exceeded[g, e] += value[e] >= bar[g, e]
+                largest = value[e] if value[e] > largest or value[e] != value[e] else largest
+        maximum[d] = largest
+    return exceeded, maximum
+
+
+@partial(compiled, error_model="numpy")
+def _separate(here: np.ndarray, total: np.ndarray, pseudo: float, value: np.ndarray) -> None:
+    """Of each expert: |share - share elsewhere| over its standard error, from a group's sums and those of all units."""
+    n = value.shape[0]
+    for e in range(n):
+        share, variance = _share(here[e], here[n + e], here[2 * n + e], here[3 * n], here[3 * n + 1], here[3 * n + 2], pseudo)
+        other, spread = _share(total[e] - here[e], total[n + e] - here[n + e], total[2 * n + e] - here[2 * n + e],
+                               total[3 * n] - here[3 * n], total[3 * n + 1] - here[3 * n + 1], total[3 * n + 2] - here[3 * n + 2], pseudo)  # fmt: skip
+        value[e] = abs(share - other) / np.sqrt(variance + spread)
+
+
+@partial(compiled, error_model="numpy")
+def _share(used: float, squares: float, crossed: float, size: float, size_squares: float, n: float, pseudo: float) -> tuple[float, float]:
+    """(share of tokens, its variance), as ``significance`` has it."""
+    share = used / size
+    between = (squares - 2 * share * crossed + share * share * size_squares) * n / max(n - 1, 1.0) / (size * size)
+    smooth = (used + pseudo) / (size + 2 * pseudo)
+    least = smooth * (1 - smooth) / size
+    return share, between if between > least or between != between else least
+
+
+def warm_up() -> None:
+    """Compile every kernel, or load it from numba's cache."""
+    one = np.ones(2, np.int64)
+    dealt_table(one, one, one, 2, 0)
+    compare_deals(np.ones((2, 6)), np.zeros((1, 2), np.int64), np.ones((1, 1)), 0.5)
