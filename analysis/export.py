@@ -109,15 +109,12 @@ def _batches(trace: Trace, batch_tokens: int, order: str) -> Iterator[pa.Table]:
     return _per_layer(trace, ((x, rows.slice(i, 1)) for i, x in enumerate(trace.layers)))
 
 
-def _capacity(trace: Trace, preset: str, policy: str | None, scope: str, size: int | None, order: str) -> Iterator[pa.Table]:
+def _capacity(trace: Trace, preset: str, policy: str, scope: str, size: int | None, order: str) -> Iterator[pa.Table]:
     from .capacity import MissingScores, site_curves  # numba is slow to import, and no other table needs it
-    from .slots import PRESETS, CapacityError, capacity_rule
+    from .slots import CapacityError
 
-    size = {"documents": 16, "tokens": 4_096}.get(scope) if size is None else size
-    mixed = 0 if order == "mixed" else None
     try:
-        capacity_rule(preset)
-        for _, table in site_curves(trace, policy=policy or PRESETS[preset].policy, scope=scope, size=size, mixed=mixed, preset=preset):
+        for _, table in site_curves(trace, policy=policy, scope=scope, size=size, mixed=0 if order == "mixed" else None, preset=preset):
             yield table
     except MissingScores as error:
         raise ExportError(f"{error}: give another policy, such as position") from error
@@ -141,11 +138,11 @@ _TOKEN = {"stack": _PLACE["stack"], "document": "number of the document in the r
           "token_id": "the tokenizer's id", "token": "its text; bytes that are not UTF-8 on their own as \\xNN", "token_bytes": "its bytes, exactly; missing where the tokenizer cannot say",
           "label": "the document's label", "loss": "nats of predicting the next token; missing where there is none", "phase": "prefill (text given) or decode (text generated)",
           "predicted": "id of the largest logit: the next token as the model would have it"}  # fmt: skip
-_LOAD = {**_PLACE, "expert": "its number in the layer; unrelated between layers", "assignments": "tokens sent to the expert, as executed", "share": "of the layer's assignments; by chance 1 / E",
+_LOAD = {**_PLACE, "expert": "its number in the layer; unrelated between layers", "assignments": "tokens sent to the expert, as executed", "share": "of the layer's assignments; uniform routing gives every class the same",
          "relative": "assignments over the mean of the layer's experts; 1 is even", "gate_mass": "sum of the gate weights of its assignments", "first_choices": "tokens for which it has the largest gate weight",
          "n": "tokens that passed the layer", "special": "true for a class without weights (skip, zero-compute)"}  # fmt: skip
 _DECISION = {**_TOKEN, **_PLACE, "expert_i": "an expert that executed the token (slot order is not rank); missing: none", "weight_i": "its gate weight; gate_weights says whether exact or rounded",
-             "chosen_i": "what the router chose, before any native drop", "entropy": "of the token's router probabilities, nats", "margin": "k-th score less the next: how near another choice was",
+             "chosen_i": "what the router chose, before any native drop", "entropy": "of the token's router probabilities, nats", "margin": "score of the last chosen less that of the best not chosen",
              "logsumexp": "of the router's logits"}  # fmt: skip
 _DOCUMENT = {"document": _TOKEN["document"], "stack": _PLACE["stack"], "name": "as given at capture", "label": "as given at capture", "first_row": "of the document in the table of tokens, within its stack",
              "n_tokens": "recorded tokens", "digest": "SHA-256 of its token ids as little-endian int32"}  # fmt: skip
@@ -184,7 +181,24 @@ def describe(trace: Trace, table: str, settings: Mapping[str, Any] = MappingProx
     """What a reader of an export must know: the run, its model, n, what a row is and depends on, and what the columns mean."""
     one = TABLES[table]
     about = _about(trace) | {"table": table, "row": one.definition, "definitions": dict(one.columns)}
-    return about | ({"settings": {**one.settings, **settings}} if one.settings else {})
+    return about | ({"settings": settled} if (settled := _settled(table, settings)) else {})
+
+
+def _settled(table: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a table as its reader takes it: what was not chosen is as on the page. Raises ExportError."""
+    known = TABLES[table].settings
+    if unknown := settings.keys() - known.keys():
+        takes = f": it takes {', '.join(known)}" if known else ""
+        raise ExportError(f"the table {table} takes no {', '.join(sorted(unknown))}{takes}")
+    settled = {**known, **settings}
+    if table == "capacity":
+        from .slots import PRESETS
+
+        if settled["preset"] not in PRESETS:
+            raise ExportError(f"no preset {settled['preset']!r}: choose one of {', '.join(PRESETS)}")
+        settled["policy"] = settled["policy"] or PRESETS[settled["preset"]].policy
+        settled["size"] = settled["size"] or {"documents": 16, "tokens": 4_096}.get(settled["scope"])
+    return settled
 
 
 def describe_computed(trace: Trace | None, what: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,15 +234,11 @@ def export_table(trace: Trace, table: str, format: str, target: Path | BinaryIO,
     without = trace.load_tokens is None or (table in ("decisions", "capacity") and trace.source is None)
     if table in ("decisions", "tokens", "capacity") and without:
         raise ExportError(f"run {trace.name!r} holds statistics only, no {table}: capture it again with tokens")
-    one = TABLES[table]
-    if unknown := settings.keys() - one.settings.keys():
-        raise ExportError(
-            f"the table {table} takes no {', '.join(sorted(unknown))}" + (f": it takes {', '.join(one.settings)}" if one.settings else "")
-        )
+    settled = _settled(table, settings)
     writer = {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format]
 
     def written(file: BinaryIO) -> int:
-        return writer(one.read(trace, **{**one.settings, **settings}), describe(trace, table, settings), file)
+        return writer(TABLES[table].read(trace, **settled), describe(trace, table, settings), file)
 
     if not isinstance(target, Path):
         return written(target)

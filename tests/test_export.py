@@ -163,7 +163,8 @@ def test_metadata_travels_with_the_table(table: str) -> None:
     assert (about["run"], about["model"], about["tokens"]) == ("named", "made up", {"decoder": trace.n_tokens()})
     assert (about["schema_version"], about["routerscope"], about["table"]) == (SCHEMA_VERSION, __version__, table)
     assert about["row"] == TABLES[table].definition and about["definitions"] == TABLES[table].columns
-    assert about.get("settings", {}) == TABLES[table].settings and ("maxvio" in about["definitions"]) == (table == "balance")
+    usual = {"policy": "probability", "size": 16} if table == "capacity" else {}
+    assert about.get("settings", {}) == {**TABLES[table].settings, **usual} and ("maxvio" in about["definitions"]) == (table == "balance")
     in_parquet = pq.read_schema(io.BytesIO(export_bytes(trace, table, "parquet"))).metadata[b"routerscope"]
     assert json.loads(in_parquet) == json.loads(export_bytes(trace, table, "json"))["about"] == about
 
