@@ -445,8 +445,8 @@ def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure
     value, low, high = (np.array([getattr(u, n) for u in uses], float) for n in ("enrichment", "low", "high"))
     figure = go.Figure(
         go.Bar(y=list(names), x=value, orientation="h",
-               customdata=np.array([[u.share, u.elsewhere, u.count, u.n, u.q, u.significant, u.documents, u.lift] for u in uses]),
-               meta={"x": "log2_enrichment", "y": "group", "customdata": ["share", "elsewhere", "count", "n", "q", "significant", "documents", "lift"]},
+               customdata=np.array([[u.share, u.elsewhere, u.count, u.n, u.q, u.significant, u.documents, u.lift, u.low, u.high] for u in uses]),
+               meta={"x": "log2_enrichment", "y": "group", "customdata": ["share", "elsewhere", "count", "n", "q", "significant", "documents", "lift", "low", "high"]},
                error_x={"type": "data", "symmetric": False, "array": np.nan_to_num(high - value), "arrayminus": np.nan_to_num(value - low),
                         "color": "#888", "thickness": 1},
                marker={"color": palette.AMOUNT["light"][3], "opacity": [1.0 if u.significant else 0.25 for u in uses]},

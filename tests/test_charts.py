@@ -181,6 +181,8 @@ def test_bars_of_enrichment_are_read_in_times() -> None:
     told = dict(zip(axis.tickvals, axis.ticktext, strict=True))
     assert (told[-4], told[-2], told[0], told[6]) == ("1/16×", "¼×", "1×", "64×") and axis.title.text == "times as often as elsewhere"
     assert list(figure.data[0].x) == [5.9, -4.2]
+    told = charts.rows(figure)
+    assert told["high"].to_pylist() == [None, -4] and told["low"].to_pylist() == [-0.4, -4.5]  # unknown, not zero
 
 
 def test_the_share_of_all_stands_in_the_legend_and_on_no_bar() -> None:
