@@ -230,9 +230,10 @@ def _stats(arguments: argparse.Namespace) -> int:
     # One metric a line, so that the definitions can stand below and the table stays narrow; 8 layers fit 100 columns.
     for start in range(0, shown.shape[1], 8):
         block = shown.iloc[:, start : start + 8]
-        _say(block.to_string(float_format=lambda x: f"{x:,.0f}" if x == int(x) else f"{x:.4g}") + "\n")
+        _say(block.to_string(float_format=lambda x: f"{x:,.0f}" if x == int(x) else f"{x:.4g}", na_rep="-") + "\n")
     for metric in METRICS.values():
-        _say(f"  {metric.name}: {metric.definition} [{metric.unit}]; by chance: {metric.chance}")
+        lacks = f"; -: not defined without {metric.needs}" if table[metric.name].isna().any() else ""
+        _say(f"  {metric.name}: {metric.definition} [{metric.unit}]; by chance: {metric.chance_here(trace)}{lacks}")
     return 0
 
 

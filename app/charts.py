@@ -188,6 +188,23 @@ def maxvio_lines(
     return _sized(figure, 320)
 
 
+def batch_line(batch: np.ndarray, maxvio: np.ndarray, n: np.ndarray, chance: np.ndarray, run: float) -> go.Figure:
+    """MaxVio over batch number, arrays [batches], beside what chance gives in each and the value over the whole run."""
+    figure, draw = go.Figure(), go.Scatter if len(batch) <= 1_024 else go.Scattergl  # SVG takes a second from some thousand markers on
+    figure.add_trace(draw(x=batch, y=maxvio, customdata=n[:, None], mode="markers+lines" if len(batch) <= 100 else "markers", name="a batch",
+                          meta={"x": "batch", "y": "maxvio", "customdata": ["tokens"]}, marker={"size": 7, "color": palette.DEAD}, line={"width": 1},
+                          hovertemplate="batch %{x}: MaxVio %{y:.3f}, n = %{customdata[0]:,} tokens<extra></extra>"))  # fmt: skip
+    figure.add_trace(draw(x=batch, y=chance, mode="lines", name="by chance, at most about", line={"color": "#9a9a9a", "dash": "dot", "width": 2},
+                          meta={"x": "batch", "y": "maxvio"}, hovertemplate="batch %{x}: by chance at most about %{y:.3f}<extra></extra>"))  # fmt: skip
+    figure.add_hline(
+        y=run, line={"color": palette.AMOUNT["light"][3], "width": 1.5}, annotation_text="whole run", annotation_font_color="#888"
+    )
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(title="batch, in the order filled", tickformat=",d")
+    figure.update_yaxes(title="MaxVio", rangemode="tozero")
+    return _sized(figure, 280)
+
+
 def document_scatter(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray) -> go.Figure:
     """Max / mean over tokens, a dot per document [n]; the line is what chance stays below for so many tokens. customdata[0] is the place."""
     order = np.argsort(n, kind="stable")
@@ -201,6 +218,24 @@ def document_scatter(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, cha
     figure.update_xaxes(title="tokens of the document", type="log", tickformat=",")
     figure.update_yaxes(title="max / mean load", rangemode="tozero")
     return _sized(figure, 340)
+
+
+def document_histogram(ratio: np.ndarray, tokens: int, chance: float) -> go.Figure:
+    """Documents of one length by their max / mean [documents], with a mark at what chance stays below for so many tokens."""
+    count, edges = np.histogram(ratio, bins=min(40, max(8, int(len(ratio) ** 0.5))))
+    middle, width = (edges[1:] + edges[:-1]) / 2, float(edges[1] - edges[0])
+    figure = go.Figure(go.Bar(x=middle, y=count, width=width, marker={"color": palette.AMOUNT["light"][3], "line": {"width": 0.5, "color": "#888"}},
+                              customdata=np.stack([edges[:-1], edges[1:]], -1), meta={"x": "max_over_mean", "y": "documents", "customdata": ["from", "to"]},
+                              hovertemplate="%{customdata[0]:.2f} to %{customdata[1]:.2f} × the mean load: %{y:,} documents<extra></extra>"))  # fmt: skip
+    figure.add_vline(
+        x=chance,
+        line={"color": "#9a9a9a", "dash": "dot", "width": 2},
+        annotation_text="by chance, at most about",
+        annotation_font_color="#888",
+    )
+    figure.update_xaxes(title=f"max / mean load of a document of {tokens:,} tokens", range=[0, max(float(edges[-1]), chance) * 1.05])
+    figure.update_yaxes(title="documents", rangemode="tozero")
+    return _sized(figure, 300)
 
 
 def layer_lines(rows: Sequence[str], lines: Sequence[tuple[str, np.ndarray, np.ndarray | None]], what: str) -> go.Figure:
@@ -224,9 +259,12 @@ def layer_lines(rows: Sequence[str], lines: Sequence[tuple[str, np.ndarray, np.n
     return _sized(figure, 320)
 
 
-def piece_bars(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray, whole: float, what: str) -> go.Figure:
-    """Max / mean of pieces of a run [n], a dark mark at what chance gives for so many tokens, a line at the whole run's."""
-    figure = go.Figure(go.Bar(x=list(names), y=ratio, name="max / mean", customdata=n, marker_color=palette.AMOUNT["light"][2],
+def piece_bars(
+    names: Sequence[str], ratio: np.ndarray, n: np.ndarray, chance: np.ndarray, whole: float, few: Sequence[bool], what: str
+) -> go.Figure:
+    """Max / mean of pieces of a run [n], a dark mark at what chance gives for so many tokens, a line at the whole run's; ``few`` fades."""
+    figure = go.Figure(go.Bar(x=list(names), y=ratio, name="max / mean", customdata=n,
+                              marker={"color": palette.AMOUNT["light"][2], "opacity": [0.35 if x else 1.0 for x in few]},
                               meta=(named := {"x": "piece", "y": "max_over_mean", "customdata": ["n"]}),
                               hovertemplate="%{x}: %{y:.2f} × the mean load, n = %{customdata:,} tokens<extra></extra>"))  # fmt: skip
     figure.add_scatter(x=list(names), y=chance, name="by chance, at most about", mode="markers", meta=named,
@@ -330,18 +368,21 @@ def slot_grid(tokens: Sequence[str], experts: np.ndarray, ranks: np.ndarray, cap
     return _sized(figure, 300)
 
 
-def overflow_curves(factors: np.ndarray, dropped: np.ndarray, idle: np.ndarray, chance: np.ndarray, at: float) -> go.Figure:
-    """Shares over capacity factors [F]: dropped and idle [sites, F] as median line and band over sites, dropped by chance [F]."""
+def overflow_curves(
+    factors: np.ndarray, dropped: np.ndarray, idle: np.ndarray, pooled: np.ndarray, at: float, one: str = "layer"
+) -> go.Figure:
+    """Shares over capacity factors [F]. Lines: pooled [3, F], dropped, idle and dropped by chance; bands: the range of dropped and idle
+    [n, F] over ``one`` each (layer, shuffle)."""
     figure, named = go.Figure(), {"x": "capacity_factor", "y": "share"}
-    for name, values, colour, fill in (("dropped", dropped, palette.DEAD, "rgba(213,94,0,0.18)"),
-                                       ("idle slots", idle, "#7f8c9b", "rgba(127,140,155,0.2)")):  # fmt: skip
+    for name, values, line, colour, fill in (("dropped", dropped, pooled[0], palette.DEAD, "rgba(213,94,0,0.18)"),
+                                             ("idle slots", idle, pooled[1], "#7f8c9b", "rgba(127,140,155,0.2)")):  # fmt: skip
         if len(values) > 1:
             edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "meta": named}
-            figure.add_scatter(x=factors, y=values.max(0), name=f"{name}, most of any layer", **edge)
-            figure.add_scatter(x=factors, y=values.min(0), name=f"{name}, least of any layer", fill="tonexty", fillcolor=fill, **edge)
-        figure.add_scatter(x=factors, y=np.median(values, axis=0), name=name, mode="lines", line={"color": colour, "width": 2.5}, meta=named,
+            figure.add_scatter(x=factors, y=values.max(0), name=f"{name}, most of any {one}", **edge)
+            figure.add_scatter(x=factors, y=values.min(0), name=f"{name}, least of any {one}", fill="tonexty", fillcolor=fill, **edge)
+        figure.add_scatter(x=factors, y=line, name=name, mode="lines", line={"color": colour, "width": 2.5}, meta=named,
                            hovertemplate=f"CF %{{x:g}}: %{{y:.1%}} {name}<extra></extra>")  # fmt: skip
-    figure.add_scatter(x=factors, y=chance, name="dropped by chance (uniform routing)", mode="lines", meta=named,
+    figure.add_scatter(x=factors, y=pooled[2], name="dropped by chance (uniform routing)", mode="lines", meta=named,
                        line={"color": palette.DEAD, "dash": "dot", "width": 1.5},
                        hovertemplate="CF %{x:g}: %{y:.2%} by chance<extra></extra>")  # fmt: skip
     figure.add_vline(x=at, line={"color": "#888", "dash": "dash"})
@@ -351,18 +392,20 @@ def overflow_curves(factors: np.ndarray, dropped: np.ndarray, idle: np.ndarray, 
     return _sized(figure, 360)
 
 
-def share_bars(names: Sequence[str], shares: np.ndarray, counts: np.ndarray, mean: float, what: str) -> go.Figure:
-    """Bars of dropped shares [n] by group with the share over all as a line; ``counts`` [n] assignments stand in the hover."""
+def share_bars(
+    names: Sequence[str], shares: np.ndarray, counts: np.ndarray, mean: float, what: str, unit: str = "assignments"
+) -> go.Figure:
+    """Bars of lost shares [n] by group with the share over all as a line; ``counts`` [n] of what is lost, ``unit``, stand in the hover."""
     told = np.stack([counts, np.full(len(counts), mean)], -1)
     figure = go.Figure(go.Bar(x=list(names), y=shares, customdata=told, marker_color=palette.DEAD, showlegend=False,
-                              meta={"x": "group", "y": "dropped_share", "customdata": ["assignments", "dropped_share_of_the_layer"]},
-                              hovertemplate="%{x}: %{y:.1%} of %{customdata[0]:,} assignments dropped<extra></extra>"))  # fmt: skip
+                              meta={"x": "group", "y": "dropped_share", "customdata": [unit.replace(" ", "_"), "dropped_share_of_the_layer"]},
+                              hovertemplate=f"%{{x}}: %{{y:.1%}} of %{{customdata[0]:,.0f}} {unit} lost<extra></extra>"))  # fmt: skip
     figure.add_hline(
         y=mean, line={"color": "#888", "dash": "dot"}, name="whole layer", showlegend=True
     )  # a word at the line would lie on a bar
     figure.update_layout(legend=_ABOVE, showlegend=True)
     figure.update_xaxes(title=what, type="category")
-    figure.update_yaxes(title="dropped share", tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(title=f"share of {unit} lost", tickformat=".0%", rangemode="tozero")
     return _sized(figure, 300)
 
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import streamlit as st
 
-from analysis.findings import Finding, first_finding
 from analysis.metrics import METRICS
 from analysis.slots import expert_capacity
 from analysis.trace import Trace
 
 from . import text
-from .selection import acted, current_trace, recording_id
+from .selection import acted, current_trace, found_first, recording_id
 
 BATCH, FACTOR = 1_024, 1.25  # the batch step 4 speaks of
 
@@ -30,12 +29,6 @@ class Step:
     title: str
     told: Callable[[Trace], str]
     choices: Callable[[Trace], dict[str, str]] = lambda _: {}
-
-
-@st.cache_resource(max_entries=32, show_spinner="Looking for the one thing to know …")
-def found_first(_trace: Trace, run: str) -> Finding | None:
-    """What to say first; ``run`` names the trace with its date."""
-    return first_finding(_trace)
 
 
 def _router(trace: Trace) -> str:

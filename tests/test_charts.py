@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from analysis.cards import GroupUse
@@ -62,11 +63,17 @@ def test_slot_grid_places_every_token_and_every_idle_slot() -> None:
 
 def test_overflow_curves_show_the_range_over_layers() -> None:
     factors, dropped = np.array([1.0, 2.0]), np.array([[0.4, 0.1], [0.2, 0.0], [0.3, 0.05]])
-    figure = charts.overflow_curves(factors, dropped, 1 - dropped, np.array([0.1, 0.0]), 1.0)
+    pooled = np.array([[0.35, 0.04], [0.6, 0.9], [0.1, 0.0]])  # dropped, idle, by chance: sums over unlike layers, not medians
+    figure = charts.overflow_curves(factors, dropped, 1 - dropped, pooled, 1.0)
     shown = {t.name: np.asarray(t.y).tolist() for t in figure.data if t.name}
-    assert shown["dropped"] == [0.3, 0.05] and shown["dropped by chance (uniform routing)"] == [0.1, 0.0]
+    assert (
+        shown["dropped"] == [0.35, 0.04]
+        and shown["idle slots"] == [0.6, 0.9]
+        and shown["dropped by chance (uniform routing)"] == [0.1, 0.0]
+    )
     assert [np.asarray(t.y).tolist() for t in figure.data[:2]] == [[0.4, 0.1], [0.2, 0.0]]
-    assert len(charts.overflow_curves(factors, dropped[:1], dropped[:1], dropped[0], 1.0).data) == 3
+    assert "most of any shuffle" in charts.overflow_curves(factors, dropped, dropped, pooled, 1.0, "shuffle").data[0].name
+    assert len(charts.overflow_curves(factors, dropped[:1], dropped[:1], pooled, 1.0).data) == 3
 
 
 def test_slot_bars_put_the_busiest_expert_first() -> None:
@@ -86,11 +93,33 @@ def test_maxvio_lines_show_run_batches_with_their_range_and_chance() -> None:
 
 def test_piece_bars_keep_the_order_and_mark_chance_and_the_whole() -> None:
     figure = charts.piece_bars(
-        ["0", "10-20", "3-6"], np.array([2.0, 1.5, 3.0]), np.array([5, 7, 9]), np.array([1.9, 1.2, 1.1]), 1.25, "position"
+        ["0", "10-20", "3-6"],
+        np.array([2.0, 1.5, 3.0]),
+        np.array([5, 7, 9]),
+        np.array([1.9, 1.2, 1.1]),
+        1.25,
+        [False, False, True],
+        "position",
     )
     bars, chance, whole = figure.data
     assert list(bars.x) == ["0", "10-20", "3-6"] == list(figure.layout.xaxis.categoryarray) and list(bars.customdata) == [5, 7, 9]
+    assert bars.marker.opacity[0] == bars.marker.opacity[1] == 1 > bars.marker.opacity[2]
     assert list(chance.y) == [1.9, 1.2, 1.1] and list(whole.y) == [1.25] * 3
+
+
+def test_batch_line_shows_every_batch_beside_chance_and_the_run() -> None:
+    figure = charts.batch_line(np.arange(1, 4), np.array([0.5, 0.9, 0.7]), np.array([10, 11, 12]), np.array([0.3, 0.2, 0.1]), 0.25)
+    batches, chance = figure.data
+    assert list(batches.x) == [1, 2, 3] and list(batches.y) == [0.5, 0.9, 0.7] and list(chance.y) == [0.3, 0.2, 0.1]
+    assert figure.layout.shapes[0].y0 == figure.layout.shapes[0].y1 == 0.25
+    assert charts.rows(figure).filter(pc.equal(charts.rows(figure)["series"], "a batch"))["tokens"].to_pylist() == [10, 11, 12]
+
+
+def test_documents_of_one_length_are_counted_beside_chance() -> None:
+    figure = charts.document_histogram(np.array([1.0] * 5 + [3.0] * 4), 512, 1.4)
+    [bars] = figure.data
+    assert sum(bars.y) == 9 and bars.y[0] == 5 and bars.y[-1] == 4 and figure.layout.shapes[0].x0 == 1.4
+    assert figure.layout.xaxis.range[0] == 0 and figure.layout.xaxis.range[1] > 3
 
 
 def test_rows_are_what_is_drawn() -> None:

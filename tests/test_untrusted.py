@@ -55,10 +55,12 @@ def test_arbitrary_bytes_give_prompts_or_an_upload_error(data: bytes, name: str)
         ("a,b".encode("utf-16-le"), "a.csv", r"NUL character \(line 1\)"),  # UTF-16 without its mark is valid UTF-8
         (b"one\ntwo\0", "a.txt", r"NUL character \(line 2\)"),
         ("hi".encode("utf-32"), "a.txt", "UTF-32"),
+        (b'{"text":"a"}\n{"x":1}\n{"text":"b"}\n{bad\n[1]', "a.jsonl", "^line 2 has no text: .* is needed; nor can lines 4, 5 be read$"),
+        (b"{bad\n" * 30, "a.jsonl", "^line 1 is not valid JSON; nor can lines 2, 3, 4, 5, 6, 7, 8, 9, 10 and 20 more be read$"),
         (b'{"text":"a","text":"b"}', "a.jsonl", "line 1 names a field twice"),  # a parser would keep the last one only
         (b'{"text":"a","label":"\\ud800"}', "a.jsonl", "surrogate"),
         (b'{"text":"a","name":"\\udc00"}', "a.jsonl", "surrogate"),
-        (b'{"text":"a"}\n\n{"text":"b","label":3}', "a.jsonl", "line 3: the field label"),
+        (b'{"text":"a"}\n\n{"text":"b","label":3}', "a.jsonl", "line 3 has a field label"),
         (b'{"text":' + b"9" * 5_000 + b"}", "a.jsonl", "line 1"),
         (b"\x1f\x8b\x08" + b"\0" * 20, "a.jsonl", "byte 1 "),  # gzip, renamed
         (b"text\n" + b"x\n" * 1_001, "a.csv", "1,001 prompts"),

@@ -70,7 +70,7 @@ def record() -> None:
         start(state["model"], state["pasted"], state["files"], state["run_name"])
         state.pop("_refused", None)
     except (UploadError, RunError, QueueFull) as error:
-        state["_refused"] = str(error)[:1].upper() + str(error)[1:] + "."
+        state["_refused"] = f"Nothing was recorded: {error}."
 
 
 st.button("Record", type="primary", key="record", on_click=record)
@@ -146,7 +146,17 @@ own = [n for n in runs if n != DEMO]
 if not own:
     st.caption("The demo run ships with the project and stays; there is no other.")
 else:
-    chosen = st.selectbox("Run to delete", own, key="manage")
+    at_top = st.session_state["_chosen"].get("run", "")
+    chosen = st.selectbox(
+        "Run to delete",
+        own,
+        index=own.index(at_top) if at_top in own else 0 if len(own) == 1 else None,
+        key=f"manage-{at_top}",
+        placeholder="Choose a run",
+    )
+    if chosen is None:
+        st.stop()
+    text.show_text(f"{chosen}: {text.counted(runs[chosen].n_tokens, 'token')}, recorded {runs[chosen].created[:16].replace('T', ' ')} UTC.")
     sure = st.checkbox("Yes, delete this run and its text for good", key=f"sure-{chosen}")
     if st.button("Delete", key="delete", disabled=not sure):
         delete_run(runs_root(), chosen)
