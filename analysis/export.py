@@ -167,9 +167,9 @@ TABLES: Mapping[str, ExportTable] = MappingProxyType(
             ExportTable("tokens", "one row per token", _tokens, _TOKEN),
             ExportTable("documents", "one row per document and token stream", lambda trace: iter([trace.documents]), _DOCUMENT),
             ExportTable("labels", "one row per layer and label: balance", lambda trace: _per_layer(trace, ((x, label_balance(trace, x.index)) for x in trace.layers)),
-                        {**_PIECE, "label": "of the documents", "documents": "that carry the label"}),
+                        {**_PIECE, "label": "of the documents", "documents": "that carry the label; missing where the run has counts alone"}),
             ExportTable("positions", "one row per layer and stretch of positions: balance", lambda trace: _per_layer(trace, ((x, position_balance(trace, x.index)) for x in trace.layers)),
-                        {**_PIECE, "first": "position of the stretch, from 0", "last": "position of the stretch"}),
+                        {**_PIECE, "first": "position of the stretch, from 0", "last": "position of the stretch", "documents": "that reach the stretch; missing where the run has counts alone"}),
             ExportTable("batches", "one row per layer: MaxVio over the run and per batch, with chance", _batches, _BATCH, {"batch_tokens": 1_024, "order": "mixed"}),
             ExportTable("capacity", "one row per layer and capacity factor: what overflows and what idles", _capacity, _CURVE, _SETTINGS),
         )
