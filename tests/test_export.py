@@ -235,7 +235,7 @@ def test_missing_and_infinite_numbers() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("table", ["load", "balance", "documents", "labels", "positions", "batches"])
+@pytest.mark.parametrize("table", ["load", "balance", "documents", "labels", "positions"])
 def test_a_run_of_statistics_alone(table: str, format: str) -> None:
     bare = replace(make_trace(PLAIN), source=None, load_tokens=None)
     assert rows_of(bare, table, format) == rows_of(make_trace(PLAIN), table, format)
