@@ -44,8 +44,8 @@ def uses(rows: Sequence[GroupUse], what: str, test: str) -> None:
     show_figure(
         trace, charts.enrichment_bars([text.axis_name(u.group) for u in rows], rows), f"{trace.layers[site].title}-expert-{expert}-by-{what}",
         key=f"uses-{what}", alt=f"Bars of log2 enrichment by {what}, with intervals.",
-        definition=f"Expert {expert} of {trace.layers[site].title}: log2 of the share of the {what}'s tokens that use it over that of all others;"
-        f" 0 is no preference. Bars: 95% interval over documents. Faded: no more than chance after correction.{test}",
+        definition=f"Expert {expert} of {trace.layers[site].title}: the share of the {what}'s tokens that use it over that of all others;"
+        f" 1× is no preference. Bars: 95% interval over documents. Faded: no more than chance after correction.{test}",
         n=f"{card.n:,} tokens in {len(rows):,} groups",
     )  # fmt: skip
 
