@@ -35,6 +35,14 @@ def facts(card: ModelCard, routed: int) -> dict[str, str]:
     }
 
 
+def size_in_words(card: ModelCard) -> str:
+    """Parameters in all and per token; runs made without a model may have none."""
+    if card.parameters < 1:
+        return "size not recorded"
+    total, active = (f"{n / 1e6:,.1f} million" if n >= 1e5 else f"{n:,}" for n in (card.parameters, card.active_parameters))
+    return f"{total} parameters, {active} active per token"
+
+
 def _row(layers: list[LayerInfo]) -> dict[str, Any]:
     x = layers[0]
     return {

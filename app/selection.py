@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
+from analysis.findings import Finding, first_finding
 from analysis.paths import check_comparable
 from analysis.store import RunError, RunSummary, open_run
 from analysis.trace import Trace, TraceError
@@ -200,10 +201,19 @@ def theme() -> str:
     return probed_theme() or ("dark" if st.context.theme.type == "dark" else "light")
 
 
+@st.cache_resource(max_entries=32, show_spinner="Looking for the one thing to know …")
+def found_first(_trace: Trace, run: str) -> Finding | None:
+    """What to say first; ``run`` names the trace with its date."""
+    return first_finding(_trace)
+
+
 def layer_picker(trace: Trace) -> int:
-    """Choose a site (``?layer=``); returns LayerInfo.index."""
+    """Choose a site (``?layer=``), at first the one of the Overview's headline; returns LayerInfo.index."""
     titles = [x.title for x in trace.layers]
-    return titles.index(choice("layer", "Layer", {t: t for t in titles}, titles[-1], width=160))
+    known = {st.session_state.get("_choices", {}).get("layer"), (st.session_state["_link"] or {}).get("layer")}
+    finding = None if known & set(titles) else found_first(trace, recording_id(trace))
+    first = titles[-1] if finding is None else titles[finding.site]
+    return titles.index(choice("layer", "Layer", {t: t for t in titles}, first, width=160))
 
 
 def expert_search(trace: Trace) -> None:
@@ -230,7 +240,8 @@ def expert_search(trace: Trace) -> None:
 def document_picker(trace: Trace, stream: str) -> int:
     """Choose a document (``?doc=``, counted from 1), shown with its name and label; returns the document id."""
     rows = [r for r in trace.documents.to_pylist() if r["stack"] == stream]
-    names = {f"{r['document'] + 1}": f"{r['document'] + 1} · {r['name']}" + (f" · {r['label']}" if r["label"] else "") for r in rows}
+    labels = {r["document"]: f" · {r['label']}" if r["label"] and r["label"] not in r["name"] else "" for r in rows}
+    names = {f"{r['document'] + 1}": f"{r['document'] + 1} · {r['name']}{labels[r['document']]}" for r in rows}
     return int(choice("doc", "Document", names, next(iter(names)), width=320)) - 1
 
 

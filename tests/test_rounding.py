@@ -95,7 +95,7 @@ def test_weights_that_are_not_rounded_are_found(run: Path, tmp_path: Path) -> No
         groups, at = [file.read_row_group(i) for i in range(file.num_row_groups)], file.schema_arrow.names.index("w0")
         with pq.ParquetWriter(copy / name, file.schema_arrow) as writer:
             for rows in groups:
-                writer.write_table(rows.set_column(at, "w0", [rows["w0"].to_numpy() * np.float32(1.01)]))
+                writer.write_table(rows.set_column(at, file.schema_arrow.field("w0"), [rows["w0"].to_numpy() * np.float32(1.01)]))
         manifest["parts"][0]["files"][name] = stamp(copy / name)
 
     [problem] = verify_run(altered(run, tmp_path, change))
