@@ -182,6 +182,12 @@ def test_the_command_line(nodes: str, model: Path, alone: Path, tmp_path: Path, 
     monkeypatch.setattr("analysis.cluster.statistics_on_cluster", lambda *_: open_run(alone).stats)
     assert main(["stats", str(out), "--cluster", "auto"]) == 2
     assert "its statistics are not those of its decisions" in capsys.readouterr().err
+    with bucket() as addresses:
+        address = addresses % "run"
+        assert main(["capture", "--model", str(model), "--text", "Il pleut", "--out", address, "--cluster", "auto", "--workers", "1"]) == 0
+        assert "written; to open it: python -m analysis copy" in capsys.readouterr().err
+        copy_run(address, str(tmp_path / "back"))
+    assert contents(tmp_path / "back") == contents(out)
 
 
 def test_what_a_node_raises_is_raised_here(nodes: str, model: Path, tmp_path: Path) -> None:
