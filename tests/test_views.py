@@ -267,7 +267,7 @@ def test_load_names_layers_that_hide_behind_the_sum(runs: Path) -> None:
             writer.commit()
     said = {name: [m.value for m in shown("load", name).markdown] for name in ("hidden", "even")}
     assert any("collapsed within them" in m and "6\\.63 times" in m for m in said["hidden"])
-    assert not any("collapsed within" in m for m in said["even"]) and any("Layers checked separately" in m for m in said["even"])
+    assert not any("collapsed within" in m for m in said["even"]) and any("would miss no collapsed layer here" in m for m in said["even"])
 
 
 @pytest.mark.parametrize("pieces", ["label", "position"])

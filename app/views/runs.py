@@ -128,8 +128,8 @@ st.dataframe(
 if not runs:
     st.info("Nothing recorded yet: paste some text above.")
     st.stop()
-st.header("Take the numbers of the run chosen above")
 here = runs.get(st.session_state["_chosen"].get("run", ""))
+text.show_heading(f"Take the numbers of {here.name}" if here is not None else "Take the numbers of a run")
 if here is None:
     st.caption("No run is complete yet, so there is nothing to export.")
 else:
@@ -137,8 +137,10 @@ else:
         trace = open_named(here.folder, here.created)
         downloads(trace)
         rows = sum(trace.stats.n_tokens(x.index) for x in trace.layers)
-        st.caption(f"The table of decisions has {rows:,} rows, one per token and layer. Its file is made on the click, and the browser shows nothing"
-                   " until it is done. For scale: the 291,696 rows of the demo run, two experts each, are 43 MB as CSV and 9 MB as Parquet.")  # fmt: skip
+        text.show_note(
+            f"The table of decisions has {rows:,} rows, one per token and layer. Its file is made on the click; the browser shows nothing until then.",
+            "For scale: the 291,696 rows of the demo run, two experts each, are 43 MB as CSV and 9 MB as Parquet.",
+        )
     except RunError as error:
         text.show_error(str(error))
 st.header("Delete a run")
