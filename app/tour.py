@@ -124,7 +124,9 @@ def _link(trace: Trace, step: int, back: bool = False) -> None:
 def start_link(trace: Trace) -> None:
     """The way in: a link to the first step, drawn as the page's main act (style.css)."""
     with st.container(key="start-tour"):
-        st.page_link(f"views/{STEPS[0].page}.py", label="New here? Take the tour: five steps →", query_params=_query(trace, 1), width="content")
+        st.page_link(
+            f"views/{STEPS[0].page}.py", label="New here? Take the tour: five steps →", query_params=_query(trace, 1), width="content"
+        )
 
 
 def _close() -> None:

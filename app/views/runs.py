@@ -74,8 +74,10 @@ def record() -> None:
 
 
 st.button("Record", type="primary", key="record", on_click=record)
-if "_refused" in st.session_state:
-    text.show_error(st.session_state["_refused"])
+# A place of its own, there or not: else what is below moves by one, and headings vanish or double until the script has ended.
+with st.container():
+    if "_refused" in st.session_state:
+        text.show_error(st.session_state["_refused"])
 
 
 def watch() -> None:
@@ -110,7 +112,8 @@ def watch() -> None:
 
 # Mounted whether or not a capture is under way: a browser's late question for a fragment that is gone would fill the log.
 job = worker().of_session(session)
-st.fragment(watch, run_every=0.5 if job is not None and not job.over else None)()
+with st.container():
+    st.fragment(watch, run_every=0.5 if job is not None and not job.over else None)()
 
 st.header("Recorded runs")
 runs = all_runs()
