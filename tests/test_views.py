@@ -289,7 +289,7 @@ def test_load_names_layers_that_hide_behind_the_sum(runs: Path) -> None:
             writer.commit()
     said = {name: [m.value for m in shown("load", name).markdown] for name in ("hidden", "even")}
     assert any("collapsed within them" in m and "6\\.63 times" in m for m in said["hidden"])
-    assert not any("collapsed within" in m for m in said["even"]) and any("Layers checked separately" in m for m in said["even"])
+    assert not any("collapsed within" in m for m in said["even"]) and any("would miss no collapsed layer here" in m for m in said["even"])
 
 
 @pytest.mark.parametrize("pieces", ["label", "position"])
@@ -310,6 +310,41 @@ def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, piece
     assert any(plain(said) in m.value for m in test.markdown)
     assert any(plain(f"n = {first['batches']:,} batches of {first['batch_n']:,.0f} tokens") in c.value for c in test.caption)
     assert any(plain(f"in {9 if pieces == 'label' else 11} pieces") in c.value for c in test.caption) and not test.exception
+
+
+@pytest.mark.parametrize("asked", [None, "2", "16"])
+def test_load_tells_the_longest_queue_of_the_devices_of_the_link(runs: Path, asked: str | None) -> None:
+    from analysis.devices import queue_table
+
+    test = shown("load", "demo-run")
+    if asked is not None:
+        test.query_params["devices"] = asked
+        test.run()
+    rows = queue_table(open_run(ROOT / "data" / "demo-run"), int(asked or 8), 1_024, 0).to_pylist()
+    worst = max(rows, key=lambda r: r["median"])
+    said = (
+        f"With {asked or 8} devices, the longest queue of layer {worst['site']} is {worst['least']:.2f} to {worst['most']:.2f} times the mean"
+        f" (median {worst['median']:.2f} over {worst['batches']} batches); uniform routing: at most about {worst['chance']:.2f}."
+    )
+    assert any(m.value == plain(said) for m in test.markdown) and test.selectbox(key="devices").options == ["2", "4", "8", "16"]
+    [told] = [d.value for d in test.dataframe if "balancedness" in d.value]
+    assert told["median"].tolist() == [r["median"] for r in rows] and not test.exception
+
+
+def test_layers_that_the_devices_do_not_divide_are_left_out_and_counted(runs: Path) -> None:
+    store(runs / "shapes", (site(0, 6, 2), site(1, 8, 2), site(2, 16, 2)), [300] * 8)
+    test = shown("load", "shapes")
+    assert test.selectbox(key="devices").options == ["2", "3", "4", "6", "8", "16"] and test.selectbox(key="devices").value == "8"
+    assert any(plain("1 layer whose experts 8 does not divide left out.") in c.value for c in test.caption) and not test.exception
+
+
+def test_headings_of_runs_keep_their_place_when_something_is_refused(runs: Path) -> None:
+    """What moves is drawn twice or not at all until the script has ended."""
+    test = shown("runs", "demo-run")
+    before = {i: e.value for i, e in test.main.children.items() if e.type == "heading" or e.type == "markdown"}
+    test.button(key="record").click().run()
+    assert before == {i: e.value for i, e in test.main.children.items() if e.type == "heading" or e.type == "markdown"}
+    assert "Nothing was recorded" in test.error[0].value and any(plain("Take the numbers of demo-run") in v for v in before.values())
 
 
 def test_tokens_that_pay_are_named_by_their_own_text(runs: Path) -> None:
