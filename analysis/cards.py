@@ -19,8 +19,9 @@ import pyarrow as pa
 from .paths import PairCounts, coactivation, flow
 from .specialization import ROWS, Preferences, assignments, by_label, effects
 from .token_classes import CLASSES, by_class, class_codes
+from .token_use import DocumentUse, TokenUse, document_use, leading_ids, top_tokens
 from .trace import Trace
-from .vocabulary import LEAST, DocumentUse, TokenCounts, TokenUse, document_use, input_tokens, leading_ids, top_tokens
+from .vocabulary import LEAST, TokenCounts, input_tokens
 
 LEAST_LIFT = 1.5  # a preference below it may be significant, but is no description
 NONE = "no significant preference"

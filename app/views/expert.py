@@ -14,8 +14,8 @@ from analysis.cards import GroupUse, Neighbour, Passage, SiteEvidence, expert_ca
 from analysis.checkpoints import weights_digest
 from analysis.glossary import GLOSSARY
 from analysis.neighbours import Similarities, WeightsError, expert_similarities
+from analysis.token_use import DRAWS
 from analysis.trace import LayerInfo, Trace
-from analysis.vocabulary import DRAWS
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads

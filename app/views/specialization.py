@@ -18,17 +18,14 @@ from analysis.jackknife import DocumentInterval, vocabulary_interval
 from analysis.paths import PairCounts, coactivation, flow, repetition, saturation
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
 from analysis.token_classes import by_class
+from analysis.token_use import TokenUse, document_use, leading_ids, top_tokens_of
 from analysis.trace import Trace
 from analysis.vocabulary import (
     PREDICTED_NEXT,
     VARIANTS,
-    TokenUse,
     VocabularySpecialization,
     context_independence,
-    document_use,
-    leading_ids,
     predicts,
-    top_tokens_of,
     vocabulary_specialization,
     vocabulary_table,
 )
