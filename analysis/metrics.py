@@ -142,11 +142,13 @@ _ENTRIES = (
     Metric("z_loss", "z-loss", "mean squared logsumexp of the router logits", "nats^2", 0, _UNBOUNDED,
            "(ln E)^2 for zero logits", "ST-MoE, arXiv 2202.08906", partial(_mean, "z")),
     Metric("label_information", "Label information",
-           "I(expert; label) over assignments, less Miller and Madow's bias: bits that an assignment tells about the text's label",
+           "I(expert; label) over assignments, less Miller and Madow's bias: bits that an assignment tells about the text's label;"
+           " before that at most log2(E / k) where every token has k experts",
            "bits", -CORRECTION, _BITS, "0 for independent draws; documents differ, so a little more: specialization.label_information",
            "Shannon 1948; Miller 1955", _label_information),
     Metric("token_information", "Token information",
-           "I(expert; token id) over assignments, less Miller and Madow's bias: bits of routing that the token id alone explains",
+           "I(expert; token id) over assignments, less Miller and Madow's bias: bits of routing that the token id alone explains;"
+           " before that at most log2(E / k) where every token has k experts",
            "bits", -CORRECTION, _BITS, "0 with many tokens per id; rare ids add some: vocabulary.context_independence",
            "OpenMoE, arXiv 2402.01739; Miller 1955", _token_information),
 )  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .information import Information, jensen_shannon, plug_in, table_information
+from .information import Information, ceiling, jensen_shannon, plug_in, table_information
 from .significance import (
     ALPHA,
     Verdict,
@@ -261,18 +261,19 @@ def label_information(trace: Trace, site: int, draws: int = 199, seed: int = 0) 
 
     A random, untrained router shows some too: texts of different labels have different tokens.
     """
-    table = trace.stats.label_load(site)[1]
+    table, layer = trace.stats.label_load(site)[1], trace.layers[site]
     bits, corrected, h_label, h_expert = table_information(table)
     units = labelled_documents(trace, site)
     n = int(table.sum())
+    most = ceiling(h_label, h_expert, layer.top_k if n == sum(trace.stats.label_tokens(site).values()) * layer.top_k else 1)
     if len(units.labels) < 2 or len(units.labels) != len(table) or not n:
-        return Information(bits, corrected, np.nan, np.nan, h_label, h_expert, n, "no null: labelled documents are needed")
+        return Information(bits, corrected, np.nan, np.nan, h_label, h_expert, most, n, "no null: labelled documents are needed")
     deals, exact = rearranged_labels(units.codes, draws, seed)
     member = (deals[:, None, :] == np.arange(len(table))[None, :, None]).astype(np.float64)
     null = plug_in(member @ units.counts.astype(np.float64))
     own = 0 if exact else 1
     p = ((null >= bits * (1 - 1e-9)).sum() + own) / (len(null) + own)
-    return Information(bits, corrected, float(null.mean()), float(p), h_label, h_expert, n,
+    return Information(bits, corrected, float(null.mean()), float(p), h_label, h_expert, most, n,
                        f"labels moved between whole documents, {len(null)} times")  # fmt: skip
 
 

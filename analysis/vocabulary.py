@@ -17,10 +17,10 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from .information import DENSE, Information, entropy, shuffled_tables, sparse_information
+from .information import DENSE, Information, ceiling, entropy, shuffled_tables, sparse_information
 from .significance import rearranged_labels
 from .specialization import ROWS, blocks
-from .trace import Trace, TraceError
+from .trace import LayerInfo, Trace, TraceError
 
 LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"
 PREDICTED_NEXT = (
@@ -50,6 +50,7 @@ class TokenCounts:
     ids     int64 [V], ascending.  tokens  int64 [V]: N_x, occurrences of the id.
     row, expert, count  int64 [cells]: index into ids, expert, assignments.
     classes  ids an expert can have.  kind  "input token", "next token" or "predicted next token".
+    each  experts that every token counted has, all different; 1 where tokens differ in it.
     """
 
     site: int
@@ -60,6 +61,7 @@ class TokenCounts:
     row: np.ndarray
     expert: np.ndarray
     count: np.ndarray
+    each: int = 1
 
 
 def input_tokens(trace: Trace, site: int) -> TokenCounts:
@@ -73,7 +75,7 @@ def input_tokens(trace: Trace, site: int) -> TokenCounts:
         recorded = trace.stream_tokens(layer.stream)["token_id"].to_numpy().astype(np.int64)
         ids, tokens = np.unique(recorded, return_counts=True)
         row = np.searchsorted(ids, cells)
-    return TokenCounts(site, "input token", layer.n_classes, ids, tokens, row, experts, counts)
+    return TokenCounts(site, "input token", layer.n_classes, ids, tokens, row, experts, counts, _each(layer, counts, tokens))
 
 
 def next_tokens(trace: Trace, site: int) -> TokenCounts:
@@ -161,11 +163,16 @@ def _counted(trace: Trace, site: int, kind: str) -> TokenCounts:
     cell = np.flatnonzero(dense)
     cell, count = (cell, dense[cell]) if count_all else summed(np.concatenate(cells), np.concatenate(n))
     tokens = np.bincount(code[code >= 0], minlength=len(ids))
-    return TokenCounts(site, kind, layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count)
+    return TokenCounts(site, kind, layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count,
+                       _each(layer, count, tokens))  # fmt: skip
+
+
+def _each(layer: LayerInfo, counts: np.ndarray, tokens: np.ndarray) -> int:
+    return layer.top_k if counts.sum() == tokens.sum() * layer.top_k else 1
 
 
 def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) -> Information:
-    """I(expert; token id) over assignments, bits; ``share_of(entropy_y)`` is the part of H(expert) the id alone explains.
+    """I(expert; token id) over assignments, bits; ``share`` is the part the id alone explains of what it could.
 
     Floor: assignments dealt again to the tokens, ids' and experts' totals kept. Rare ids make it large: it has to be taken
     off before two runs, or two layers, are compared. A router that follows the token has fewer cells, so less bias, than
@@ -178,7 +185,8 @@ def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) 
     )
     floor = float(np.mean(null)) if null else float("nan")
     p = (sum(x >= bits for x in null) + 1) / (len(null) + 1) if null else float("nan")
-    return Information(bits, corrected, floor, p, h_id, h_expert, int(counts.count.sum()), f"assignments dealt again, {len(null)} times")
+    return Information(bits, corrected, floor, p, h_id, h_expert, ceiling(h_id, h_expert, counts.each), int(counts.count.sum()),
+                       f"assignments dealt again, {len(null)} times")  # fmt: skip
 
 
 def label_information_given_token(trace: Trace, site: int, draws: int = 19, seed: int = 0) -> Information:
@@ -196,14 +204,16 @@ def label_information_given_token(trace: Trace, site: int, draws: int = 19, seed
     cells, count = _document_cells(trace, site, documents)
     if len(names) < 2 or not len(cells):
         unknown = float("nan")
-        return Information(unknown, unknown, unknown, unknown, unknown, unknown, int(count.sum()), "no null: two labels are needed")
+        return Information(*(unknown,) * 7, int(count.sum()), "no null: two labels are needed")
     expert, token, document = cells % layer.n_classes, cells // layer.n_classes // len(documents), cells // layer.n_classes % len(documents)
     real = _conditional(expert, labels[document], token, count)
     deals, exact = rearranged_labels(labels, draws, seed)
     null = np.array([_conditional(expert, deal[document], token, count)[0] for deal in deals])
+    each = layer.top_k if count.sum() == sum(trace.stats.label_tokens(site).values()) * layer.top_k else 1
     own = 0 if exact else 1
     p = ((null >= real[0] * (1 - 1e-9)).sum() + own) / (len(null) + own)
-    return Information(real[0], real[1], float(null.mean()), float(p), real[2], real[3], int(count.sum()),
+    return Information(real[0], real[1], float(null.mean()), float(p), real[2], real[3],
+                       ceiling(real[2], real[3], each), int(count.sum()),
                        f"labels moved between whole documents, {len(null)} times")  # fmt: skip
 
 

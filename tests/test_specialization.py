@@ -226,7 +226,7 @@ def test_label_information_of_random_and_planted_routing() -> None:
     random, planted = label_information(random_trace(3), 0), label_information(planted_trace(3), 1)
     assert random.p > 0.05 and abs(random.above_floor) < 0.01
     assert planted.p == 0.005 and planted.above_floor > 0.05 and planted.n == 24 * 60 * 2
-    assert planted.entropy_x == pytest.approx(2) and planted.share_of(planted.entropy_x) == pytest.approx(planted.above_floor / 2)
+    assert planted.entropy_x == pytest.approx(2) and planted.ceiling == min(2, planted.entropy_y - 1) == planted.entropy_y - 1 < 2
     assert np.isnan(label_information(random_trace(0, labels=("a",)), 0).p)
     two = label_information(random_trace(3, labels=("a", "b")), 0)
     assert 0.005 <= two.p <= 1 and two.floor > 0 and two.entropy_x == 1

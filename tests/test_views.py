@@ -293,9 +293,11 @@ def test_specialization_by_token_is_that_of_the_token_asked_for(runs: Path, vari
     test.query_params.update({"by": "token", "token_is": variant, "layer": "layer 5"})
     test.run()
     alone = context_independence(VARIANTS[variant](trace, 5))
-    share = plain(f"alone explains {alone.share_of(alone.entropy_y):.0%} of which")
+    share = plain(f"accounts for {alone.share:.0%} of what it could")
     assert any(share in m.value for m in test.markdown) and not test.exception
-    assert len({round(context_independence(f(trace, 5)).share_of(alone.entropy_y), 2) for f in VARIANTS.values()}) == 3
+    bits = plain(f"{alone.plug_in:.2f} of at most {alone.ceiling:.2f} bits; {alone.floor:.2f} when")
+    assert any(bits in c.value for c in test.caption)
+    assert len({round(context_independence(f(trace, 5)).plug_in, 2) for f in VARIANTS.values()}) == 3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -92,7 +92,24 @@ def test_context_independence_at_its_two_ends() -> None:
     assert alone.plug_in == pytest.approx(alone.entropy_y - 1, abs=1e-9)  # two experts for each id, equally often: 1 bit is left
     assert alone.n == random.n == 4000 and alone.p == pytest.approx(1 / 6)
     assert random.plug_in > 0.03 and abs(random.corrected) < 0.02 and abs(random.above_floor) < 0.02
-    assert abs(random.share_of(random.entropy_y)) < 0.01 < 0.5 < alone.share_of(alone.entropy_y)
+    assert alone.ceiling == pytest.approx(alone.plug_in) and alone.share == pytest.approx(
+        1
+    )  # a token's other expert is left open by no router
+    assert random.ceiling == pytest.approx(random.entropy_y - 1) and abs(random.share) < 0.01
+
+
+def test_tokens_that_differ_in_their_number_of_experts_have_no_bits_left_open_for_sure() -> None:
+    part = make_part(PLAIN, [200] * 10)
+    experts = part.routing[0].experts.copy()
+    experts[part.tokens["token_id"].to_numpy() % 3 == 0, 1] = -1
+    trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
+    for site_, each in ((0, 1), (1, 2)):
+        for count in VARIANTS.values():
+            counts = count(trace, site_)
+            alone = context_independence(counts)
+            assert counts.each == each and alone.ceiling == min(alone.entropy_x, alone.entropy_y - np.log2(each))
+        for found in (label_information(trace, site_), label_information_given_token(trace, site_)):
+            assert found.ceiling == min(found.entropy_x, found.entropy_y - np.log2(each)) < found.entropy_y
 
 
 def spoken(by_token: bool) -> Trace:

@@ -49,7 +49,11 @@ MEANT = {"label": (*_TESTED, "label_information"), "class": _TESTED, "position":
          "token": ("token_information", "vocabulary_specialization", "predicted_next_token", "lift", "leaning_documents"),
          "runs": ("router_saturation",)}  # fmt: skip
 TOKEN = {"input": "it reads", "next": "that follows", "predicted": "the model predicts next"}
-SUBJECT = {"input": "the token", "next": "the token that follows", "predicted": "the token the model predicts next"}
+SUBJECT = {
+    "input": "the token's id",
+    "next": "the id of the token that follows",
+    "predicted": "the id of the token the model predicts next",
+}
 SHOWN = 8  # tokens per expert
 CLEAR = 1.5  # lift from which a significant preference is called one in the headline
 
@@ -132,12 +136,18 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     variants = {k: v for k, v in TOKEN.items() if k != "predicted" or predicts(trace, here.stream)}
     asked = choice("token_is", "The token", variants, "input", draw=st.segmented_control)
     alone, words, found = vocabulary(trace, run, site, asked)
-    share = alone.share_of(alone.entropy_y)
-    text.show_heading(f"At {here.title}, {SUBJECT[asked]} alone explains {share:.0%} of which expert is used.")
+    if np.isfinite(alone.share):
+        text.show_heading(f"At {here.title}, {SUBJECT[asked]} accounts for {alone.share:.0%} of what it could.")
+    else:
+        text.show_heading(f"At {here.title}, chance alone reaches all that a token's id could tell: there are too few tokens.")
+    frequent = (f"Vocabulary specialization of the {words.n_frequent:,} ids seen {words.least} times or more: {words.frequent:.2f}, by chance {words.chance_frequent:.2f}."
+                if words.n_frequent else f"No token id occurs {words.least} times: nothing more can be told token by token.")  # fmt: skip
     text.show_note(
-        f"I(expert; token id) = {alone.plug_in:.2f} of {alone.entropy_y:.2f} bits; dealt at random to the tokens, the same assignments give"
-        f" {alone.floor:.2f}. n = {alone.n:,} assignments of {words.n_ids:,} ids. Vocabulary specialization (OLMoE eq. 8) over ids seen at least"
-        f" {words.least} times: {words.frequent:.2f}, by chance {words.chance_frequent:.2f}."
+        f"{alone.plug_in:.2f} of at most {alone.ceiling:.2f} bits; {alone.floor:.2f} when assignments are dealt at random. n = {alone.n:,} assignments"
+        f" of {words.n_ids:,} ids. {frequent}",
+        "I(expert; token id) over assignments. At most: a token's experts all differ, so even who knows its id cannot tell which of them an assignment is:"
+        " min(H(token id), H(expert) - log2 k) where every token has k experts. The share is (measured - by chance) / (at most - by chance)."
+        " Vocabulary specialization: OLMoE eq. 8.",
     )
     beside = st.container()
     if "predicted" not in variants:
