@@ -49,7 +49,7 @@ class SiteEvidence:
 
 @dataclass(frozen=True)
 class GroupUse:
-    """One row of Preferences for one expert; fields as there, ``n`` its tokens."""
+    """One row of Preferences for one expert; fields as there, ``n`` its tokens; ``tested``: it could have been significant."""
 
     group: str
     count: int
@@ -63,6 +63,7 @@ class GroupUse:
     high: float
     q: float
     significant: bool
+    tested: bool
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | N
 
 
 def describe(evidence: SiteEvidence, expert: int) -> str:
-    """One line, e.g. "python newlines and spaces: 41x over base rate, 12,310 tokens"; NONE with n where nothing holds.
+    """One line, e.g. "python newlines and spaces: 41x over base rate, 12,310 tokens"; NONE with n where nothing holds, Preferences.missing
+    where nothing could.
 
     Labels and token classes are each tested on their own; of the labels, the classes and both together, the line names
     what tells most about the expert: tokens x log2 lift, its part in the mutual information.
@@ -170,11 +172,10 @@ def describe(evidence: SiteEvidence, expert: int) -> str:
     choices = [_together(evidence, rows, columns, expert) for rows, columns in ((labels, []), ([], classes), (labels, classes))]
     told = [x for x in choices if x is not None and x[2] >= LEAST and x[0] >= LEAST_LIFT]
     if not told:
-        kinds = [
-            f"{len(p.groups)} {what}" for p, what in ((evidence.labels, "labels"), (evidence.classes, "token classes")) if p is not None
-        ]
+        asked = [(p, what) for p, what in ((evidence.labels, "labels"), (evidence.classes, "token classes")) if p is not None]
+        kinds = [f"{len(p.groups)} {what}" for p, what in asked if not p.missing]
         n = int(evidence.labels.documents.sum()) or int(max(evidence.classes.documents, default=0) if evidence.classes else 0)
-        return f"{NONE} among {' and '.join(kinds)} of {n:,} documents"
+        return f"{NONE} among {' and '.join(kinds)} of {n:,} documents" if kinds else asked[0][0].missing
     lift, name, count = max(told, key=lambda x: x[2] * np.log2(x[0]))
     return (
         f"{name}: {lift:.0f}x over base rate, {count:,} tokens" if lift >= 10 else f"{name}: {lift:.1f}x over base rate, {count:,} tokens"
@@ -237,7 +238,7 @@ def _uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:
         GroupUse(found.groups[g], int(found.count[g, expert]), int(found.tokens[g]), int(found.documents[g]),
                  float(found.share[g, expert]), float(found.elsewhere[g, expert]), float(found.lift[g, expert]),
                  float(found.enrichment[g, expert]), float(found.low[g, expert]), float(found.high[g, expert]),
-                 float(found.q[g, expert]), bool(found.significant[g, expert]))
+                 float(found.q[g, expert]), bool(found.significant[g, expert]), not found.missing)
         for g in order
     )  # fmt: skip
 

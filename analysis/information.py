@@ -25,6 +25,7 @@ class Information:
     above_floor plug_in - floor.
     p           P(plug-in under the null >= plug-in); NaN without null.
     ceiling     what plug_in can be at most, see ``ceiling``.
+    low, high   95 % range of plug-in under the null; NaN where too few were drawn to tell.
     n           draws counted (assignments or first choices).
     """
 
@@ -37,6 +38,8 @@ class Information:
     ceiling: float
     n: int
     null: str
+    low: float = float("nan")
+    high: float = float("nan")
 
     @property
     def above_floor(self) -> float:

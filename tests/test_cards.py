@@ -72,6 +72,15 @@ def test_random_experts_are_described_as_nothing() -> None:
     assert told <= 3
 
 
+def test_too_few_documents_are_no_negative_result() -> None:
+    small = make_trace(PLAIN, [make_part(PLAIN, [100] * 4, labels=("a", "b"), texts=TEXTS)])
+    assert describe(site_evidence(small, 0), 0).startswith("Too few documents to tell: with 2 and 2 the smallest possible p is 0.33.")
+    more = make_trace(PLAIN, [make_part(PLAIN, [100] * 6, 1, labels=("a", "b"), texts=TEXTS)])
+    evidence = site_evidence(more, 0)
+    assert evidence.labels.missing and evidence.classes is not None and not evidence.classes.missing
+    assert f"{NONE} among 5 token classes of 6 documents" in {describe(evidence, e) for e in range(8)}
+
+
 def test_numbers_on_the_card() -> None:
     trace = built(only_newlines=False)
     card, routing = expert_card(trace, 1, 6), trace.routing(1)
@@ -125,7 +134,8 @@ def test_a_dead_expert_and_a_single_token() -> None:
     one = make_trace(PLAIN, [part])
     unused = next(e for e in range(8) if e not in part.routing[0].experts)
     card = expert_card(one, 0, unused)
-    assert card.assignments == 0 and np.isnan(card.mean_gate) and card.description.startswith(NONE) and card.partners == ()
+    assert card.assignments == 0 and np.isnan(card.mean_gate) and card.partners == ()
+    assert card.description.startswith("Nothing to compare") and not any(u.tested for u in (*card.labels, *card.classes))
     assert passages(one, 0, unused) == () and len(passages(trace, 1, 6, most=99)) == 8  # documents of b
 
 
