@@ -29,7 +29,7 @@ from analysis.vocabulary import (
     vocabulary_specialization,
     vocabulary_table,
 )
-from app import charts, text
+from app import captions, charts, text
 from app.downloads import computed_downloads
 from app.figures import show_figure
 from app.layers import kept, layer_by_layer, one_layer
@@ -55,7 +55,6 @@ SUBJECT = {
     "predicted": "the id of the token the model predicts next",
 }
 SHOWN = 8  # tokens per expert
-CLEAR = 1.5  # lift from which a significant preference is called one in the headline
 
 
 @st.cache_resource(max_entries=64, show_spinner="Testing every cell against shuffled labels …")
@@ -77,14 +76,11 @@ def show_preferences(found: Preferences, site: int) -> None:
     layer = trace.layers[site]
     rows = trace.documents.filter(pc.equal(trace.documents["stack"], layer.stream))
     documents = pc.count(rows["label"]).as_py() if found.kind == "label" else len(rows)
-    named = int((found.significant & (found.lift >= CLEAR)).any(0).sum())
-    chance = layer.top_k / layer.n_classes
-    text.show_heading(f"{named} of {layer.n_classes} experts of {layer.title} prefer at least one {found.kind} beyond chance.")
-    text.show_note(
-        f"n = {int(found.tokens.sum()):,} tokens of {documents:,} documents. Beyond chance: used at least {CLEAR:g} times as"
-        f" often as overall, and significant after correction for all {found.count.size:,} cells (false discovery rate 5%). Uniform routing"
-        f" would use each expert for {chance:.1%} of every {found.kind}. Test: {found.method}."
-    )
+    text.show_heading(captions.preferences_headline(found, layer))
+    if found.missing:
+        st.page_link("views/runs.py", label="Record more text →")
+    text.show_note(f"An expert's number means nothing without its layer: expert 3 of {layer.title} is unrelated to expert 3 of any other.",
+                   captions.preferences_how(found, layer))  # fmt: skip
     groups, experts = (
         seriation(found.enrichment) if found.kind != "position" else (np.arange(len(found.groups)), np.arange(found.count.shape[1]))
     )
@@ -93,10 +89,10 @@ def show_preferences(found: Preferences, site: int) -> None:
         trace, charts.enrichment_map(found, names, groups, experts, theme()), f"enrichment-by-{found.kind}-{layer.title}",
         key=f"cells-{found.kind}", on_select="rerun", selection_mode="points",
         alt=f"Heatmap of {len(groups)} groups by {len(experts)} experts: log2 enrichment.",
-        definition=f"Experts of {layer.title}. Colour: log2 of the share of the group's tokens that use the expert over the share of all other tokens;"
-        f" orange more, blue less. A small cross marks a cell that is no more than chance after correction (false discovery rate 5%; {found.method});"
-        f" experts used by fewer than {charts.LEAST_USES:,} tokens have no colour. Rows and columns are ordered so that structure shows.",
+        definition=captions.enrichment_definition(found, layer),
         n=f"{int(found.tokens.sum()):,} tokens of {documents:,} documents",
+        how=f"{'' if found.kind == 'position' else 'Rows and columns are ordered so that structure shows. '}Experts used by fewer than {charts.LEAST_USES:,}"
+        f" tokens have no colour. {captions.preferences_how(found, layer)}",
     )  # fmt: skip
     st.caption("Click a cell for its expert.")
     open_expert(trace, event, layer.title)
@@ -106,13 +102,11 @@ def show_layers() -> None:
     """How much label and expert tell about each other, layer by layer, beside what shuffled labels give."""
     found = informations(trace, run)
     st.header("In which layers do experts follow the labels?")
-    show_figure(
-        trace, charts.information_bars([x.title for x in trace.layers], np.array([i.corrected for i in found]), np.array([i.floor for i in found])),
-        "label-information", key="information", alt="Bars of the mutual information of expert and label per layer.",
-        definition="Mutual information of expert and label in bits, bias-corrected; 0 = the label says nothing about the expert, at most"
-        f" {found[0].entropy_y:.2f} here. Grey: what remains when labels are moved between whole documents.",
-        n=f"{found[0].n:,} assignments per layer",
-    )  # fmt: skip
+    definition, n, how = captions.information_caption(found)
+    bits, ceiling = (np.array([getattr(i, x) for i in found]) for x in ("plug_in", "ceiling"))
+    chance = np.array([[i.floor, i.low, i.high] for i in found]).T
+    show_figure(trace, charts.information_bars([x.title for x in trace.layers], bits, chance, ceiling), "label-information", key="information",
+                alt="Bars of the mutual information of expert and label per layer.", definition=definition, n=n, how=how)  # fmt: skip
 
 
 @st.cache_resource(max_entries=32, show_spinner="Dealing every expert's assignments to the tokens again …")
