@@ -360,7 +360,7 @@ def share_bars(names: Sequence[str], shares: np.ndarray, counts: np.ndarray, mea
 def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray, experts: np.ndarray, theme: str) -> go.Figure:
     """Groups x experts in the orders given: log2 enrichment, fixed at +-3; cells that are not significant carry a small cross, where any could be.
 
-    Transparent markers over the cells take hover and clicks, which Plotly heatmaps do not pass on; customdata[0] is the expert.
+    Transparent markers over the cells take hover and clicks, which Plotly heatmaps do not pass on; customdata[0] is the expert, [11] the group.
     """
     cell = np.ix_(groups, experts)
     z = np.clip(found.enrichment[cell], -OCTAVES, OCTAVES)
@@ -376,13 +376,14 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
     figure.add_scatter(x=[x[c] for c in column[weak]], y=[names[r] for r in row[weak]], mode="markers", hoverinfo="skip", showlegend=False, meta=AGAIN,
                        marker={"symbol": "x-thin", "size": 5, "line": {"width": 1, "color": "#888"}})  # fmt: skip
     told = np.stack([np.broadcast_to(experts, z.shape), *(getattr(found, n)[cell] for n in ("share", "elsewhere", "lift", "low", "high", "q")),
-                     np.broadcast_to(found.tokens[groups][:, None], z.shape), found.enrichment[cell], found.significant[cell], z], -1).reshape(-1, 11)  # fmt: skip
+                     np.broadcast_to(found.tokens[groups][:, None], z.shape), found.enrichment[cell], found.significant[cell], z,
+                     np.broadcast_to(groups[:, None], z.shape)], -1).reshape(-1, 12)  # fmt: skip
     _cells_over(
         figure, [x[c] for c in column], [names[r] for r in row], told,
         "%{y}, expert %{customdata[0]:.0f}<br>used for %{customdata[1]:.1%} of its %{customdata[7]:,} tokens, %{customdata[2]:.1%}"
         " elsewhere<br>lift %{customdata[3]:.2f}, log2 enrichment %{customdata[4]:.1f} to %{customdata[5]:.1f}, q = %{customdata[6]:.2g}<extra></extra>",
         {"x": "column", "y": "group", "customdata": ["expert", "share", "elsewhere", "lift", "log2_enrichment_low", "log2_enrichment_high", "q",
-                                                     "group_tokens", "log2_enrichment", "significant", "log2_enrichment_drawn"]},
+                                                     "group_tokens", "log2_enrichment", "significant", "log2_enrichment_drawn", "group_number"]},
     )  # fmt: skip
     figure.update_xaxes(title="expert", type="category", categoryorder="array", categoryarray=x, constrain="domain")
     figure.update_yaxes(autorange="reversed", type="category", categoryorder="array", categoryarray=list(names))
@@ -397,8 +398,8 @@ def _cells_over(figure: go.Figure, x: Any, y: Sequence[str], told: np.ndarray, h
                           marker={"symbol": "square", "size": 20, "opacity": 0.001, "color": "#888"}, selected=unseen, unselected=unseen))  # fmt: skip
 
 
-def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure:
-    """log2 enrichment of one expert by group with 95% intervals; bars that are not significant are faded where any could be."""
+def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse], mark: str | None = None) -> go.Figure:
+    """log2 enrichment of one expert by group with 95% intervals; bars that are not significant are faded where any could be; the group ``mark`` is framed."""
     value, low, high = (np.array([getattr(u, n) for u in uses], float) for n in ("enrichment", "low", "high"))
     figure = go.Figure(
         go.Bar(y=list(names), x=value, orientation="h",
@@ -406,7 +407,8 @@ def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure
                meta={"x": "log2_enrichment", "y": "group", "customdata": ["share", "elsewhere", "count", "n", "q", "significant"]},
                error_x={"type": "data", "symmetric": False, "array": np.nan_to_num(high - value), "arrayminus": np.nan_to_num(value - low),
                         "color": "#888", "thickness": 1},
-               marker={"color": palette.AMOUNT["light"][3], "opacity": [1.0 if u.significant or not u.tested else 0.25 for u in uses]},
+               marker={"color": palette.AMOUNT["light"][3], "opacity": [1.0 if u.significant or not u.tested else 0.25 for u in uses],
+                       "line": {"color": "#888", "width": [3 if u.group == mark else 0 for u in uses]}},
                hovertemplate="%{y}: used for %{customdata[0]:.1%} (%{customdata[2]:,} of %{customdata[3]:,} tokens), %{customdata[1]:.1%} elsewhere,"
                              " q = %{customdata[4]:.2g}<extra></extra>")
     )  # fmt: skip

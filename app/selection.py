@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlencode
@@ -248,9 +248,10 @@ def choose_token(position: int) -> None:
     st.session_state["_token"] = chosen["run"], chosen["doc"], chosen["token"]
 
 
-def open_expert(trace: Trace, event: object, layer: str | None = None) -> None:
-    """A click on an expert's cell leads to its page; without ``layer``, the cell's row names it."""
+def open_expert(trace: Trace, event: object, layer: str | None = None, rows: Sequence[str] = ()) -> None:
+    """A click on an expert's cell leads to its page; without ``layer``, the cell's row names it. ``rows``: what each row stands for (``?of=``)."""
     points = getattr(getattr(event, "selection", None), "points", [])
     if points:
         expert = str(int(points[0]["customdata"]["0"]))
-        st.switch_page("views/expert.py", query_params={"run": trace.name, "layer": layer or str(points[0]["y"]), "expert": expert})
+        of = {"of": rows[int(points[0]["customdata"]["11"])]} if rows else {}
+        st.switch_page("views/expert.py", query_params={"run": trace.name, "layer": layer or str(points[0]["y"]), "expert": expert, **of})

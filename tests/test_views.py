@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from analysis import jackknife, vocabulary
 from analysis.capture import capture
+from analysis.cards import passages
 from analysis.glossary import TERMS, search
 from analysis.jackknife import vocabulary_interval
 from analysis.metrics import METRICS
@@ -406,6 +408,33 @@ def test_weights_are_compared_where_the_model_of_the_run_is_here(runs: Path, tmp
     monkeypatch.setenv("ROUTERSCOPE_MODELS", f"changed={other}")
     test.run()
     assert any("is not among the models of this machine" in c.value for c in test.caption) and not test.exception
+
+
+def test_what_was_clicked_is_marked_and_its_passages_are_offered(runs: Path) -> None:
+    trace = open_run(ROOT / "data" / "demo-run")
+    test = shown("expert", "demo-run")
+    test.query_params.update({"layer": "layer 5", "expert": "15", "of": "label-chinese"})
+    test.run()
+    found = passages(trace, 5, 15, label="chinese")
+    assert not test.exception and found and any("documents of chinese where it weighs most" in c.value for c in test.caption)
+    width = json.loads(test.get("plotly_chart")[0].proto.spec)["data"][0]
+    assert [y for y, w in zip(width["y"], width["marker"]["line"]["width"], strict=True) if w] == ["chinese"]
+    links = [x.proto for x in test.main if x.type == "page_link"]
+    assert [parse_qs(x.query_string) for x in links if x.label.startswith("Read on")] == [
+        {"run": ["demo-run"], "layer": ["layer 5"], "doc": [str(p.document + 1)], "token": [str(p.position)]} for p in found
+    ]
+
+
+def test_too_few_documents_are_a_headline_without_crosses_and_faded_bars(runs: Path) -> None:
+    with RunWriter.open(runs / "few", card(PLAIN), {}) as writer:
+        writer.write(make_part(PLAIN, [60] * 6, labels=("a", "b")))
+        writer.commit()
+    said = plain("Too few documents to tell: with 3 and 3 the smallest possible p is 0.10.")
+    for page in ("specialization", "expert"):
+        test = shown(page, "few")
+        assert not test.exception and any(said in m.value for m in (*test.markdown, *test.caption))
+        drawn = json.loads(test.get("plotly_chart")[0].proto.spec)["data"]
+        assert len(drawn[1]["x"]) == 0 if page == "specialization" else set(drawn[0]["marker"]["opacity"]) == {1}
 
 
 @pytest.mark.parametrize("page", ["load", "specialization", "expert"])

@@ -94,8 +94,10 @@ def show_preferences(found: Preferences, site: int) -> None:
         how=f"{'' if found.kind == 'position' else 'Rows and columns are ordered so that structure shows. '}Experts used by fewer than {charts.LEAST_USES:,}"
         f" tokens have no colour. {captions.preferences_how(found, layer)}",
     )  # fmt: skip
-    st.caption("Click a cell for its expert.")
-    open_expert(trace, event, layer.title)
+    text.show_note(
+        "Click a cell for its expert." if found.kind == "position" else "Click a cell for its expert, where what you clicked is marked."
+    )
+    open_expert(trace, event, layer.title, [f"{found.kind}-{g}" for g in found.groups] if found.kind != "position" else ())
 
 
 def show_layers() -> None:
