@@ -84,10 +84,10 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
 
 
 def leading_ids(counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20) -> np.ndarray:
-    """int64, ascending: the ids that ``top_tokens`` names for any of ``experts``."""
+    """int64, ascending: the ids that ``top_tokens`` may name for any of ``experts``: with all that tie with the last."""
     often = _dealt(counts, least)[1]
     cells = _cells_of_experts(counts)
-    found = [counts.ids[often][_leading(counts, cells[expert], often, most)[0]] for expert in experts]
+    found = [counts.ids[often][_highest(counts, cells[expert], often, most)[0]] for expert in experts]
     return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
@@ -95,8 +95,8 @@ def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAS
                seed: int = 0, use: DocumentUse | None = None) -> tuple[TokenUse, ...]:  # fmt: skip
     """The expert's ids by falling lift, among those seen at least ``least`` times and used more often than elsewhere.
 
-    Ties by falling count, then by id. Empty where nothing is. ``use``: ``document_use`` of the same counts, of all ids or
-    at least of ``leading_ids``.
+    Ties by falling number of documents (with ``use``), by falling count, then by id: an expert that takes every occurrence of many ids gives
+    them all one lift. Empty where nothing is. ``use``: ``document_use`` of the same counts, of all ids or at least of ``leading_ids``.
     """
     return top_tokens_of(trace, counts, [expert], least, most, draws, seed, use)[0]
 
@@ -124,10 +124,9 @@ def _dealt(counts: TokenCounts, least: int) -> tuple[np.ndarray, np.ndarray]:
     return dealt, (counts.tokens >= least) & (dealt > 0)
 
 
-def _leading(counts: TokenCounts, cells: np.ndarray, often: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(order, used, share, lift): the ``most`` leading of the ids ``often``, as indices into those, and figures of them all.
-
-    ``cells`` are the expert's.
+def _highest(counts: TokenCounts, cells: np.ndarray, often: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(high, used, share, lift): of the ids ``often`` the ``most`` of highest lift and what ties with the last of these, as indices into
+    those; and figures of them all. ``cells`` are the expert's.
     """
     whole = np.zeros(len(counts.ids), np.int64)
     whole[counts.row[cells]] = counts.count[cells]
@@ -135,17 +134,20 @@ def _leading(counts: TokenCounts, cells: np.ndarray, often: np.ndarray, most: in
     share = used / counts.tokens[often]
     lift = share / (total / int(counts.tokens.sum())) if total else np.zeros(len(used))
     high = np.flatnonzero(lift > 1)
-    if len(high) > most:  # sort few
-        high = high[lift[high] >= -np.partition(-lift[high], most)[most]]
-    return high[np.lexsort((counts.ids[often][high], -used[high], -lift[high]))][:most], used, share, lift
+    if len(high) > most:
+        high = high[lift[high] >= -np.partition(-lift[high], most - 1)[most - 1]]
+    return high, used, share, lift
 
 
 def _top_uses(counts: TokenCounts, cells: Sequence[np.ndarray], dealt: np.ndarray, often: np.ndarray, expert: int, *, most: int, draws: int,
               seed: int, use: DocumentUse | None) -> list[TokenUse]:  # fmt: skip
     """Without texts. ``cells`` of every expert, ``dealt`` and ``often`` of ``_dealt``."""
-    order, used, share, lift = _leading(counts, cells[expert], often, most)
-    if not len(order):
+    high, used, share, lift = _highest(counts, cells[expert], often, most)
+    if not len(high):
         return []
+    found = counts.ids[often][high]
+    spread_over = np.zeros(len(high)) if use is None else use.documents[np.searchsorted(use.ids, found)]
+    order = high[np.lexsort((found, -used[high], -spread_over, -lift[high]))][:most]
     total = int(counts.count[cells[expert]].sum())
     rate = total / dealt.sum()
     expected, spread = dealt[often] * rate, np.sqrt(dealt[often])  # binomial error but for a factor all ids share

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 from urllib.parse import urlencode
 
@@ -36,10 +37,11 @@ def _complete() -> dict[str, RunSummary]:
 
 
 def choice(key: str, label: str, names: Mapping[str, str], default: str, *, width: int | Literal["content", "stretch"] = "content",
-           draw: Any = None, **options: Any) -> str:  # fmt: skip
+           draw: Any = None, absent: Mapping[str, str] = MappingProxyType({}), **options: Any) -> str:  # fmt: skip
     """A choice that stays over pages and stands in the URL as ``?key=``; ``names`` maps URL values to what is shown.
 
-    ``draw`` is the widget: st.selectbox (default), st.segmented_control, st.select_slider or alike; ``options`` go to it.
+    ``draw`` is the widget: st.selectbox (default), st.segmented_control, st.select_slider or alike; ``options`` go to it. ``absent`` says why
+    a value that a link may ask for is not to be had here.
 
     Streamlit's own ``bind`` puts what is shown into the URL, cannot follow a step made inside a component, and gives the
     browser's Back button nothing to go back to.
@@ -52,7 +54,9 @@ def choice(key: str, label: str, names: Mapping[str, str], default: str, *, widt
     widget(label, list(names), format_func=names.__getitem__, key=key, width=width, on_change=_chose, args=(key,), **options)
     st.session_state["_chosen"][key] = value
     if asked is not None and asked not in names:
-        show_error(f"The link asks for {label.lower()} {asked[:40]}, which is not here; {names[value]} is shown instead.")
+        show_error(
+            absent.get(asked, f"The link asks for {label.lower()} {asked[:40]}, which is not here; {names[value]} is shown instead.")
+        )
     return value
 
 

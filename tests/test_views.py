@@ -286,6 +286,9 @@ def test_two_runs_are_compared_where_they_are_over_the_same_tokens(checkpoints: 
     assert any(said in m.value for m in test.markdown) and not test.exception
     offered = [t.segmented_control(key="by").options for t in (test, shown("specialization", "elsewhere"))]
     assert ["two runs" in str(o) for o in offered] == [True, False]
+    alone = shown("specialization", "elsewhere")
+    alone.query_params["by"] = "runs"
+    assert "No other run here is over the same tokens" in alone.run().error[0].value and not alone.exception
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -312,7 +315,7 @@ def test_vocabulary_specialization_has_an_interval_over_documents(runs: Path, va
     test.run()
     said = plain(f"specialization {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}")
     assert not test.exception and found.low < found.value < found.high
-    assert any(said in c.value and "Each of 75 documents" in c.value for c in test.caption)
+    assert any(said in c.value and "Each of 75 documents" in c.proto.help for c in test.caption)
     monkeypatch.setattr(jackknife, "blocks", None)  # a second view reads nothing
     assert not test.run().exception and any(said in c.value for c in test.caption)
 
@@ -362,7 +365,7 @@ def test_what_reads_every_decision_waits_until_its_part_is_opened(runs: Path, mo
     test.query_params["follow"] = "open"
     test.run()
     assert not test.exception and asked == [[i] for i in range(len(open_run(ROOT / "data" / "demo-run").layers))]
-    assert any("names the token that a layer" in c.value for c in test.caption)
+    assert any("different ids" in c.value for c in test.caption)
     test.run()
     assert len(asked) == len(set(map(tuple, asked)))  # kept
 

@@ -54,6 +54,7 @@ SUBJECT = {
     "next": "the id of the token that follows",
     "predicted": "the id of the token the model predicts next",
 }
+NO_RUNS = "No other run here is over the same tokens; record or open one to compare."
 SHOWN = 8  # tokens per expert
 
 
@@ -151,16 +152,18 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     by_expert = {
         e: [f"{text.visible_token(shown(t))} {t.lift:.1f}x ({t.leaning} of {t.documents})" for t in uses] for e, uses in enumerate(found)
     }
-    st.dataframe(
-        pd.DataFrame([{"expert": e, "tokens it is used for most, by lift": "   ".join(t)} for e, t in by_expert.items()]),
-        hide_index=True,
-        column_config={"expert": st.column_config.NumberColumn(width="small")},
-    )
-    st.caption(
-        f"Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
-        " are left out. In brackets: in how many of the documents that hold the token it uses the expert more often than the rest of the document"
-        " does; by chance in about half or fewer. A token of one document may be that document's habit."
-    )
+    if words.n_frequent:
+        st.dataframe(
+            pd.DataFrame([{"expert": e, "tokens it is used for most, by lift": "   ".join(t)} for e, t in by_expert.items()]),
+            hide_index=True,
+            column_config={"expert": st.column_config.NumberColumn(width=70)},
+        )
+        text.show_note(
+            "By lift, then by documents. In brackets: in how many of the documents that hold the token it uses the expert more often than the rest of the"
+            " document does; by chance in about half or fewer.",
+            f"Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
+            " are left out. Where an expert takes every occurrence, all lifts tie at the highest. A token of one document may be that document's habit.",
+        )
     tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in enumerate(found) for t in uses])
     tables = {"tokens by expert": ("one row per expert and token; p takes each occurrence for independent", tokens)}
     with beside:
@@ -168,7 +171,7 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     follow = section("follow", "Which token do the layers follow? Reads every decision of the run")
     if follow.open:
         with follow:
-            tables["vocabulary specialization"] = "one row per layer and kind of token", show_followed(variants, words.least, alone.n)
+            tables["vocabulary specialization"] = "one row per layer and kind of token", show_followed(variants, words.least)
     return tables
 
 
@@ -189,13 +192,14 @@ def show_interval(asked: str) -> pa.Table:
         f"{found.left_out:,} runs of documents ({found.documents:,} in all)")  # fmt: skip
     text.show_note(
         f"Vocabulary specialization {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}: its mean over other collections of as many"
-        f" documents like these. Each of {each} is left out in turn (jackknife): documents drawn again (bootstrap) bring no other text, which raises"
-        " this figure, and their interval misses. It errs on the wide side; what rare ids add is in the chance too."
+        " documents like these.",
+        f"Each of {each} is left out in turn (jackknife): documents drawn again (bootstrap) bring no other text, which raises"
+        " this figure, and their interval misses. It errs on the wide side; what rare ids add is in the chance too.",
     )
     return table
 
 
-def show_followed(variants: Mapping[str, str], least: int, n: int) -> pa.Table:
+def show_followed(variants: Mapping[str, str], least: int) -> pa.Table:
     """Vocabulary specialization of every layer by each kind of token of ``variants``."""
     table = layer_by_layer(trace, kept(run, ("vocabulary",)), lambda layers: ((i, vocabulary_table(trace, layers=[i])) for i in layers))
     titles = [x.title for x in trace.layers]
@@ -207,10 +211,15 @@ def show_followed(variants: Mapping[str, str], least: int, n: int) -> pa.Table:
         trace, charts.layer_lines(titles, [*lines, ("by chance (input token)", chance, None)], "vocabulary specialization"),
         "vocabulary-specialization", key="vocabulary", alt="Vocabulary specialization per layer by input, next and predicted next token, with chance.",
         definition=f"Mean over ids seen at least {least:,} times of the largest share any expert has of the id's tokens (OLMoE eq. 8); by chance:"
-        " the same assignments dealt again to the tokens. A line above the others names the token that a layer's routing follows most.",
-        n=f"{n:,} assignments per layer",
+        " the same assignments dealt again to the tokens. Lines are over different ids; small differences mean nothing.",
+        n=", ".join(f"{spread(frame[frame.token == v].n_frequent)} ids ({TOKEN[v]})" for v in variants),
     )  # fmt: skip
     return table
+
+
+def spread(n: pd.Series[int]) -> str:
+    """A number that layers agree on, or the least and the most."""
+    return f"{n.min():,}" if n.min() == n.max() else f"{n.min():,} to {n.max():,}"
 
 
 def shown(use: TokenUse) -> str:
@@ -228,11 +237,13 @@ def show_pairs(pairs: PairCounts, kind: str) -> pa.Table:
     lift = np.where(np.isfinite(pairs.lift), pairs.lift, np.nan)
     best = np.unravel_index(np.nanargmax(np.where(pairs.observed >= 50, lift, -1)), lift.shape) if (pairs.observed >= 50).any() else None
     if best is not None:
-        a, b = int(best[0]), int(best[1])
-        said = f"Experts {a} and {b} of {here} work together" if kind == "pairs" else f"Tokens of expert {a} at {here} go on to expert {b}"
-        text.show_heading(f"{said} {lift[best]:.1f} times as often as their loads alone would give.")
-    text.show_note(f"n = {pairs.n:,} pairs. Uniform routing would give each partner {pairs.chance_share:.1%}. Pairs are not tested one by one:"
-                   " tokens of one document are not independent.")  # fmt: skip
+        a, b, asked = int(best[0]), int(best[1]), int((pairs.observed >= 50).sum()) // (2 if kind == "pairs" else 1)
+        said = f"experts {a} and {b} of {here} work together" if kind == "pairs" else f"tokens of expert {a} at {here} go on to expert {b},"
+        text.show_heading(
+            f"The strongest of {asked:,} pairs, untested: {said} {lift[best]:.1f} times as often as their loads alone would give."
+        )
+    text.show_note(f"n = {pairs.n:,} pairs. Uniform routing would give each partner {pairs.chance_share:.1%}.",
+                   "Pairs seen 50 times or more. They are not tested one by one: tokens of one document are not independent.")  # fmt: skip
     show_figure(
         trace, charts.lift_map(lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer", theme()),
         f"{kind}-{here}", key=f"lift-{kind}", alt="Heatmap of observed over expected pairs of experts.",
@@ -287,7 +298,7 @@ offered = {
 }
 with st.container(horizontal=True, vertical_alignment="bottom"):
     site = layer_picker(trace)
-    kind = choice("by", "Look", offered, next(iter(offered)), draw=st.segmented_control)
+    kind = choice("by", "Look", offered, next(iter(offered)), draw=st.segmented_control, absent={"runs": NO_RUNS})
 tables: dict[str, tuple[str, pa.Table]] = {}
 if kind in ("label", "class", "position"):
     found = preferences(trace, run, site, kind)
