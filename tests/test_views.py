@@ -313,7 +313,7 @@ def test_vocabulary_specialization_has_an_interval_over_documents(runs: Path, va
     test = shown("specialization", "demo-run")
     test.query_params.update({"by": "token", "token_is": variant, "layer": "layer 3"})
     test.run()
-    said = plain(f"specialization {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}")
+    said = plain(f": {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}")
     assert not test.exception and found.low < found.value < found.high
     assert any(said in c.value and "Each of 75 documents" in c.proto.help for c in test.caption)
     monkeypatch.setattr(jackknife, "blocks", None)  # a second view reads nothing
@@ -423,7 +423,7 @@ def test_what_was_clicked_is_marked_and_its_passages_are_offered(runs: Path) -> 
     width = json.loads(test.get("plotly_chart")[0].proto.spec)["data"][0]
     assert [y for y, w in zip(width["y"], width["marker"]["line"]["width"], strict=True) if w] == ["chinese"]
     links = [x.proto for x in test.main if x.type == "page_link"]
-    assert [parse_qs(x.query_string) for x in links if x.label.startswith("Read on")] == [
+    assert [parse_qs(x.query_string) for x in links if x.label.startswith("See it")] == [
         {"run": ["demo-run"], "layer": ["layer 5"], "doc": [str(p.document + 1)], "token": [str(p.position)]} for p in found
     ]
 

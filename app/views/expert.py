@@ -134,7 +134,7 @@ def show_passages() -> None:
             + (f", {p.label}" if p.label else "")
             + f": {p.used} of {len(p.texts)} tokens use it, gate weights sum to {p.mass:.1f}"
         )
-        st.page_link("views/tokens.py", label="Read on there →", query_params={
+        st.page_link("views/tokens.py", label="See it on the Tokens page →", query_params={
             "run": trace.name, "layer": layer.title, "doc": str(p.document + 1), "token": str(p.position)})  # fmt: skip
     if not found:
         text.show_note(f"No token of {'these texts' if label is not None else 'this run'} uses it.")

@@ -55,6 +55,7 @@ SUBJECT = {
     "predicted": "the id of the token the model predicts next",
 }
 NO_RUNS = "No other run here is over the same tokens; record or open one to compare."
+EQ_8 = "Mean of the largest share any expert has of an id's tokens (OLMoE eq. 8); by chance: assignments dealt again to the tokens."
 SHOWN = 8  # tokens per expert
 
 
@@ -137,14 +138,11 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         text.show_heading(f"At {here.title}, {SUBJECT[asked]} accounts for {alone.share:.0%} of what it could.")
     else:
         text.show_heading(f"At {here.title}, chance alone reaches all that a token's id could tell: there are too few tokens.")
-    frequent = (f"Vocabulary specialization of the {words.n_frequent:,} ids seen {words.least} times or more: {words.frequent:.2f}, by chance {words.chance_frequent:.2f}."
-                if words.n_frequent else f"No token id occurs {words.least} times: nothing more can be told token by token.")  # fmt: skip
     text.show_note(
         f"{alone.plug_in:.2f} of at most {alone.ceiling:.2f} bits; {alone.floor:.2f} when assignments are dealt at random. n = {alone.n:,} assignments"
-        f" of {words.n_ids:,} ids. {frequent}",
+        f" of {words.n_ids:,} ids.",
         "I(expert; token id) over assignments. At most: a token's experts all differ, so even who knows its id cannot tell which of them an assignment is:"
-        " min(H(token id), H(expert) - log2 k) where every token has k experts. The share is (measured - by chance) / (at most - by chance)."
-        " Vocabulary specialization: OLMoE eq. 8.",
+        " min(H(token id), H(expert) - log2 k) where every token has k experts. The share is (measured - by chance) / (at most - by chance).",
     )
     beside = st.container()
     if "predicted" not in variants:
@@ -153,11 +151,8 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         e: [f"{text.visible_token(shown(t))} {t.lift:.1f}x ({t.leaning} of {t.documents})" for t in uses] for e, uses in enumerate(found)
     }
     if words.n_frequent:
-        st.dataframe(
-            pd.DataFrame([{"expert": e, "tokens it is used for most, by lift": "   ".join(t)} for e, t in by_expert.items()]),
-            hide_index=True,
-            column_config={"expert": st.column_config.NumberColumn(width=70)},
-        )
+        st.dataframe(pd.DataFrame({"tokens it is used for most, by lift": ["   ".join(t) for t in by_expert.values()]},
+                                  index=pd.Index(list(by_expert), name="expert")))  # fmt: skip
         text.show_note(
             "By lift, then by documents. In brackets: in how many of the documents that hold the token it uses the expert more often than the rest of the"
             " document does; by chance in about half or fewer.",
@@ -167,7 +162,7 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in enumerate(found) for t in uses])
     tables = {"tokens by expert": ("one row per expert and token; p takes each occurrence for independent", tokens)}
     with beside:
-        tables["interval"] = "one row: vocabulary specialization of the layer with its interval over documents", show_interval(asked)
+        tables["interval"] = "one row: vocabulary specialization of the layer with its interval over documents", show_interval(asked, words)
     follow = section("follow", "Which token do the layers follow? Reads every decision of the run")
     if follow.open:
         with follow:
@@ -175,8 +170,8 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     return tables
 
 
-def show_interval(asked: str) -> pa.Table:
-    """Between which values the layer's vocabulary specialization lies, or why that is not known."""
+def show_interval(asked: str, words: VocabularySpecialization) -> pa.Table:
+    """The layer's vocabulary specialization, and between which values it lies, or why that is not known."""
 
     def make(progress: Callable[[int, int], None]) -> pa.Table:
         found = vocabulary_interval(trace, VARIANTS[asked](trace, site), progress=progress)
@@ -185,16 +180,20 @@ def show_interval(asked: str) -> pa.Table:
     table = one_layer(site, kept(run, ("vocabulary interval", asked)), make)
     row = table.to_pylist()[0]
     found = DocumentInterval(**{k: v for k, v in row.items() if k not in ("site", "token_is")})
+    if not words.n_frequent:
+        text.show_note(f"No token id occurs {words.least} times: nothing can be told token by token.")
+        return table
+    value = f"Vocabulary specialization of the n = {words.n_frequent:,} ids seen {words.least} times or more: {found.value:.3f}"
     if found.missing:
-        text.show_note(f"Vocabulary specialization has no interval here: {found.missing}.")
+        text.show_note(f"{value}, by chance {words.chance_frequent:.3f}; there is no interval here: {found.missing}.", EQ_8)
         return table
     each = text.counted(found.documents, "document") if found.left_out == found.documents else (
         f"{found.left_out:,} runs of documents ({found.documents:,} in all)")  # fmt: skip
     text.show_note(
-        f"Vocabulary specialization {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}: its mean over other collections of as many"
-        " documents like these.",
-        f"Each of {each} is left out in turn (jackknife): documents drawn again (bootstrap) bring no other text, which raises"
-        " this figure, and their interval misses. It errs on the wide side; what rare ids add is in the chance too.",
+        f"{value}, 95% interval {found.low:.3f} to {found.high:.3f}, by chance {words.chance_frequent:.3f}.",
+        f"{EQ_8} The interval is for its mean over other collections of as many documents like these. Each of {each} is left out in turn (jackknife):"
+        " documents drawn again (bootstrap) bring no other text, which raises this figure, and their interval misses. It errs on the wide side; what rare"
+        " ids add is in the chance too.",
     )
     return table
 
