@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from .arguments import parser
 from .checkpoints import ModelError, find_checkpoint
-from .export import ExportError, describe, export_table
+from .export import ExportError, describe, export_bytes, export_table
 from .glossary import GLOSSARY
 from .metrics import METRICS, balance_table
 from .paths import saturation
@@ -102,7 +102,8 @@ def _capture(arguments: argparse.Namespace) -> int:
 
     options: dict[str, Any] = {
         "labels": [p.label for p in prompts], "names": [p.name for p in prompts], "out": arguments.out, "batch_size": arguments.batch_size,
-        "new_tokens": arguments.new_tokens, "max_tokens": arguments.max_tokens, "probabilities": arguments.probabilities, "progress": show,
+        "new_tokens": arguments.new_tokens, "max_tokens": arguments.max_tokens, "probabilities": arguments.probabilities, "weights": arguments.weights,
+        "progress": show,
     }  # fmt: skip
     texts = [p.text for p in prompts]
     try:
@@ -124,6 +125,8 @@ def _capture(arguments: argparse.Namespace) -> int:
     streams = dict.fromkeys(x.stream for x in trace.layers)
     tokens = ", ".join(f"{trace.n_tokens(s):,} {s} tokens" for s in streams)
     _say(f"\n{arguments.out}: {tokens}, {len(trace.layers)} routed layers", sys.stderr)
+    if trace.rounding:
+        _say(trace.rounding, sys.stderr)
     return 0
 
 
@@ -211,17 +214,26 @@ def _stats(arguments: argparse.Namespace) -> int:
 
         if not same_counts(trace.stats, statistics_on_cluster(arguments.run, Cluster(arguments.cluster))):
             raise RunError(f"{trace.name}: its statistics are not those of its decisions, counted again: try python -m analysis verify")
-        _say("counted again from the recorded decisions on the cluster: equal to the stored statistics\n")
+        _say(
+            "counted again from the recorded decisions on the cluster: equal to the stored statistics\n",
+            sys.stderr if arguments.json else None,
+        )
+    if arguments.json:
+        print(export_bytes(trace, "balance", "json").decode(), end="")
+        return 0
     table = balance_table(trace).to_pandas()
     table.insert(0, "", [x.title for x in trace.layers])
     _say(f"{trace.name}: {trace.model.name} ({trace.model.family}), one column per routed layer, n = tokens\n")
+    if trace.rounding:
+        _say(f"{trace.rounding}\n")
     shown = table.drop(columns=["site", "layer", "stack"]).set_index("").T
     # One metric a line, so that the definitions can stand below and the table stays narrow; 8 layers fit 100 columns.
     for start in range(0, shown.shape[1], 8):
         block = shown.iloc[:, start : start + 8]
-        _say(block.to_string(float_format=lambda x: f"{x:,.0f}" if x == int(x) else f"{x:.4g}") + "\n")
+        _say(block.to_string(float_format=lambda x: f"{x:,.0f}" if x == int(x) else f"{x:.4g}", na_rep="-") + "\n")
     for metric in METRICS.values():
-        _say(f"  {metric.name}: {metric.definition} [{metric.unit}]; by chance: {metric.chance}")
+        lacks = f"; -: not defined without {metric.needs}" if table[metric.name].isna().any() else ""
+        _say(f"  {metric.name}: {metric.definition} [{metric.unit}]; by chance: {metric.chance_here(trace)}{lacks}")
     return 0
 
 
@@ -254,10 +266,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     trace = open_run(arguments.run)
+    settings = {n: v for n in ("batch_tokens", "order", "preset", "policy", "scope", "size") if (v := getattr(arguments, n)) is not None}
     if arguments.describe:
-        print(json.dumps(describe(trace, arguments.table), indent=1))
+        print(json.dumps(describe(trace, arguments.table, settings), indent=1))
         return 0
-    rows = export_table(trace, arguments.table, arguments.format, arguments.output)
+    rows = export_table(trace, arguments.table, arguments.format, arguments.output, settings)
     _say(f"{arguments.output}: {rows:,} rows")
     return 0
 

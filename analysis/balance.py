@@ -105,6 +105,16 @@ def chance_dead(tokens: int, n_experts: int, top_k: int) -> float:
     return n_experts * (1 - top_k / n_experts) ** tokens if tokens else float("nan")
 
 
+def chance_cold(tokens: int, n_experts: int, top_k: int) -> float:
+    """Expected number of cold experts under the same uniform routing: E P(X < a tenth of the mean), exact. NaN for no tokens."""
+    share = top_k / n_experts
+    if not tokens or share >= 1:
+        return 0.0 if tokens else float("nan")
+    t = np.arange(min(int(np.ceil(COLD_SHARE * tokens * share)), 2_000), dtype=np.float64)  # beyond, what is cold has P < 1e-300
+    log_mass = tokens * np.log1p(-share) + np.cumsum(np.append(0, np.log((tokens - t) / (t + 1)) + np.log(share / (1 - share))))[: len(t)]
+    return float(n_experts * np.exp(log_mass).sum())
+
+
 def switch_auxiliary_loss(load: np.ndarray, probability_sum: np.ndarray) -> float:
     """E * sum f_e P_e with f the share of assignments and P the mean probability; 1 when even. Switch eq. 4, alpha 1."""
     if not load.sum() or not probability_sum.sum():

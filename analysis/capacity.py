@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 
 from .overflow import BLOCK, FACTORS, POLICIES, MissingScores, Overflow, Queues, chance_curve, rank_site
-from .slots import Batches, CapacityError, CapacityRule, ExpertShape, capacity_rule, least_factor, make_batches, slot_cost
+from .slots import Batches, CapacityError, CapacityRule, ExpertShape, capacity_rule, make_batches, slot_cost
 from .trace import LayerInfo, ModelCard, Trace, by_document
 
 _BYTES: Mapping[str, float] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1})
@@ -45,8 +46,9 @@ class RankedTrace:
         return AppliedCapacity(self.trace, {i: q.at(factor, rule, slots=slots, block=block) for i, q in self.queues.items()})
 
     def curves(self, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
-        """One row per site and factor: Curve.table with shares, and what overflows by chance (uniform routing, same batches)."""
-        return pa.concat_tables([t for _, t in _curve_tables(self.trace, self.queues.items(), factors, _rule(preset))])
+        """One row per site and factor: Queues.totals with shares, and what overflows by chance (uniform routing, same batches)."""
+        ranked = ((i, None, queues) for i, queues in self.queues.items())
+        return pa.concat_tables([t for *_, t in _curve_tables(self.trace, ranked, factors, _rule(preset))])
 
     def curves_by(self, name: str, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
         """AppliedCapacity.by_label or by_position at every factor in one pass: ``name`` is "label" or "first_position"."""
@@ -139,7 +141,7 @@ def apply_capacity(trace: Trace, factor: float = 1.25, policy: str = "position",
 def rank_trace(trace: Trace, policy: str = "position", scope: str = "document", *, size: int | None = None, mixed: int | None = None,
                seed: int = 0, layers: Sequence[int] | None = None) -> RankedTrace:  # fmt: skip
     """Rank the sites ``layers`` (default all) of a trace once; arguments as for ``apply_capacity``."""
-    return RankedTrace(trace, dict(_ranked(trace, policy, scope, size, mixed, seed, layers)))
+    return RankedTrace(trace, {i: queues for i, _, queues in _ranked(trace, policy, scope, size, [mixed], seed, layers)})
 
 
 def capacity_curves(trace: Trace, factors: Sequence[float] | np.ndarray = FACTORS, policy: str = "position", scope: str = "document", *,
@@ -154,7 +156,19 @@ def site_curves(trace: Trace, factors: Sequence[float] | np.ndarray = FACTORS, p
                 size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
                 layers: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Table]]:  # fmt: skip
     """(site, its rows of ``capacity_curves``), one site after the other."""
-    return _curve_tables(trace, _ranked(trace, policy, scope, size, mixed, seed, layers), factors, _rule(preset))
+    ranked = _ranked(trace, policy, scope, size, [mixed], seed, layers)
+    return ((i, table) for i, _, table in _curve_tables(trace, ranked, factors, _rule(preset)))
+
+
+def shuffled_curves(trace: Trace, shuffles: Sequence[int | None], factors: Sequence[float] | np.ndarray = FACTORS, policy: str = "position",
+                    scope: str = "documents", *, size: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
+                    layers: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Table]]:  # fmt: skip
+    """(site, its rows of ``capacity_curves`` for each ``mixed`` of ``shuffles``, told apart by the column shuffle); read once."""
+    ranked = _ranked(trace, policy, scope, size, shuffles, seed, layers)
+    tables = _curve_tables(trace, ranked, factors, _rule(preset))
+    for site, mine in groupby(tables, lambda found: found[0]):
+        each = [t.append_column("shuffle", pa.array([m] * len(t), pa.int32())) for _, m, t in mine]
+        yield site, pa.concat_tables(each).combine_chunks()
 
 
 def compare_policies(trace: Trace, factor: float = 1.25, scope: str = "document", *, policies: Sequence[str] = POLICIES,
@@ -172,9 +186,14 @@ def compare_policies(trace: Trace, factor: float = 1.25, scope: str = "document"
     return pa.table({name: [row.get(name) for row in rows] for name in columns})
 
 
-def pool_curves(curves: pa.Table) -> pa.Table:
-    """Sums over the sites of ``RankedTrace.curves``: one row per factor, with shares."""
-    return with_shares(_summed(curves, ["factor"]))
+def batches_of(trace: Trace, stream: str, scope: str, size: int | None = None, mixed: int | None = None) -> Batches:
+    """``slots.make_batches`` over the documents of a stream."""
+    return make_batches([stop - start for start, stop in _ranges(trace, stream)], scope, size, mixed)
+
+
+def pool_curves(curves: pa.Table, by: str = "factor") -> pa.Table:
+    """Sums over the sites of ``RankedTrace.curves``: one row per factor (or another column), with shares."""
+    return with_shares(_summed(curves, [by]))
 
 
 def with_shares(table: pa.Table) -> pa.Table:
@@ -184,21 +203,6 @@ def with_shares(table: pa.Table) -> pa.Table:
             top, bottom = (table[c].to_numpy().astype(np.float64) for c in (part, whole))
             table = table.append_column(name, pa.array(np.divide(top, bottom, out=np.full(len(bottom), np.nan), where=bottom != 0)))
     return table
-
-
-def in_words(now: Mapping[str, float], curve: pa.Table, factor: float, target: float = 0.01) -> str:
-    """One sentence: what ``factor`` drops, which factor of ``curve`` (pooled) keeps drops under ``target``, what then idles.
-
-    ``now`` has the shares at ``factor``: AppliedCapacity.summary, or the row of ``curve``.
-    """
-    said = f"CF {factor:g} drops {percent(now['dropped_share'])} of assignments"
-    said += f" ({percent(now['fully_dropped_share'])} of tokens lose all experts)"
-    factors, shares, use = (curve[c].to_numpy() for c in ("factor", "dropped_share", "slot_use"))
-    enough = least_factor(factors, shares, target)
-    if np.isnan(enough):
-        return f"{said}; no factor up to {factors.max():g} keeps it at {percent(target)}"
-    idle = 1 - use[list(factors).index(enough)]
-    return f"{said}; for {percent(target)} or less CF {enough:g} is needed, and then {percent(idle)} of the slots are idle"
 
 
 def expert_shape(model: ModelCard) -> ExpertShape:
@@ -213,18 +217,10 @@ def expert_shape(model: ModelCard) -> ExpertShape:
     return ExpertShape(model.hidden_size, parameters // idle, _BYTES[model.dtype])
 
 
-def percent(share: float) -> str:
-    """Two digits, but never "0%" or "100%" for what is not: 0.004% is "below 0.1%"."""
-    if np.isnan(share):
-        return "none"
-    if 0 < share < 0.001 or 0.999 < share < 1:
-        return "below 0.1%" if share < 0.5 else "over 99.9%"
-    return f"{100 * share:.1f}%".replace(".0%", "%")
-
-
-def _ranked(trace: Trace, policy: str, scope: str, size: int | None, mixed: int | None, seed: int,
-            layers: Sequence[int] | None) -> Iterator[tuple[int, Queues]]:  # fmt: skip
-    chosen, batches = range(len(trace.layers)) if layers is None else layers, dict[str, Batches]()
+def _ranked(trace: Trace, policy: str, scope: str, size: int | None, shuffles: Sequence[int | None], seed: int,
+            layers: Sequence[int] | None) -> Iterator[tuple[int, int | None, Queues]]:  # fmt: skip
+    """(site, shuffle, ranked), site by site; each site is read once."""
+    chosen, batches = range(len(trace.layers)) if layers is None else layers, dict[tuple[str, int | None], Batches]()
     if not len(chosen):
         raise CapacityError("no layer is chosen: give at least one site number")
     with ThreadPoolExecutor(1) as pool:  # the next site is read while this one is ranked
@@ -234,26 +230,27 @@ def _ranked(trace: Trace, policy: str, scope: str, size: int | None, mixed: int 
             if following is not None:
                 ahead = pool.submit(trace.routing, following)
             layer = trace.layers[i]
-            if layer.stream not in batches:
-                batches[layer.stream] = make_batches([stop - start for start, stop in _ranges(trace, layer.stream)], scope, size, mixed)
             known = routing.chosen is routing.experts or bool((routing.chosen == routing.experts).all())
             preference = trace.scores(i).probabilities if policy == "reroute" else None
-            yield i, rank_site(routing.chosen, routing.weights, layer.n_experts, batches[layer.stream], policy, n_special=layer.n_special,
-                               seed=[seed, i], preference=preference, weights_known=known)  # fmt: skip
+            for mixed in shuffles:
+                if (same := (layer.stream, mixed)) not in batches:
+                    batches[same] = batches_of(trace, layer.stream, scope, size, mixed)
+                yield i, mixed, rank_site(routing.chosen, routing.weights, layer.n_experts, batches[same], policy, n_special=layer.n_special,
+                                          seed=[seed, i], preference=preference, weights_known=known)  # fmt: skip
 
 
 def _curve_tables(
-    trace: Trace, ranked: Iterable[tuple[int, Queues]], factors: Sequence[float] | np.ndarray, rule: CapacityRule
-) -> Iterator[tuple[int, pa.Table]]:
-    chances: dict[tuple[str, int, int, int], np.ndarray] = {}
-    for i, queues in ranked:
+    trace: Trace, ranked: Iterable[tuple[int, int | None, Queues]], factors: Sequence[float] | np.ndarray, rule: CapacityRule
+) -> Iterator[tuple[int, int | None, pa.Table]]:
+    chances: dict[tuple[str, int, int, int, int | None], np.ndarray] = {}
+    for i, mixed, queues in ranked:
         layer = trace.layers[i]
-        same = (layer.stream, layer.n_experts, layer.top_k, layer.n_special)
+        same = (layer.stream, layer.n_experts, layer.top_k, layer.n_special, mixed)
         if same not in chances:
             chances[same] = chance_curve(queues.batches.sizes, *same[1:3], factors, rule, layer.n_special)
-        curve = queues.curve(factors, rule)
-        table = curve.table().append_column("chance_dropped", pa.array(chances[same] * curve.assignments))
-        yield i, _of_site(layer, with_shares(table))
+        table = queues.totals(factors, rule)
+        table = table.append_column("chance_dropped", pa.array(chances[same] * table["assignments"].to_numpy()))
+        yield i, mixed, _of_site(layer, with_shares(table))
 
 
 def _rule(preset: str | CapacityRule) -> CapacityRule:
@@ -272,7 +269,8 @@ def _of_site(layer: LayerInfo, table: pa.Table) -> pa.Table:
 def _summed(table: pa.Table, keys: list[str]) -> pa.Table:
     columns = [c for c in table.column_names if c in ADDITIVE]
     out = table.group_by(keys, use_threads=False).aggregate([(c, "sum") for c in columns])
-    return out.rename_columns([c.removesuffix("_sum") for c in out.column_names])
+    out = out.rename_columns([c.removesuffix("_sum") for c in out.column_names])
+    return out.sort_by([(k, "ascending") for k in keys]) if keys else out  # Arrow's groups come in the order of its hash table
 
 
 def _ranges(trace: Trace, stream: str) -> list[tuple[int, int]]:
@@ -307,7 +305,7 @@ def _positions(trace: Trace, stream: str, width: int | None) -> tuple[np.ndarray
 
 
 def _token_ids(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    ids = trace.stream_tokens(stream)["token_id"].to_numpy()
+    ids = trace.stream_tokens(stream, columns=["token_id"])["token_id"].to_numpy()
     there = np.flatnonzero(np.bincount(ids))  # ids are 0 and above
     code = np.empty(ids.max(initial=-1) + 1, np.int32)
     code[there] = np.arange(len(there))

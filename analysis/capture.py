@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .models import model_card
 from .recorder import CaptureCancelled, CaptureError, Recorder, recording
+from .rounding import WEIGHTS, rounded
 from .routers import Routed, RouterError, Site, find_sites, router_scores
 from .stats import merge_statistics, part_statistics
 from .tokens import Pieces, encode
@@ -108,6 +109,7 @@ def capture_parts(
     part_tokens: int = PART_TOKENS,
     max_tokens: int | None = None,
     probabilities: bool = False,
+    weights: str = "exact",
     new_tokens: int = 0,
     committed: Sequence[tuple[str, str | None, str]] = (),
     first_document: int = 0,
@@ -125,8 +127,11 @@ def capture_parts(
     Batches never straddle parts, so a resumed capture runs exactly the batches of an uninterrupted one. ``committed``
     holds (digest, label, name) of the documents already recorded, which are compared and passed over. ``first_document``,
     ``first_part`` and ``first_rows`` are the numbers that the first text, its part and its rows get.
+    ``weights`` "8-bit" rounds gate weights before anything is counted, so that all figures of a run follow from what it holds (rounding.py).
     Raises PromptTooLong, CaptureCancelled, CaptureError, RouterError, TraceError.
     """
+    if weights not in WEIGHTS:
+        raise CaptureError(f"no way {weights!r} to keep gate weights: there are {' and '.join(WEIGHTS)}")
     sites = find_sites(model)
     batch_size = 1 if any(s.kind.mixes for s in sites) else batch_size
     total = len(texts) if isinstance(texts, Sequence) else None
@@ -150,6 +155,9 @@ def capture_parts(
         if not pieces:
             return
         part = _part(index, pieces, sites, pieces_of, rows)
+        if weights != "exact":
+            routing = tuple(replace(r, weights=rounded(r.weights)) for r in part.routing)
+            part = replace(part, routing=routing, weights=weights)
         check_part(part, [s.info for s in sites])
         for stream in {p.stream for p in pieces}:
             rows[stream] = rows.get(stream, 0) + sum(len(p.ids) for p in pieces if p.stream == stream)

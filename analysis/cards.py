@@ -14,7 +14,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from .capacity import percent
 from .paths import PairCounts, coactivation, flow
@@ -108,7 +107,7 @@ class ExpertCard:
 def site_evidence(trace: Trace, site: int) -> SiteEvidence:
     """All tests and tables of one site. About 0.5 s on 50,000 tokens; one pass over the site where there are tokens."""
     before = [i for i, after in enumerate(trace.stats.following) if after == site]
-    decided = trace.source is not None and trace.tokens is not None  # the tokens are read here, not by two threads at once
+    decided = trace.source is not None and trace.load_tokens is not None
     with ThreadPoolExecutor() as pool:  # each spends most of its time without Python's lock
         tested, kinds, use = (pool.submit(by_label, trace, site), pool.submit(_kinds, trace, site), pool.submit(_token_use, trace, site))
     labels, (classes, crossed), (tokens, token_use) = tested.result(), kinds.result(), use.result()
@@ -127,7 +126,7 @@ def site_evidence(trace: Trace, site: int) -> SiteEvidence:
 
 def _kinds(trace: Trace, site: int) -> tuple[Preferences | None, Preferences | None]:
     """``classes`` and ``crossed`` of SiteEvidence."""
-    if trace.source is None or trace.tokens is None:
+    if trace.source is None or trace.load_tokens is None:
         return None, None
     codes = class_codes(trace, trace.layers[site].stream)
     classes = by_class(trace, site, codes)
@@ -137,7 +136,7 @@ def _kinds(trace: Trace, site: int) -> tuple[Preferences | None, Preferences | N
 def _token_use(trace: Trace, site: int) -> tuple[TokenCounts | None, DocumentUse | None]:
     """``tokens`` and ``token_use`` of SiteEvidence."""
     layer = trace.layers[site]
-    if trace.tokens is None and trace.stats.load(site).sum() != trace.stats.n_tokens(site) * layer.top_k:
+    if trace.load_tokens is None and trace.stats.load(site).sum() != trace.stats.n_tokens(site) * layer.top_k:
         return None, None
     tokens = input_tokens(trace, site)
     return tokens, document_use(trace, tokens, leading_ids(tokens, range(layer.n_classes)))
@@ -217,10 +216,9 @@ def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: Preferen
     layer = trace.layers[site]
     if not labels:
         return None
-    table = trace.stream_tokens(layer.stream)
     place = {name: i for i, name in enumerate(labels)}
     of_document = {r["document"]: place.get(r["label"], -1) for r in trace.documents.to_pylist()}
-    numbers, inverse = np.unique(table["document"].to_numpy(), return_inverse=True)
+    numbers, inverse = np.unique(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy(), return_inverse=True)
     label = np.array([of_document[int(d)] for d in numbers])[inverse]
     column = np.array([classes.groups.index(c) if c in classes.groups else -1 for c in CLASSES] + [-1])
     kind = column[codes]
@@ -298,8 +296,7 @@ def passages(trace: Trace, site: int, expert: int, most: int = 5, width: int = 2
 
     with ThreadPoolExecutor(2) as pool:  # reading runs without Python's lock
         found = sorted(chain.from_iterable(pool.map(best, _runs(rows))), key=lambda x: x[:2])[:most]
-    texts = trace.stream_tokens(stream)["token"]
-    return tuple(_passage(trace, texts, site, expert, at, min(at + width, row["first_row"] + row["n_tokens"]), row) for _, at, row in found)
+    return tuple(_passage(trace, site, expert, at, min(at + width, row["first_row"] + row["n_tokens"]), row) for _, at, row in found)
 
 
 def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -316,10 +313,10 @@ def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return out
 
 
-def _passage(trace: Trace, stream_texts: pa.ChunkedArray, site: int, expert: int, start: int, stop: int, row: dict[str, Any]) -> Passage:
+def _passage(trace: Trace, site: int, expert: int, start: int, stop: int, row: dict[str, Any]) -> Passage:
     routing = trace.routing(site, start, stop)
     here = routing.experts == expert
     weights = np.where(here, routing.weights, 0).sum(1)
-    texts = stream_texts.slice(start, stop - start).to_pylist()
+    texts = trace.stream_tokens(trace.layers[site].stream, start, stop, ["token"])["token"].to_pylist()
     return Passage(row["document"], row["name"], row["label"], start - row["first_row"], start, stop, tuple(texts), tuple(weights.tolist()), int(here.any(1).sum()),
                    float(weights.sum(dtype=np.float64)))  # fmt: skip

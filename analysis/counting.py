@@ -19,7 +19,6 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 MAX_CLASSES = 2**16 - 2
-_LANES, _WORDS = 8, 8  # bit tables are padded to whole vectors of experts, and to blocks of words of 64 rows
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 _U = np.uintp
 
@@ -33,96 +32,84 @@ def compiled(function: _Kernel, **options: Any) -> _Kernel:
 
 
 @intrinsic
-def _set_bits(context: Any, word: Any) -> Any:
-    """The number of bits set in a uint64, one instruction."""
-    return types.uint64(types.uint64), lambda context, builder, signature, args: builder.ctpop(args[0])
-
-
-@intrinsic
 def _lowest_bit(context: Any, word: Any) -> Any:
     """The place of the lowest bit set in a uint64 that is not 0, one instruction."""
     return types.uint64(types.uint64), lambda context, builder, signature, args: builder.cttz(args[0], cgutils.true_bit)
 
 
-def slots_of(experts: np.ndarray, n_classes: int) -> np.ndarray:
-    """uint16 [n, k]: ids plus one. Raises ValueError for an id outside -1..n_classes-1, which a kernel would count out of bounds."""
+def check_ids(experts: np.ndarray, n_classes: int) -> None:
+    """Raise ValueError for an id outside -1..n_classes-1, which a kernel would count out of bounds, and for a part too large to count."""
     if n_classes > MAX_CLASSES or experts.size * max(experts.shape[1], 1) >= 2**31:  # the kernels count in int32
         raise ValueError(f"{experts.size} decisions over {n_classes} experts are too many for one part: use smaller parts")
-    slots = np.empty(experts.shape, np.uint16)
-    if not _fill_slots(np.ascontiguousarray(experts).ravel(), n_classes, slots.ravel()):
+    if experts.size and (experts.min() < -1 or experts.max() >= n_classes):
         raise ValueError(f"expert ids {experts.min()} to {experts.max()} at a site of {n_classes} experts")
+
+
+@compiled
+def slots_of(experts: np.ndarray) -> np.ndarray:
+    """uint16 [n, k]: ids plus one, of ids that were checked."""
+    slots = np.empty(experts.shape, np.uint16)
+    for t in range(experts.shape[0]):
+        for i in range(experts.shape[1]):
+            slots[t, i] = experts[t, i] + 1
     return slots
 
 
-@compiled
-def _fill_slots(experts: np.ndarray, n_classes: int, slots: np.ndarray) -> bool:
-    """Whether every id lies in -1..n_classes-1; slots [n] are filled with the ids plus one."""
-    wrong = 0
-    for i in range(experts.shape[0]):
-        wrong += (experts[i] < -1) | (experts[i] >= n_classes)
-        slots[i] = experts[i] + 1
-    return wrong == 0
+def take_rows(experts: np.ndarray, weights: np.ndarray, n_slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What one look at every row of ids [n, k] that were checked, and gate weights float32 [n, k], tells.
+
+    (uint16 [n], the slot of the largest weight, the earliest of equals, 0 where a row has no expert; uint64 [n], the experts of each row
+    as bits, where there are at most 64 of them, else empty; float64 [n_slots], the sum of the gate weights).
+    """
+    n = len(experts)
+    first, words, mass = np.empty(n, np.uint16), np.empty(n if n_slots <= 65 else 0, np.uint64), np.zeros(n_slots)
+    _take_rows(experts, weights, first, words, mass)
+    return first, words, mass
 
 
 @compiled
-def count_runs(slots: np.ndarray, weights: np.ndarray, run: np.ndarray, by_run: np.ndarray, mass: np.ndarray) -> None:
-    """Add each row t to by_run[run[t]], int32 [runs, slots], and its gate weights float32 [n, k] to mass float64 [slots]."""
-    if slots.shape[1] == 8:  # the usual k as a constant: the loop over it is unrolled
-        _count_runs(slots, weights, run, by_run, mass, 8)
+def _take_rows(experts: np.ndarray, weights: np.ndarray, first: np.ndarray, words: np.ndarray, mass: np.ndarray) -> None:
+    if experts.shape[1] == 8:  # the usual k as a constant: the loops over it are unrolled
+        _take_each(experts, weights, first, words, mass, 8)
     else:
-        _count_runs(slots, weights, run, by_run, mass, slots.shape[1])
+        _take_each(experts, weights, first, words, mass, experts.shape[1])
 
 
 @numba.njit(inline="always")
-def _count_runs(slots: np.ndarray, weights: np.ndarray, run: np.ndarray, by_run: np.ndarray, mass: np.ndarray, k: int) -> None:
-    for t in range(slots.shape[0]):
-        r = _U(run[t])
+def _take_each(experts: np.ndarray, weights: np.ndarray, first: np.ndarray, words: np.ndarray, mass: np.ndarray, k: int) -> None:
+    for t in range(experts.shape[0]):
+        best, at, larger, word = weights[t, 0], 0, 0, _U(0)
         for i in range(k):
-            s = _U(slots[t, i])
-            by_run[r, s] += 1
-            mass[s] += weights[t, i]
-
-
-@compiled
-def first_slots(slots: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """uint16 [n]: the slot of the largest weight, the earliest of equals; 0 where a row has no expert."""
-    first = np.empty(slots.shape[0], np.uint16)
-    for t in range(slots.shape[0]):
-        best, at, larger = weights[t, 0], 0, 0
-        for i in range(slots.shape[1]):
-            larger += weights[t, i] > best
-        if larger or slots[t, 0] == 0 or not best > -np.inf:  # else the first is the largest, as a router that sorts has it
-            best = np.float32(-np.inf)
-            for i in range(slots.shape[1]):
-                if weights[t, i] > best and slots[t, i] != 0:
-                    best, at = weights[t, i], i
-        first[t] = slots[t, at]
-    return first
-
-
-def row_words(slots: np.ndarray, n_slots: int) -> np.ndarray:
-    """uint64 [n]: the experts of each row as bits, where there are at most 64 of them; else empty."""
-    return _row_words(slots) if n_slots <= 65 else np.zeros(0, np.uint64)
-
-
-@compiled
-def _row_words(slots: np.ndarray) -> np.ndarray:
-    words = np.empty(slots.shape[0], np.uint64)
-    for t in range(slots.shape[0]):
-        word = _U(0)
-        for i in range(slots.shape[1]):
-            s = _U(slots[t, i])
+            s = _U(experts[t, i] + 1)
             word |= _U(s != _U(0)) << ((s - _U(1)) & _U(63))
-        words[t] = word
-    return words
+            mass[s] += weights[t, i]
+            larger |= weights[t, i] > best
+        if words.shape[0] > 0:
+            words[t] = word
+        if larger or experts[t, 0] < 0 or not best > -np.inf:  # else the first is the largest, as a router that sorts has it
+            best = np.float32(-np.inf)
+            for i in range(k):
+                if weights[t, i] > best and experts[t, i] >= 0:
+                    best, at = weights[t, i], i
+        first[t] = experts[t, at] + 1
+
+
+@compiled
+def count_runs(slots: np.ndarray, starts: np.ndarray, by_run: np.ndarray) -> None:
+    """Add the rows starts[r] to starts[r + 1] to by_run[r], int32 [runs, slots]."""
+    for r in range(by_run.shape[0]):
+        row = by_run[r]
+        for t in range(starts[r], starts[r + 1]):
+            for i in range(slots.shape[1]):
+                row[_U(slots[t, i])] += 1
 
 
 @compiled
 def count_repeats(slots: np.ndarray, words: np.ndarray, first: np.ndarray, same_document: np.ndarray, n_slots: int) -> tuple[int, int, int]:
-    """(neighbours in a document, those with the same first choice, those with any expert in common)."""
+    """(neighbours in a document, those with the same first choice, those with any expert in common), from slots only where there are no words."""
     last = np.zeros(n_slots, np.int64)  # the last row with the expert, plus one
     pairs, equal, shared = 0, 0, 0
-    for t in range(slots.shape[0]):
+    for t in range(first.shape[0]):
         together = int(same_document[t])
         pairs += together
         equal += together & int(first[t] == first[t - 1]) & int(first[t] != 0)
@@ -150,89 +137,42 @@ def add_rows(counts: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
 
 
 @compiled
-def _scatter_pairs(here: np.ndarray, after: np.ndarray, table: np.ndarray) -> None:
-    """Add every pair of slots of each row, here [n, k] x after [n, k2], to table int32 [slots here, slots after]."""
-    for t in range(here.shape[0]):
-        for i in range(here.shape[1]):
-            s = _U(here[t, i])
-            for j in range(after.shape[1]):
-                table[s, _U(after[t, j])] += 1
+def nonzero(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows, columns, both int32; int64 counts) of the cells of counts [rows, columns] that are not 0, in order."""
+    room = counts.size + 1  # each cell is written, and kept where it was counted: a branch would be guessed wrong half the time
+    rows, columns, found, m = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int64), 0
+    for a in range(counts.shape[0]):
+        for b in range(counts.shape[1]):
+            rows[m], columns[m], found[m] = a, b, counts[a, b]
+            m += counts[a, b] != 0
+    return rows[:m].copy(), columns[:m].copy(), found[:m].copy()
 
 
 @compiled
-def _bits_of(slots: np.ndarray, n_slots: int) -> np.ndarray:
-    """uint64 [words of 64 rows, _LANES + experts], both padded: bit t % 64 of [t // 64, _LANES - 1 + s] is set where row t has slot s.
+def count_scores(entropy: np.ndarray, highest: float, margin: np.ndarray, logsumexp: np.ndarray, counts: np.ndarray,
+                 sums: np.ndarray) -> tuple[int, float]:  # fmt: skip
+    """Add finite values to equal bins over [0, highest] and [0, 1], those outside to the outermost: counts int64, sums float64 [2, bins].
 
-    The experts fill whole lanes: slot 0 lies in the one before them, which is never read.
+    Returns (how many squares of logsumexp are finite, the sum of those that are numbers), in float64.
     """
-    words = -(-slots.shape[0] // (64 * _WORDS)) * _WORDS
-    bits = np.zeros((words, _LANES - -(n_slots - 1) // _LANES * _LANES), np.uint64)
-    for t in range(slots.shape[0]):
-        q, one = _U(t) >> _U(6), _U(1) << (_U(t) & _U(63))
-        for i in range(slots.shape[1]):
-            bits[q, _U(slots[t, i]) + _U(_LANES - 1)] |= one
-    return bits
-
-
-@compiled
-def _intersect_pairs(x: np.ndarray, y: np.ndarray, upper: bool, table: np.ndarray) -> None:
-    """Add to table int64, with the columns of x as rows and those of y as columns, in how many rows both are set, 64 rows an instruction.
-
-    ``upper`` leaves out what is below the diagonal, but for its lane. A signed b would keep the loop from becoming vector instructions.
-    """
-    for q in range(0, x.shape[0], _WORDS):
-        for a in range(_LANES, x.shape[1]):
-            x0, x1, x2, x3 = x[q, a], x[q + 1, a], x[q + 2, a], x[q + 3, a]
-            x4, x5, x6, x7 = x[q + 4, a], x[q + 5, a], x[q + 6, a], x[q + 7, a]
-            start = _U(a) // _U(_LANES) * _U(_LANES) if upper else _U(_LANES)
-            for b in range(start, _U(y.shape[1])):
-                low = _set_bits(x0 & y[q, b]) + _set_bits(x1 & y[q + 1, b]) + _set_bits(x2 & y[q + 2, b]) + _set_bits(x3 & y[q + 3, b])
-                high = _set_bits(x4 & y[q + 4, b]) + _set_bits(x5 & y[q + 5, b]) + _set_bits(x6 & y[q + 6, b]) + _set_bits(x7 & y[q + 7, b])
-                table[a, b] += low + high
-
-
-def count_pairs(here: np.ndarray, after: np.ndarray, bits: tuple[np.ndarray, np.ndarray] | None, table: np.ndarray) -> None:
-    """Add every pair of slots of each row to table int64 [slots here, slots after], through the bit tables where there are some.
-
-    Row and column 0 are left as they are. Of a site with itself only the cells above the diagonal are meant.
-    """
-    if bits is None:
-        small = np.zeros(table.shape, np.int32)  # twice as much of it stays in the cache
-        _scatter_pairs(here, after, small)
-        table[1:, 1:] += small[1:, 1:]
-    else:
-        padded = np.zeros((bits[0].shape[1], bits[1].shape[1]), np.int64)
-        _intersect_pairs(*bits, here is after, padded)
-        table[1:, 1:] += padded[_LANES:, _LANES:][: table.shape[0] - 1, : table.shape[1] - 1]
-
-
-def bits_of(slots: np.ndarray, n_slots: int) -> np.ndarray | None:
-    """The bit table of a site where pairs are counted faster by it, else None: it costs slots^2 / 64 per row, scattering k^2."""
-    return _bits_of(slots, n_slots) if n_slots**2 <= 128 * slots.shape[1] ** 2 else None
-
-
-@compiled
-def count_bins(values: np.ndarray, high: float, counts: np.ndarray, sums: np.ndarray) -> None:
-    """Add finite values to equal bins over [0, high], those outside to the outermost: counts int64 [bins], sums float64 [bins]."""
-    bins = counts.shape[0]
-    for t in range(values.shape[0]):
-        value = np.float64(values[t])
-        if np.isfinite(value):
-            at = _U(min(max(value / high * bins, 0.0), bins - 1.0))
-            counts[at] += 1
-            sums[at] += value
-
-
-@compiled
-def sum_of_squares(values: np.ndarray) -> tuple[int, float]:
-    """(how many squares are finite, the sum of those that are numbers), in float64."""
     count, total = 0, 0.0
-    for t in range(values.shape[0]):
-        square = np.float64(values[t]) ** 2
+    entropies, margins, entropy_sums, margin_sums = counts[0], counts[1], sums[0], sums[1]
+    for t in range(entropy.shape[0]):  # three chains of additions, each of which waits for its last: side by side they wait once
+        _add_to_bin(np.float64(entropy[t]), highest, entropies, entropy_sums)
+        _add_to_bin(np.float64(margin[t]), 1.0, margins, margin_sums)
+        square = np.float64(logsumexp[t]) ** 2
         count += np.isfinite(square)
         if not np.isnan(square):
             total += square
     return count, total
+
+
+@numba.njit
+def _add_to_bin(value: float, high: float, counts: np.ndarray, sums: np.ndarray) -> None:
+    if np.isfinite(value):
+        at = _U(min(max(value / high * counts.shape[0], 0.0), counts.shape[0] - 1.0))
+        counts[at] += 1
+        sums[at] += value
 
 
 @compiled
@@ -241,7 +181,7 @@ def count_keys(order: np.ndarray, starts: np.ndarray, slots: np.ndarray, words: 
     """Sparse counts per (key, expert), in that order; returns how many entries were written.
 
     The rows of key g are order[starts[g]:starts[g + 1]], its entries end at ends[g] of ``experts`` uint16 and ``counts_of`` int32, which
-    have room for rows x k + slots entries. ``words`` is what ``row_words`` says.
+    have room for rows x k + slots entries. ``words`` is what ``take_rows`` says; slots are read only where there are none.
     """
     m, counts, seen = 0, np.zeros(n_slots, np.int32), np.zeros(n_slots // 64 + 1, np.uint64)
     for g in range(ends.shape[0]):

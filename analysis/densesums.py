@@ -50,12 +50,22 @@ class DenseSum:
         """How many sites have cells."""
         return len(self._cells)
 
-    def site(self, site: int) -> pa.Table:
-        """The counts of one site that are not 0, sorted by key and expert."""
+    def has_place_for(self, site: int, rows: pa.Table) -> bool:
+        """Whether every row of a table of one site belongs to a cell, whatever its count."""
+        if not len(rows):
+            return True
+        key, expert = (pc.min_max(rows[n]).as_py() for n in self._schema.names[1:3])
+        sites, keys, experts = self._cells.shape
+        inside = key["min"] >= self._first and key["max"] < self._first + keys and expert["min"] >= 0 and expert["max"] < experts
+        return site < sites and inside
+
+    def site(self, site: int, more: pa.Table | None = None) -> pa.Table:
+        """The counts of one site that are not 0, sorted by key and expert, with those of ``more`` added, which is sorted, too, and has place."""
         cells = self._cells[site] if site < len(self._cells) else self._cells[0, :0]
-        n = np.count_nonzero(cells)
+        added = tuple(x.to_numpy() for x in (self._schema.empty_table() if more is None else more).columns[1:])
+        n = int(np.count_nonzero(cells)) + len(added[0])
         key, expert, count = np.empty(n + 1, np.int32), np.empty(n + 1, np.int32), np.empty(n + 1, np.int64)
-        _take_cells(cells, self._first, key, expert, count)
+        n = _take_cells(cells, self._first, added, key, expert, count)
         types = self._schema.types
         columns = [
             pa.repeat(pa.scalar(site, types[0]), n),
@@ -89,10 +99,26 @@ def _add_cells(site: np.ndarray, key: np.ndarray, expert: np.ndarray, count: np.
 
 
 @compiled
-def _take_cells(cells: np.ndarray, first: int, key: np.ndarray, expert: np.ndarray, count: np.ndarray) -> None:
-    """Copy the cells of a site that are not 0, in order; there is room for one more. Each is written, and kept where it was counted."""
-    m = 0
+def _take_cells(cells: np.ndarray, first: int, more: tuple[np.ndarray, ...], key: np.ndarray, expert: np.ndarray,
+                count: np.ndarray) -> int:  # fmt: skip
+    """Copy the cells of a site that are not 0, in order, with the rows of ``more`` (key, expert, count) added; returns how many, there is room for one more.
+
+    Each cell is written, and kept where it was counted. The few keys of which there is more are written once again.
+    """
+    m = p = 0
+    more_key, more_expert, more_count = more
     for k in range(cells.shape[0]):
+        begin = m
         for e in range(cells.shape[1]):
             key[m], expert[m], count[m] = k + first, e, cells[k, e]
             m += cells[k, e] != 0
+        if p < more_key.shape[0] and more_key[p] == k + first:
+            m = begin
+            for e in range(cells.shape[1]):
+                total = np.int64(cells[k, e])
+                if p < more_key.shape[0] and more_key[p] == k + first and more_expert[p] == e:
+                    total += more_count[p]
+                    p += 1
+                key[m], expert[m], count[m] = k + first, e, total
+                m += total != 0
+    return m

@@ -13,11 +13,13 @@ import numpy as np
 from . import balance
 from .significance import permutation_test
 from .specialization import Preferences, label_effects, labelled_documents
+from .stability import LEAST_DOCUMENTS, dead_experts
 from .trace import Trace
 
 LEAST_TOKENS = 500  # of a label, for a sentence about it
 MOST_P = 0.01
 DRAWS = 499
+NAMED = 24  # experts without a token, by number
 MOST_DOCUMENTS = 150  # more are joined into units: the front page waits for this
 
 
@@ -87,7 +89,7 @@ def busiest(trace: Trace) -> Finding | None:
         return None
     layer, n = trace.layers[best[1]], trace.stats.n_tokens(best[1])
     chance = balance.chance_max_over_mean(n, layer.n_experts, layer.top_k)
-    claim = f"{layer.title.capitalize()} sends expert {best[2]} {best[0]:.2f} times its even share"
+    claim = f"At {layer.title}, expert {best[2]} carries {best[0]:.2f} times its even share"
     claim += "." if best[0] > chance else ": no more than chance in so few tokens."
     return Finding(claim, f"n = {n:,} tokens. Chance alone would give at most about {chance:.2f} times.", best[1], best[2])
 
@@ -95,3 +97,26 @@ def busiest(trace: Trace) -> Finding | None:
 def first_finding(trace: Trace) -> Finding | None:
     """The one thing to say first: the strongest label specialist, else the busiest expert."""
     return strongest_label(trace) or busiest(trace)
+
+
+def unused_experts(trace: Trace) -> str:
+    """Which experts got no token, and whether they may be called dead; beside what uniform routing would leave."""
+    found = dead_experts(trace)
+    chance = "below 0.01" if found.chance < 0.01 else f"{found.chance:,.2f}"
+    if not found.dead:
+        return f"No expert of {found.experts:,} is dead. Uniform routing of so many tokens would leave {chance}."
+    left, said = NAMED, []
+    for site, experts in found.at:
+        if left > 0:
+            said.append(f"{trace.layers[site].title} expert{'s' * (len(experts[:left]) > 1)} {', '.join(map(str, experts[:left]))}")
+        left -= len(experts)
+    who = "; ".join(said) + (f"; and {-left:,} more, all in the table of loads" if left < 0 else "")
+    if found.few:
+        return (f"{found.dead:,} of {found.experts:,} experts {'is' if found.dead == 1 else 'are'} not used by {_these(found.documents)} ({found.tokens:,} tokens): {who}."
+                f" So few documents cannot show that an expert is dead: that takes {LEAST_DOCUMENTS}.")  # fmt: skip
+    return (f"{found.dead:,} of {found.experts:,} experts {'is' if found.dead == 1 else 'are'} dead: {who}. Uniform routing of so many tokens would"
+            f" leave {chance}.")  # fmt: skip
+
+
+def _these(documents: int) -> str:
+    return "this one document" if documents == 1 else f"these {documents:,} documents"

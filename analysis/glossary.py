@@ -42,7 +42,7 @@ TERMS = (
     Entry("top_k", "Top-k", "k is the number of experts a token is sent to at a site; each of the k choices is one assignment",
           "Shazeer et al. 2017, arXiv 1701.06538"),
     Entry("gate_weight", "Gate weight", "the factor by which an expert's output is multiplied before the outputs of a token's experts are summed;"
-          " recorded as executed. Whether the k weights sum to 1 depends on the model", "Shazeer et al. 2017, arXiv 1701.06538"),
+          " recorded as executed, or rounded where the run's pages say so. Whether the k weights sum to 1 depends on the model", "Shazeer et al. 2017, arXiv 1701.06538"),
     Entry("shared_expert", "Shared expert", "an expert that every token passes, beside the routed ones; it has no router score and is in no load",
           "DeepSeekMoE, arXiv 2401.06066"),
     Entry("expert_load", "Expert load", "n_e: the number of assignments an expert received at one site; all loads of a site sum to T k less what"

@@ -1,12 +1,17 @@
 """The Parquet layout of decisions and scores: row groups of one site each, scalar columns, exact float32 weights.
 
-Ids are dictionary-coded uint8 or uint16, by the number of experts; weights are BYTE_STREAM_SPLIT float32, which holds
-bfloat16 and float16 values exactly at their own cost; pages carry checksums.
+Ids are dictionary-coded uint8 or uint16, by the number of experts (as BYTE_STREAM_SPLIT they are written faster, but older readers do not
+know integers of that kind, and DuckDB and Polars take twice as long); weights are BYTE_STREAM_SPLIT float32, which holds bfloat16 and
+float16 values exactly at their own cost; pages carry checksums. Rounded weights are float32 too, so that every reader has the values,
+but dictionary-coded: an index of at most 8 bits each, as long as a site's weights span no more than 16 octaves. Columns that cannot hold
+a null say so, which saves a fifth of writing them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +22,29 @@ import pyarrow.parquet as pq
 from .trace import NO_EXPERT, LayerInfo, Part, SiteRouting, SiteScores, id_dtype
 
 GROUP_ROWS = 16_384  # a document of 1,000 tokens costs a quarter of what it does in groups of 65,536, for 1 % more bytes
+_KEYS = tuple(pa.field(n, t, nullable=False) for n, t in (("row", pa.int64()), ("site", pa.uint16()), ("document", pa.int32())))
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a file says of itself, read and taken apart once: that of a deep model takes as long as a document."""
+
+    metadata: pq.FileMetaData
+
+    @classmethod
+    def of(cls, path: Path) -> Footer:
+        return cls(pq.read_metadata(path))
+
+    @cached_property
+    def sites(self) -> Mapping[int, Sequence[tuple[int, int]]]:
+        """(number, rows) of each site's row groups: those whose least value of column 1, ``site``, is its number."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for i in range(self.metadata.num_row_groups):
+            group = self.metadata.row_group(i)
+            known = group.column(1).statistics
+            if known is not None:  # none in a group of no rows
+                found.setdefault(known.min, []).append((i, group.num_rows))
+        return found
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -32,17 +60,19 @@ def write_routing(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
     if any(x.native_capacity is not None for x in layers):
         kinds.append(("c", ids))
     columns = [(f"{kind}{i}", type_) for kind, type_ in kinds for i in range(width)]
-    schema = pa.schema([("row", pa.int64()), ("site", pa.uint16()), ("document", pa.int32()), *columns])
-    encodings = {f"w{i}": "BYTE_STREAM_SPLIT" for i in range(width)} | {"row": "DELTA_BINARY_PACKED"}
-    coded = ["site", "document", *(n for n, _ in columns if n[0] != "w")]
+    full = len({x.top_k for x in layers}) == 1  # then no weight is null
+    fields = [pa.field(n, t, nullable=not (full and n[0] == "w")) for n, t in columns]
+    schema = pa.schema([*_KEYS, *fields])
+    keys = _keys(part, layers)
+    split = [n for n, _ in columns if n[0] == "w" and part.weights == "exact"]
 
     def tables() -> Iterator[pa.Table]:
         for layer, routing in zip(layers, part.routing, strict=True):
             arrays = {"e": routing.experts, "w": routing.weights, "c": routing.chosen}
-            values = [_column(arrays[n[0]], int(n[1:]), t) for n, t in columns]
-            yield pa.table([*_keys(part, layer), *values], schema=schema)
+            values = [c for kind, type_ in kinds for c in _columns(arrays[kind], width, type_)]
+            yield pa.table([*keys(layer), *values], schema=schema)
 
-    _write_groups(tables(), schema, path, encodings, coded)
+    _write_groups(tables(), schema, path, [n for n, _ in columns], split)
 
 
 def write_scores(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
@@ -50,28 +80,26 @@ def write_scores(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
     names = ["entropy", "margin", "logsumexp"]
     width = max((s.probabilities.shape[1] for s in part.scores if s.probabilities is not None), default=0)
     columns = [*names, *(f"p{i}" for i in range(width))]
-    schema = pa.schema([("row", pa.int64()), ("site", pa.uint16()), *((n, pa.float32()) for n in columns)])
-    encodings = {n: "BYTE_STREAM_SPLIT" for n in columns} | {"row": "DELTA_BINARY_PACKED"}
+    full = all(s.probabilities is not None and s.probabilities.shape[1] == width for s in part.scores)
+    schema = pa.schema([*_KEYS[:2], *(pa.field(n, pa.float32(), nullable=n not in names and not full) for n in columns)])
+    keys = _keys(part, layers)
 
     def tables() -> Iterator[pa.Table]:
         for layer, s in zip(layers, part.scores, strict=True):
             given = np.zeros((len(s.entropy), 0), np.float32) if s.probabilities is None else s.probabilities
             values = [pa.array(getattr(s, n), pa.float32()) for n in names]
-            values += [_column(given, i, pa.float32()) for i in range(width)]
-            yield pa.table([*_keys(part, layer)[:2], *values], schema=schema)
+            yield pa.table([*keys(layer)[:2], *values, *_columns(given, width, pa.float32())], schema=schema)
 
-    _write_groups(tables(), schema, path, encodings, ["site"])
+    _write_groups(tables(), schema, path, columns, columns)
 
 
-def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq.FileMetaData | None = None) -> SiteRouting:
-    """Rows start to stop (within the part) of one site, from the row groups that hold them alone.
-
-    ``footer`` is the file's, where it was read before: that of a deep model takes as long to read as a document.
-    """
-    with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
+def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> SiteRouting:
+    """Rows start to stop (within the part) of one site, from the row groups that hold them alone; ``footer`` where it was read before."""
+    footer = Footer.of(path) if footer is None else footer
+    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
         chosen = "c0" in file.schema_arrow.names
         names = [f"{kind}{i}" for kind in ("e", "w", "c")[: 3 if chosen else 2] for i in range(layer.top_k)]
-        table = _read_rows(file, layer.index, names, start, stop)
+        table = _read_rows(file, footer, layer.index, names, start, stop)
     dtype = id_dtype(layer.n_classes)
     experts = _matrix(table, "e", layer.top_k, dtype, NO_EXPERT)
     weights = _matrix(table, "w", layer.top_k, np.dtype(np.float32), 0.0)
@@ -79,10 +107,11 @@ def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq
     return SiteRouting(experts, weights, experts if np.array_equal(before, experts) else before)
 
 
-def read_experts(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq.FileMetaData | None = None) -> np.ndarray:
+def read_experts(path: Path, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> np.ndarray:
     """The experts of ``read_routing`` alone: a third of the bytes, and no weight is unpacked."""
-    with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
-        table = _read_rows(file, layer.index, [f"e{i}" for i in range(layer.top_k)], start, stop)
+    footer = Footer.of(path) if footer is None else footer
+    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
+        table = _read_rows(file, footer, layer.index, [f"e{i}" for i in range(layer.top_k)], start, stop)
     return _matrix(table, "e", layer.top_k, id_dtype(layer.n_classes), NO_EXPERT)
 
 
@@ -97,58 +126,81 @@ def _matrix(table: pa.Table, kind: str, top_k: int, type_: np.dtype, missing: fl
     return out
 
 
-def read_scores(path: Path, layer: LayerInfo, start: int, stop: int, footer: pq.FileMetaData | None = None) -> SiteScores:
+def read_scores(path: Path, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> SiteScores:
     """Rows start to stop (within the part) of one site's scores; ``footer`` as in ``read_routing``."""
-    with pq.ParquetFile(path, metadata=footer, page_checksum_verification=True) as file:
+    footer = Footer.of(path) if footer is None else footer
+    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
         kept = "p0" in file.schema_arrow.names
         names = ["entropy", "margin", "logsumexp", *(f"p{i}" for i in range(layer.n_classes if kept else 0))]
-        table = _read_rows(file, layer.index, names, start, stop)
+        table = _read_rows(file, footer, layer.index, names, start, stop)
     columns = [table[n].to_numpy() for n in names]
     return SiteScores(columns[0], columns[1], columns[2], np.stack(columns[3:], axis=1) if kept else None)
 
 
-def _read_rows(file: pq.ParquetFile, site: int, names: list[str], start: int, stop: int) -> pa.Table:
-    """Rows start to stop of a site; ValueError where the file has fewer.
+def read_tokens(path: Path, stream: str, start: int, stop: int, columns: Sequence[str], alone: bool,
+                footer: Footer | None = None) -> pa.Table:  # fmt: skip
+    """Rows start to stop (within the part) of one stream, from the row groups that hold them; ``alone``: the part has no other stream."""
+    footer = Footer.of(path) if footer is None else footer
+    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
+        if alone:
+            rows = np.arange(start, min(stop, file.metadata.num_rows))
+        else:
+            rows = np.flatnonzero(pc.equal(file.read(columns=["stack"])["stack"], stream).to_numpy())[start:stop]
+        if len(rows) != stop - start:
+            raise ValueError(f"{len(rows)} rows of stream {stream} instead of {stop - start}")
+        ends = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))])
+        first, last = np.searchsorted(ends, [rows[0], rows[-1]], "right") - 1 if len(rows) else (0, -1)
+        table = file.read_row_groups(list(range(first, last + 1)), columns=list(columns)).select(columns)
+    if not len(rows):
+        return table
+    rows = rows - ends[first]
+    together = rows[-1] - rows[0] == len(rows) - 1  # then nothing is copied
+    return table.slice(rows[0], len(rows)) if together else table.take(pa.array(rows))
 
-    A site's row groups are those whose least value of column 1, ``site``, is its number.
-    """
+
+def _read_rows(file: pq.ParquetFile, footer: Footer, site: int, names: list[str], start: int, stop: int) -> pa.Table:
+    """Rows start to stop of a site; ValueError where the file has fewer."""
     groups, skipped, rows = [], 0, 0
-    for i in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(i)
-        known = group.column(1).statistics
-        if known is None or known.min != site:  # none in a group of no rows
-            continue
-        if rows + group.num_rows <= start:
-            skipped += group.num_rows
+    for i, n in footer.sites.get(site, ()):
+        if rows + n <= start:
+            skipped += n
         elif rows < stop and start < stop:
             groups.append(i)
-        rows += group.num_rows
+        rows += n
     if rows < stop:
         raise ValueError(f"{rows} rows of site {site} instead of {stop} or more")
     return file.read_row_groups(groups, columns=names).slice(start - skipped, stop - start)
 
 
-def _keys(part: Part, layer: LayerInfo) -> list[pa.Array]:
-    tokens = part.stream_tokens(layer.stream)
-    first = part.first_rows[layer.stream]
-    rows = np.arange(first, first + len(tokens), dtype=np.int64)
-    return [pa.array(rows), pa.array(np.full(len(rows), layer.index, np.uint16)), tokens["document"].combine_chunks()]
+def _keys(part: Part, layers: Sequence[LayerInfo]) -> Callable[[LayerInfo], list[pa.Array]]:
+    """What gives the columns row, site and document of a site; rows and documents are those of its stream."""
+    shared = {}
+    for stream in {x.stream for x in layers}:
+        tokens, first = part.stream_tokens(stream), part.first_rows[stream]
+        shared[stream] = pa.array(np.arange(first, first + len(tokens), dtype=np.int64)), tokens["document"].combine_chunks()
+
+    def keys(layer: LayerInfo) -> list[pa.Array]:
+        rows, documents = shared[layer.stream]
+        return [rows, pa.array(np.full(len(rows), layer.index, np.uint16)), documents]
+
+    return keys
 
 
-def _column(array: np.ndarray, i: int, type_: pa.DataType) -> pa.Array:
-    """Column i as Arrow; null where the site has fewer columns or, for ids, where there is no expert."""
-    if i >= array.shape[1]:
-        return pa.nulls(len(array), type_)
-    values = np.ascontiguousarray(array[:, i])
-    if pa.types.is_floating(type_):
-        return pa.array(values, type_)
-    missing = values == NO_EXPERT
-    return pa.array(np.where(missing, 0, values).astype(type_.to_pandas_dtype()), type_, mask=missing)
+def _columns(array: np.ndarray, width: int, type_: pa.DataType) -> list[pa.Array]:
+    """The columns of [n, k] as Arrow, and null ones up to ``width``; null where, for ids, there is no expert."""
+    values = np.array(array.T, type_.to_pandas_dtype(), order="C")
+    some = pa.types.is_integer(type_) and array.size and array.min() == NO_EXPERT
+    missing = np.ascontiguousarray(array.T == NO_EXPERT) if some else [None] * len(values)
+    found = [pa.array(v, type_, mask=m) for v, m in zip(values, missing, strict=True)]
+    return found + [pa.nulls(len(array), type_)] * (width - len(found))
 
 
-def _write_groups(tables: Iterator[pa.Table], schema: pa.Schema, path: Path, encodings: dict[str, str],
-                  coded: list[str]) -> None:  # fmt: skip
-    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": coded, "write_page_checksum": True}
-    with pq.ParquetWriter(path, schema, column_encoding=encodings, **options) as writer:
+def _write_groups(tables: Iterator[pa.Table], schema: pa.Schema, path: Path, values: Sequence[str], split: Sequence[str]) -> None:
+    """Tables as row groups, columns ``split`` as BYTE_STREAM_SPLIT; the keys alone say what they hold, as nobody looks for a weight and a
+    footer is read whole."""
+    keys = [n for n in schema.names if n not in values]
+    encodings = dict.fromkeys(split, "BYTE_STREAM_SPLIT") | {"row": "DELTA_BINARY_PACKED"}
+    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=1, write_page_checksum=True, column_encoding=encodings,
+                          use_dictionary=[n for n in schema.names if n not in encodings], write_statistics=keys) as writer:  # fmt: skip
         for table in tables:
             writer.write_table(table, row_group_size=GROUP_ROWS)

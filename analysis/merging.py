@@ -151,9 +151,14 @@ class LongSum:
             yield from by_site(sparse) if dense is None else dense.blocks()
             return
         for site in range(max(dense.sites, pc.max(sparse["site"]).as_py() + 1)):
+            more = where(sparse, "site", site)
+            if dense.has_place_for(site, more):
+                if len(table := dense.site(site, more)):
+                    yield table
+                continue
             both = RunningSum(self._sorted, 1)
             both.add(dense.site(site))
-            both.add(where(sparse, "site", site))
+            both.add(more)
             yield from both.blocks()
 
     def _run(self, tables: Iterable[pa.Table]) -> LongTable:

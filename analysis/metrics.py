@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from . import balance
 from .information import sparse_information, table_information
-from .stability import batch_maxvio, percentiles
+from .stability import batch_maxvio, maxvio_batches, percentiles
 from .trace import LayerInfo, Trace
 
 CORRECTION = 1 / (2 * float(np.log(2)))  # bits; Miller and Madow's correction never moves an estimate further
@@ -37,7 +37,8 @@ class Bound:
 @dataclass(frozen=True)
 class Metric:
     """One number per site, in ``unit``. ``low`` and ``high`` bound it (high may depend on E); ``chance`` says what
-    uniform random routing gives. NaN where a site saw nothing the metric could be made of.
+    uniform random routing gives, ``level`` computes it for a site (None: it is a chance value itself). NaN where a site saw
+    nothing the metric could be made of: that takes ``needs``.
     """
 
     name: str
@@ -49,6 +50,21 @@ class Metric:
     chance: str
     source: str
     function: Callable[[Trace, int], float]
+    level: Callable[[Trace, int], float] | None = None
+    needs: str = "an assignment"
+
+    def chance_level(self, trace: Trace) -> np.ndarray:
+        """float64 [sites]: what uniform random routing gives, as ``chance`` says; NaN where it is no number."""
+        return np.array([np.nan if self.level is None else self.level(trace, x.index) for x in trace.layers])
+
+    def chance_here(self, trace: Trace) -> str:
+        """``chance`` and its value at the layers of this run, from least to most."""
+        level = self.chance_level(trace)
+        known = level[np.isfinite(level)]
+        if not len(known):
+            return self.chance
+        low, high = (f"{x:,.4g}" if x >= 1e-4 or x == 0 else "below 0.0001" for x in (known.min(), known.max()))
+        return f"{self.chance}; here {low if low == high else f'{low} to {high}'}"
 
     @property
     def range(self) -> str:
@@ -84,6 +100,30 @@ def _chance(function: Callable[[int, int, int], float], trace: Trace, site: int)
     return function(trace.stats.n_tokens(site), layer.n_classes, layer.top_k)
 
 
+def _of_experts(function: Callable[[int, int, int], float], trace: Trace, site: int) -> float:
+    """Expected number of experts among all classes, of which some may have no weights."""
+    return _chance(function, trace, site) * trace.layers[site].n_experts / trace.layers[site].n_classes
+
+
+def _of_cv(function: Callable[[int, float], float], trace: Trace, site: int) -> float:
+    """A level that follows from E and the CV by chance where that is small; NaN from 0.5 on, where the series is no longer good."""
+    spread = _chance(balance.chance_cv, trace, site)
+    return function(trace.layers[site].n_experts, spread) if spread < 0.5 else float("nan")
+
+
+def _of_max(function: Callable[[float], float], trace: Trace, site: int) -> float:
+    return function(_chance(balance.chance_max_over_mean, trace, site))
+
+
+def _documents_by_chance(trace: Trace, site: int) -> float:
+    chance = maxvio_batches(trace, site)["chance"].to_numpy()
+    return float(chance.mean()) if len(chance) else float("nan")
+
+
+def _fixed(function: Callable[[LayerInfo], float], trace: Trace, site: int) -> float:
+    return function(trace.layers[site])
+
+
 def _mean(statistic: str, trace: Trace, site: int) -> float:
     return trace.stats.mean(statistic, site)
 
@@ -105,52 +145,60 @@ _UNBOUNDED = Bound("infinity", lambda x: float("inf"))
 
 _ENTRIES = (
     Metric("max_over_mean", "Max / mean", "largest expert load over the mean load", "ratio", 1, _EXPERTS,
-           "at most chance_max_over_mean", "common; EPLB's inverse", partial(_of_load, balance.max_over_mean)),
+           "at most the max / mean by chance", "common; EPLB's inverse", partial(_of_load, balance.max_over_mean),
+           partial(_of_max, lambda x: x)),
     Metric("maxvio", "MaxVio", "(largest load - mean) / mean, over the whole run", "ratio", 0, _ALL_BUT_ONE,
-           "at most chance_max_over_mean - 1", "arXiv 2408.15664", partial(_of_load, balance.maxvio)),
+           "at most the max / mean by chance, less 1", "arXiv 2408.15664", partial(_of_load, balance.maxvio), partial(_of_max, lambda x: x - 1)),
     Metric("document_maxvio", "MaxVio per document", "(largest load - mean) / mean of each document, averaged over documents",
-           "ratio", 0, _ALL_BUT_ONE, "at most chance_max_over_mean - 1 at one document's length; far above the run's",
-           "arXiv 2408.15664, batch form", batch_maxvio),
+           "ratio", 0, _ALL_BUT_ONE, "at most the max / mean by chance at one document's length, less 1; far above the run's",
+           "arXiv 2408.15664, batch form", batch_maxvio, _documents_by_chance, "a document with an assignment"),
     Metric("chance_max_over_mean", "Max / mean by chance",
            "upper bound of max / mean expected under uniform random routing without capacity", "ratio", 1, _UNBOUNDED,
            "is the chance value", "union bound over E loads, each Binomial(T, k/E)",
            partial(_chance, balance.chance_max_over_mean)),
     Metric("cv", "CV", "population standard deviation of the loads over their mean", "ratio", 0,
-           Bound("sqrt(E - 1)", lambda x: float(np.sqrt(x.n_experts - 1))), "chance_cv", "Shazeer et al. 2017 (squared there)",
-           partial(_of_load, balance.cv)),
+           Bound("sqrt(E - 1)", lambda x: float(np.sqrt(x.n_experts - 1))), "the CV by chance", "Shazeer et al. 2017 (squared there)",
+           partial(_of_load, balance.cv), partial(_chance, balance.chance_cv)),
     Metric("chance_cv", "CV by chance", "sqrt((1 - k/E) / (T k/E)): root mean square CV under uniform random routing", "ratio",
            0, _UNBOUNDED, "is the chance value", "each load Binomial(T, k/E)", partial(_chance, balance.chance_cv)),
     Metric("gini", "Gini", "mean absolute difference of the loads over twice their mean", "1", 0,
-           Bound("1 - 1/E", lambda x: 1 - 1 / x.n_experts), "about 0.56 x chance_cv", "Gini 1912", partial(_of_load, balance.gini)),
+           Bound("1 - 1/E", lambda x: 1 - 1 / x.n_experts), "about 0.56 times the CV by chance", "Gini 1912", partial(_of_load, balance.gini),
+           partial(_of_cv, lambda _, c: c / float(np.sqrt(np.pi)))),
     Metric("entropy", "Load entropy", "-sum p ln p of the load shares p", "nats", 0, Bound("ln E", lambda x: float(np.log(x.n_experts))),
-           "about ln E less chance_cv^2 / 2", "Shannon 1948", partial(_of_load, balance.entropy)),
+           "about ln E less half the squared CV by chance", "Shannon 1948", partial(_of_load, balance.entropy),
+           partial(_of_cv, lambda n, c: float(np.log(n)) - c**2 / 2)),
     Metric("normalised_entropy", "Normalised entropy", "load entropy over ln E; even = 1", "1", 0, _ONE,
-           "about 1 less chance_cv^2 / (2 ln E)", "Shannon 1948", partial(_of_load, balance.normalised_entropy)),
+           "about 1 less the squared CV by chance over 2 ln E", "Shannon 1948", partial(_of_load, balance.normalised_entropy),
+           partial(_of_cv, lambda n, c: 1 - c**2 / (2 * float(np.log(n))) if n > 1 else 1.0)),
     Metric("effective_experts", "Effective experts", "exp of the load entropy: evenly used experts with the same entropy",
-           "experts", 1, _EXPERTS, "about E less E chance_cv^2 / 2", "Hill number of order 1",
-           partial(_of_load, balance.effective_experts)),
+           "experts", 1, _EXPERTS, "about E less E / 2 times the squared CV by chance", "Hill number of order 1",
+           partial(_of_load, balance.effective_experts), partial(_of_cv, lambda n, c: n * (1 - c**2 / 2))),
     Metric("balancedness", "Balancedness", "mean load over largest load", "ratio", 0, _ONE,
-           "at least 1 / chance_max_over_mean", "EPLB, SGLang", partial(_of_load, balance.balancedness)),
+           "at least 1 over the max / mean by chance", "EPLB, SGLang", partial(_of_load, balance.balancedness), partial(_of_max, lambda x: 1 / x)),
     Metric("dead", "Dead experts", "experts with no assignment in this run", "experts", 0, _ALL_BUT_ONE,
-           "E (1 - k/E)^T, nearly 0 for long runs", "common", partial(_of_load, balance.dead)),
+           "E (1 - k/E)^T, nearly 0 for long runs", "common", partial(_of_load, balance.dead),
+           partial(_of_experts, balance.chance_dead)),
     Metric("cold", "Cold experts", "experts below a tenth of the mean load, dead ones included", "experts", 0,
-           _ALL_BUT_ONE, "nearly 0 for long runs", "common", partial(_of_load, balance.cold)),
+           _ALL_BUT_ONE, "E times the chance of a load below a tenth of the mean, nearly 0 for long runs", "common", partial(_of_load, balance.cold),
+           partial(_of_experts, balance.chance_cold)),
     Metric("auxiliary_loss", "Switch auxiliary loss", "E sum f_e P_e: load share times mean router probability; even = 1", "1",
-           0, _EXPERTS, "1", "Switch Transformers eq. 4, alpha = 1", _auxiliary),
+           0, _EXPERTS, "1", "Switch Transformers eq. 4, alpha = 1", _auxiliary, partial(_fixed, lambda _: 1.0), "the router's probabilities"),
     Metric("router_entropy", "Router entropy", "mean entropy of a token's router probabilities", "nats", 0,
-           Bound("ln E", lambda x: float(np.log(x.n_classes))), "ln E for an undecided router", "Shannon 1948", partial(_mean, "entropy")),
+           Bound("ln E", lambda x: float(np.log(x.n_classes))), "ln E for an undecided router", "Shannon 1948", partial(_mean, "entropy"),
+           partial(_fixed, lambda x: float(np.log(x.n_classes))), "the router's scores"),
     Metric("z_loss", "z-loss", "mean squared logsumexp of the router logits", "nats^2", 0, _UNBOUNDED,
-           "(ln E)^2 for zero logits", "ST-MoE, arXiv 2202.08906", partial(_mean, "z")),
+           "(ln E)^2 for zero logits", "ST-MoE, arXiv 2202.08906", partial(_mean, "z"),
+           partial(_fixed, lambda x: float(np.log(x.n_classes)) ** 2), "the router's scores"),
     Metric("label_information", "Label information",
            "I(expert; label) over assignments, less Miller and Madow's bias: bits that an assignment tells about the text's label;"
            " before that at most log2(E / k) where every token has k experts",
-           "bits", -CORRECTION, _BITS, "0 for independent draws; documents differ, so a little more: specialization.label_information",
-           "Shannon 1948; Miller 1955", _label_information),
+           "bits", -CORRECTION, _BITS, "0 for independent draws; documents differ, so more: the Specialization page shuffles labels over documents",
+           "Shannon 1948; Miller 1955", _label_information, partial(_fixed, lambda _: float("nan")), "labels"),
     Metric("token_information", "Token information",
            "I(expert; token id) over assignments, less Miller and Madow's bias: bits of routing that the token id alone explains;"
            " before that at most log2(E / k) where every token has k experts",
-           "bits", -CORRECTION, _BITS, "0 with many tokens per id; rare ids add some: vocabulary.context_independence",
-           "OpenMoE, arXiv 2402.01739; Miller 1955", _token_information),
+           "bits", -CORRECTION, _BITS, "0 with many tokens per id; rare ids add some: the Specialization page deals assignments to tokens at random",
+           "OpenMoE, arXiv 2402.01739; Miller 1955", _token_information, partial(_fixed, lambda _: float("nan"))),
 )  # fmt: skip
 
 METRICS: Mapping[str, Metric] = MappingProxyType({m.name: m for m in _ENTRIES})
@@ -166,15 +214,15 @@ def balance_table(trace: Trace) -> pa.Table:
 
 
 def percentile_table(trace: Trace, table: pa.Table | None = None) -> pa.Table:
-    """One row per metric: metric, n (sites), min, p10, median, p90, max over the sites. Experts are never pooled.
+    """One row per metric: metric, n (sites), min, p10, median, p90, max over the sites, chance (median over sites). Experts are never pooled.
 
     ``table`` is ``balance_table(trace)`` where it is at hand.
     """
     table = balance_table(trace) if table is None else table
     rows = []
-    for name in METRICS:
-        values = table[name].to_numpy()
-        rows.append({"metric": name, "n": int(np.isfinite(values).sum()), **percentiles(values)})
+    for name, metric in METRICS.items():
+        values, chance = table[name].to_numpy(), percentiles(metric.chance_level(trace))["median"]
+        rows.append({"metric": name, "n": int(np.isfinite(values).sum()), **percentiles(values), "chance": chance})
     return pa.Table.from_pylist(rows)
 
 

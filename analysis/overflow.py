@@ -222,6 +222,18 @@ class Queues:
         return pa.table({"key": np.repeat(np.arange(n_keys), len(factors)), "factor": np.tile(factors, n_keys), **columns,
                          "gate_mass": sums[:, :, 0].ravel(), "gate_mass_lost": sums[:, :, 1].ravel()})  # fmt: skip
 
+    def totals(self, factors: Sequence[float] | np.ndarray = FACTORS, rule: CapacityRule = PRESETS["megatron"]) -> pa.Table:
+        """Overflow.total at every factor in one pass: one row per factor, with kept, slots and idle."""
+        factors = np.asarray(factors, np.float64)
+        table = self.curve_by(np.zeros(len(self.experts), np.int32), 1, factors, rule).drop_columns("key")
+        most = self.loads.max(1, initial=0) if rule.zero == "max load" else None
+        each = capacities(self.batches.sizes, self.loads.shape[1], self.experts.shape[1], factors, rule, most)
+        slots = self.loads.shape[1] * each.sum(0)
+        kept = table["assignments"].to_numpy() - table["dropped"].to_numpy()
+        for name, values in (("kept", kept), ("slots", slots), ("idle", slots - kept)):
+            table = table.append_column(name, pa.array(values))
+        return table
+
     def _slots(self, factor: float, rule: CapacityRule) -> np.ndarray:
         sizes, k = self.batches.sizes, self.experts.shape[1]
         return capacities(sizes, self.loads.shape[1], k, np.array([factor]), rule, self.loads.max(1, initial=0))[:, 0]

@@ -72,11 +72,13 @@ class ModelSize:
 
     def lines(self) -> list[str]:
         """The size in words and a table, one row per kind of routed block."""
+        tied = self.active_without_embedding == self.active
+        counted = "the same: the input embedding is also the output matrix" if tied else "as some publishers count"
         head = [
             f"{self.family} ({self.architecture}), {self.n_layers} layers, {len(self.sites)} of their blocks routed, {self.dtype}",
             f"  total parameters    {self.total:>19,}   {self.bytes:,} bytes",
             f"  active per token    {self.active:>19,}   {self.active / self.total:.1%} of the total",
-            f"  without embedding   {self.active_without_embedding:>19,}   as some publishers count",
+            f"  without embedding   {self.active_without_embedding:>19,}   {counted}",
         ]
         if self.active_least != self.active:
             head.append(f"  at least active     {self.active_least:>19,}   where slots go to classes that compute nothing")

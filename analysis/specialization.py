@@ -222,11 +222,10 @@ def by_position(trace: Trace, site: int) -> Preferences:
     """
     load = trace.stats.position_load(site)
     names = tuple("0" if b == 0 else f"{2**b - 1}-{2 ** (b + 1) - 2}" for b in range(len(load)))
-    if trace.source is None or trace.tokens is None:
+    if trace.source is None or trace.load_tokens is None:
         plain = effects(site, "position", names, -(-load.sum(1) // trace.layers[site].top_k), load)
         return replace(plain, method="no test: the run holds statistics only, no decisions of single documents", missing=_NO_DOCUMENTS)
-    rows = trace.stream_tokens(trace.layers[site].stream)
-    position = rows["position"].to_numpy()
+    position = trace.stream_tokens(trace.layers[site].stream, columns=["position"])["position"].to_numpy()
     bucket = np.floor(np.log2(np.arange(1, int(position.max(initial=0)) + 2))).astype(np.int64)[position]
     return by_group(trace, site, "position", names, np.where(bucket < len(names), bucket, -1))
 
@@ -263,7 +262,7 @@ def _interval(count: np.ndarray, tokens: np.ndarray, units: np.ndarray) -> tuple
 def _group_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> tuple[np.ndarray, ...]:
     """(int64 [units, groups, classes], int64 [units, groups] tokens, int64 [groups] documents, int64 [units] the same); one pass over a site."""
     layer = trace.layers[site]
-    numbers = trace.stream_tokens(layer.stream)["document"].to_numpy()
+    numbers = trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy()
     distinct, document = np.unique(numbers, return_inverse=True)
     units = min(len(distinct), MOST_UNITS)
     of_document = np.arange(len(distinct)) * units // max(len(distinct), 1)

@@ -17,6 +17,7 @@ from . import balance
 from .trace import LayerInfo, Trace
 
 EVEN, COLLAPSED = 1.5, 3.0  # max / mean: "looks even" up to the one, "collapsed" from the other, or with a dead expert
+LEAST_DOCUMENTS = 30  # a text in ten is missing from 30 of them in 4 % of cases: 0.9^30
 SCHEMA = (("n", pa.int64()), ("max_over_mean", pa.float64()), ("cv", pa.float64()), ("normalised_entropy", pa.float64()),
           ("dead", pa.float64()), ("chance_max_over_mean", pa.float64()), ("chance_cv", pa.float64()))  # fmt: skip
 
@@ -49,31 +50,69 @@ def batch_maxvio(trace: Trace, site: int, batch_tokens: int = 1) -> float:
     return float((loads.max(1) / loads.mean(1) - 1).mean()) if len(loads) else float("nan")
 
 
-def maxvio_table(trace: Trace, batch_tokens: int = 1, mixed: int | None = None) -> pa.Table:
-    """MaxVio of every site over the run and per batch, beside what uniform random routing would give at that batch size.
+def maxvio_batches(trace: Trace, site: int, batch_tokens: int = 1, mixed: int | None = None) -> pa.Table:
+    """MaxVio of every batch of one site, in the order filled: batch (from 1), n (tokens), maxvio, chance.
 
-    site, n (tokens), batches, batch_n (tokens of a batch, mean), run, chance_run; batch (as ``batch_maxvio``), least and
-    most of a batch, chance_batch: mean over batches of the upper bound of balance.chance_max_over_mean, less 1. ``mixed`` is a
-    seed by which documents are shuffled before they fill batches; None keeps the order recorded, which may follow labels.
+    Batches as in ``batch_balance``. ``mixed`` is a seed by which documents are shuffled before they fill batches; None keeps
+    the order recorded, which may follow labels. chance: balance.chance_max_over_mean of so many tokens, less 1.
+    """
+    layer = trace.layers[site]
+    sizes, counts = _documents(trace, site)
+    if mixed is not None:
+        order = np.random.default_rng(mixed).permutation(len(sizes))  # one order for every site of a stream
+        sizes, counts = sizes[order], counts[order]
+    starts = _batches(sizes, batch_tokens)
+    n, loads = (np.add.reduceat(x, starts, axis=0) if len(starts) else x for x in (sizes, counts[:, : layer.n_experts]))
+    ran = loads.sum(1) > 0
+    n, loads = n[ran], loads[ran]
+    chance = [_chance_maxvio(x, layer.n_classes, layer.top_k) for x in n.tolist()]
+    return pa.table({"batch": pa.array(np.arange(1, len(n) + 1), pa.int64()), "n": pa.array(n, pa.int64()),
+                     "maxvio": pa.array(loads.max(1) / loads.mean(1) - 1, pa.float64()), "chance": pa.array(chance, pa.float64())})  # fmt: skip
+
+
+def maxvio_table(trace: Trace, batch_tokens: int = 1, mixed: int | None = None) -> pa.Table:
+    """MaxVio of every site over the run and per batch (``maxvio_batches``), beside what uniform random routing would give.
+
+    site, n (tokens), batches, batch_n (tokens of a batch, mean), run, chance_run; batch (as ``batch_maxvio``), least, p95 and
+    most of a batch, chance_batch: mean over batches of the upper bound of balance.chance_max_over_mean, less 1. spread is the
+    standard deviation over batches (n - 1; NaN for fewer than two), chance_spread as ``_chance_spread``.
     """
     rows = []
     for layer in trace.layers:
-        sizes, counts = _documents(trace, layer.index)
-        if mixed is not None:
-            order = np.random.default_rng(mixed).permutation(len(sizes))  # one order for every site of a stream
-            sizes, counts = sizes[order], counts[order]
-        starts = _batches(sizes, batch_tokens)
-        n, loads = (np.add.reduceat(x, starts, axis=0) if len(starts) else x for x in (sizes, counts[:, : layer.n_experts]))
-        ran = loads.sum(1) > 0
-        n, loads = n[ran], loads[ran]
-        each = loads.max(1) / loads.mean(1) - 1 if len(n) else np.full(1, np.nan)
-        chance = [_chance_maxvio(x, layer.n_classes, layer.top_k) for x in n.tolist()] or [np.nan]
+        found = maxvio_batches(trace, layer.index, batch_tokens, mixed)
+        n, each, chance = (found[c].to_numpy() if len(found) else np.full(1, np.nan) for c in ("n", "maxvio", "chance"))
         whole, load = trace.stats.n_tokens(layer.index), trace.stats.load(layer.index)[: layer.n_experts]
-        rows.append({"site": layer.index, "n": whole, "batches": len(n), "batch_n": float(n.mean()) if len(n) else float("nan"),
+        rows.append({"site": layer.index, "n": whole, "batches": len(found), "batch_n": float(n.mean()),
                      "run": balance.maxvio(load), "chance_run": _chance_maxvio(whole, layer.n_classes, layer.top_k),
-                     "batch": float(each.mean()), "least": float(each.min()), "most": float(each.max()),
-                     "chance_batch": float(np.mean(chance))})  # fmt: skip
+                     "batch": float(each.mean()), "least": float(each.min()), "p95": float(np.percentile(each, 95)), "most": float(each.max()),
+                     "chance_batch": float(chance.mean()), "spread": float(each.std(ddof=1)) if len(each) > 1 else float("nan"),
+                     "chance_spread": _chance_spread(load, whole, n)})  # fmt: skip
     return pa.Table.from_pylist(rows)
+
+
+def _chance_spread(load: np.ndarray, tokens: int, sizes: np.ndarray) -> float:
+    """Upper bound of the standard deviation of MaxVio over batches of ``sizes`` tokens, were the run's tokens dealt to them at random.
+
+    A batch's load of an expert with share p of the run's tokens is then at most as spread as Binomial(n, p). The variance of
+    the largest of jointly normal variables is at most that of the most variable one (Poincaré's inequality), so here
+    max p (1 - p) / n over the squared mean share. The loads are taken as normal; the tests simulate it.
+    """
+    if not load.sum() or np.isnan(sizes).any():
+        return float("nan")
+    share = load / tokens
+    return float(np.sqrt((share * (1 - share)).max() * (1 / sizes).mean()) / share.mean())
+
+
+def least_stable(table: pa.Table) -> tuple[int, bool] | None:
+    """(row of ``maxvio_table`` with the largest spread, whether that is more than chance); None without two batches anywhere.
+
+    More than chance: above chance_spread by twice the relative standard error 1 / sqrt(2 (batches - 1)) of a standard deviation.
+    """
+    spread, chance, batches = (table[c].to_numpy() for c in ("spread", "chance_spread", "batches"))
+    if not np.isfinite(spread).any():
+        return None
+    row = int(np.nanargmax(spread))
+    return row, bool(spread[row] > chance[row] * (1 + 2 / np.sqrt(2 * (batches[row] - 1))))
 
 
 @lru_cache(maxsize=16_384)
@@ -84,39 +123,107 @@ def _chance_maxvio(tokens: int, n_experts: int, top_k: int) -> float:
 
 @dataclass(frozen=True)
 class DeadExperts:
-    """Experts without any assignment over all sites: ``dead`` of ``experts``, at ``sites``; ``chance`` expects so many."""
+    """Experts without any assignment over all sites: ``dead`` of ``experts``, ``at`` these (site, expert ids); ``chance`` expects so many.
+
+    ``chance`` takes tokens as independent, which those of one document are not: ``few`` where the run has fewer than
+    LEAST_DOCUMENTS ``documents``, so that an expert without a token may merely have met none of its texts.
+    """
 
     dead: int
     experts: int
-    sites: tuple[int, ...]
+    at: tuple[tuple[int, tuple[int, ...]], ...]
     chance: float
+    documents: int
+    tokens: int
+
+    @property
+    def few(self) -> bool:
+        """Too few documents to call an expert dead; a run that holds no documents but counts is not judged by them."""
+        return 0 < self.documents < LEAST_DOCUMENTS
 
 
 def dead_experts(trace: Trace) -> DeadExperts:
     """Dead experts of sites that executed anything; by chance as balance.chance_dead has it, summed over those sites."""
-    ran = [x for x in trace.layers if trace.stats.load(x.index)[: x.n_experts].any()]
-    dead = {x.index: int(balance.dead(trace.stats.load(x.index)[: x.n_experts])) for x in ran}
+    loads = {x.index: trace.stats.load(x.index)[: x.n_experts] for x in trace.layers}
+    ran = [x for x in trace.layers if loads[x.index].any()]
+    at = tuple((x.index, tuple(np.flatnonzero(loads[x.index] == 0).tolist())) for x in ran if (loads[x.index] == 0).any())
     chance = sum(balance.chance_dead(trace.stats.n_tokens(x.index), x.n_classes, x.top_k) * x.n_experts / x.n_classes for x in ran)
-    return DeadExperts(sum(dead.values()), sum(x.n_experts for x in ran), tuple(s for s, d in dead.items() if d), float(chance))
+    streams = dict.fromkeys(x.stream for x in trace.layers)
+    return DeadExperts(sum(len(e) for _, e in at), sum(x.n_experts for x in ran), at, float(chance),
+                       len(set(trace.documents["document"].to_pylist())), sum(trace.n_tokens(s) for s in streams))  # fmt: skip
 
 
 def position_balance(trace: Trace, site: int) -> pa.Table:
-    """Balance per stretch of positions (0, 1-2, 3-6, ... doubling): first, last, then the columns of ``batch_balance``."""
+    """Balance per stretch of positions (0, 1-2, 3-6, ... doubling): first, last, documents, then the columns of ``batch_balance``.
+
+    documents: those that reach ``first``; the last stretch ends where the longest document does. Null and uncut for a run of counts alone.
+    """
     layer = trace.layers[site]
     loads = trace.stats.position_load(site)
     n = -(-loads.sum(1) // layer.top_k)  # tokens, but for assignments dropped natively
     bucket = np.arange(len(loads))
+    sizes = _sizes(trace, site)
+    first, last = 2**bucket - 1, 2 ** (bucket + 1) - 2
     table = _described(layer, n, loads)
-    table = table.add_column(0, "last", pa.array(2 ** (bucket + 1) - 2, pa.int64()))
-    return table.add_column(0, "first", pa.array(2**bucket - 1, pa.int64()))
+    reached = (sizes[None] > first[:, None]).sum(1)
+    table = table.add_column(0, "documents", pa.array(reached if len(sizes) else [None] * len(n), pa.int64()))
+    table = table.add_column(0, "last", pa.array(np.minimum(last, sizes.max() - 1) if len(sizes) else last, pa.int64()))
+    return table.add_column(0, "first", pa.array(first, pa.int64()))
+
+
+@dataclass(frozen=True)
+class LatePositions:
+    """The positions that fewer than half of the documents reach: from ``first`` on, in ``documents`` of ``of``.
+
+    ``label`` is the one with most of their tokens, ``share`` of them; ``overall`` is its share of all tokens. None without labels.
+    """
+
+    first: int
+    documents: int
+    of: int
+    label: str | None
+    share: float
+    overall: float
+
+
+def late_positions(trace: Trace, site: int) -> LatePositions | None:
+    """Whose text the late stretches of ``position_balance`` are made of; None where half of the documents reach every stretch."""
+    rows = position_balance(trace, site).to_pylist()
+    sizes = _sizes(trace, site)
+    late = next((r for r in rows if len(sizes) and 2 * r["documents"] < len(sizes)), None)
+    if late is None:
+        return None
+    documents = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
+    labels = documents["label"].to_pylist()
+    beyond = np.maximum(sizes - late["first"], 0)
+    tokens = {x: int(beyond[[y == x for y in labels]].sum()) for x in dict.fromkeys(labels) if x is not None}
+    label = max(tokens, key=tokens.__getitem__) if tokens else None
+    mine = np.array([y == label for y in labels])
+    return LatePositions(late["first"], late["documents"], len(sizes), label,
+                         *(float(s[mine].sum() / s.sum()) if label is not None else float("nan") for s in (beyond, sizes)))  # fmt: skip
+
+
+def _sizes(trace: Trace, site: int) -> np.ndarray:
+    """int64 [documents] tokens of the documents of the site's stream, by document number."""
+    rows = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
+    return rows["n_tokens"].to_numpy().astype(np.int64)
 
 
 def label_balance(trace: Trace, site: int) -> pa.Table:
-    """Balance per label: label, then the columns of ``batch_balance``. Empty for a run without labels."""
+    """Balance per label: label, documents, then the columns of ``batch_balance``; text without a label comes last, its label null.
+
+    Empty for a run without labels.
+    """
     labels, loads = trace.stats.label_load(site)
     tokens = trace.stats.label_tokens(site)
-    table = _described(trace.layers[site], np.array([tokens[x] for x in labels], np.int64), loads)
-    return table.add_column(0, "label", pa.array(labels, pa.string()))
+    n: list[int] = [tokens[x] for x in labels]
+    names: list[str | None] = [*labels]
+    if labels and (rest := trace.stats.n_tokens(site) - sum(n)):
+        n, names, loads = [*n, rest], [*labels, None], np.vstack([loads, trace.stats.load(site) - loads.sum(0)])
+    stream = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream))["label"].to_pylist()
+    table = _described(trace.layers[site], np.array(n, np.int64), loads)
+    table = table.add_column(0, "documents", pa.array([stream.count(x) if stream else None for x in names], pa.int64()))
+    return table.add_column(0, "label", pa.array(names, pa.string()))
 
 
 def document_balance(trace: Trace, site: int) -> pa.Table:

@@ -268,7 +268,8 @@ def _core_table(blocks: Sequence[Block]) -> pa.Table:
 
     def repeated(texts: Sequence[str | None]) -> pa.Array:
         pieces = [(x or "").encode() for x in texts]
-        offsets = np.append(0, np.cumsum(np.repeat([len(x) for x in pieces], lengths))).astype(np.int32)
+        offsets = np.zeros(sum(lengths) + 1, np.int32)
+        np.cumsum(np.repeat(np.array([len(x) for x in pieces], np.int32), lengths), out=offsets[1:])
         valid = np.packbits(np.repeat([x is not None for x in texts], lengths), bitorder="little")
         joined = b"".join(x * n for x, n in zip(pieces, lengths, strict=True))
         return pa.StringArray.from_buffers(sum(lengths), pa.py_buffer(offsets), pa.py_buffer(joined), pa.py_buffer(valid))

@@ -31,8 +31,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .files import stamp
-from .layout import read_experts, read_routing, read_scores
+from .layout import Footer, read_experts, read_routing, read_scores, read_tokens
 from .longtables import LongTable, where, whole
+from .rounding import WEIGHTS, rounded
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, NAMES, Statistics, following_sites, merge_statistics, part_statistics
 from .trace import (
     DOCUMENTS,
@@ -72,9 +73,9 @@ def valid_run_name(name: str) -> str:
 class StoredRouting:
     """RoutingSource over a run's parts; reads only the row groups a range needs."""
 
-    def __init__(self, folder: Path, layers: Sequence[LayerInfo], parts: Sequence[Mapping[str, Any]]) -> None:
-        self._folder, self._layers, self._parts = folder, layers, parts
-        self._footers: dict[str, pq.FileMetaData] = {}
+    def __init__(self, folder: Path, layers: Sequence[LayerInfo], manifest: Mapping[str, Any]) -> None:
+        self._folder, self._layers, self._parts, self._version = folder, layers, manifest["parts"], manifest["schema_version"]
+        self._footers: dict[str, Footer] = {}
 
     def routing(self, site: int, start: int, stop: int) -> SiteRouting:
         return join_routing(self._read(read_routing, "routing", site, start, stop))
@@ -85,18 +86,33 @@ class StoredRouting:
     def scores(self, site: int, start: int, stop: int) -> SiteScores:
         return join_scores(self._read(read_scores, "scores", site, start, stop))
 
+    def tokens(self, stream: str, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+        """Rows start to stop of a stream, ``columns`` of schema TOKENS."""
+        there = [c for c in columns if self._version > 1 or c != "predicted"]
+        tables = []
+        for part, a, b in self._pieces(stream, start, stop):
+            name, alone = f"tokens/part-{part['index']:05d}.parquet", sum(map(bool, part["rows"].values())) <= 1
+            with _naming(self._folder, name):
+                tables.append(read_tokens(self._folder / name, stream, a, b, there, alone, self._footer(name)))
+        rows = pa.concat_tables(tables).unify_dictionaries()
+        if len(there) < len(columns):
+            rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
+        return rows.select(columns)
+
     def _read(self, read: Callable[..., _Piece], kind: str, site: int, start: int, stop: int) -> list[_Piece]:
         pieces = []
-        for part, a, b in self._pieces(site, start, stop):
+        for part, a, b in self._pieces(self._layers[site].stream, start, stop):
             name = f"{kind}/part-{part['index']:05d}.parquet"
             with _naming(self._folder, name):
-                if name not in self._footers:
-                    self._footers[name] = pq.read_metadata(self._folder / name)
-                pieces.append(read(self._folder / name, self._layers[site], a, b, self._footers[name]))
+                pieces.append(read(self._folder / name, self._layers[site], a, b, self._footer(name)))
         return pieces
 
-    def _pieces(self, site: int, start: int, stop: int) -> list[tuple[Mapping[str, Any], int, int]]:
-        stream = self._layers[site].stream
+    def _footer(self, name: str) -> Footer:
+        if name not in self._footers:
+            self._footers[name] = Footer.of(self._folder / name)
+        return self._footers[name]
+
+    def _pieces(self, stream: str, start: int, stop: int) -> list[tuple[Mapping[str, Any], int, int]]:
         out: list[tuple[Mapping[str, Any], int, int]] = []
         for part in self._parts:
             first, n = part["first_rows"].get(stream, 0), part["rows"].get(stream, 0)
@@ -154,6 +170,10 @@ def open_run(folder: str | Path) -> Trace:
         raise RunError(f"{folder.name} is damaged ({error}): run `python -m analysis verify`") from error
     stats = Statistics(core, tokens, by_document, tuple(x.n_classes for x in card.layers), following_sites(card.layers))
     parts = manifest["parts"]
+    if (kept := manifest["options"].get("weights", "exact")) not in WEIGHTS:
+        raise RunError(
+            f"{folder.name} keeps gate weights as {kept!r}, this program reads {' and '.join(WEIGHTS)}: open it with a later one"
+        )
 
     def load_tokens() -> pa.Table:
         tables = []
@@ -166,7 +186,8 @@ def open_run(folder: str | Path) -> Trace:
         return pa.concat_tables(tables).unify_dictionaries()
 
     options = {**manifest["options"], "created": manifest["created"]}
-    return Trace(card, documents, stats, StoredRouting(folder, card.layers, parts), load_tokens, options, folder.name)
+    source = StoredRouting(folder, card.layers, manifest)
+    return Trace(card, documents, stats, source, load_tokens, options, folder.name, source.tokens)
 
 
 def verify_run(folder: str | Path) -> tuple[str, ...]:
@@ -202,6 +223,10 @@ def _counted_again(folder: Path, trace: Trace, parts: Sequence[Mapping[str, Any]
     for record in parts:
         part = stored_part(folder, trace, record)
         check_part(part, trace.layers)
+        if trace.rounding and not all(np.array_equal(rounded(r.weights), r.weights) for r in part.routing):
+            raise TraceError(
+                f"{folder.name}: routing/part-{part.index:05d}.parquet has gate weights that are not rounded, as run.json says they are"
+            )
         yield part_statistics(part, trace.layers)
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
-from . import counting
+from . import bittables, counting
 from .trace import LayerInfo, Part, SiteRouting, SiteScores
 
 
@@ -42,12 +43,12 @@ class Sparse:
 class StreamRows:
     """What the sites of one stream share.
 
-    A run is a longest stretch of rows with one document, label and bucket of positions: ``run`` int32 [n] numbers them, and
+    A run is a longest stretch of rows with one document, label and bucket of positions: run r is the rows runs[r] to runs[r + 1], and
     ``label`` (-1 for none) and ``bucket`` are those of each run, ``documents`` what there is, sorted, and the place of each run's in it.
     ``label_tokens`` are the rows of each label. ``order`` int32 [n] sorts the rows by token id; those of ``token_ids[g]`` lie at order[starts[g]:starts[g + 1]].
     """
 
-    run: np.ndarray
+    runs: np.ndarray
     same_document: np.ndarray
     documents: tuple[np.ndarray, np.ndarray]
     label: np.ndarray
@@ -61,13 +62,23 @@ class StreamRows:
 
 @dataclass(frozen=True)
 class SiteRows:
-    """A site's decisions, ready for the kernels: slots [n, k], first choices as slots [n], words [n] and bits where they help."""
+    """A site's decisions, ready for the kernels: ids [n, k], first choices as slots [n], words [n] and bits where they help."""
 
     site: int
-    slots: np.ndarray
+    experts: np.ndarray
     first: np.ndarray
     words: np.ndarray
     bits: np.ndarray | None
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """uint16 [n, k]: ids plus one."""
+        return counting.slots_of(self.experts)
+
+    @property
+    def slots_without_words(self) -> np.ndarray:
+        """Slots, or none [0, k] where there are words, which say the same in less."""
+        return np.zeros((0, self.experts.shape[1]), np.uint16) if len(self.words) else self.slots
 
 
 def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[list[Block], list[Sparse], list[Sparse]]:
@@ -106,10 +117,10 @@ def stream_rows(tokens: pa.Table) -> StreamRows:
     order = np.argsort(ids).astype(np.int32)
     ordered = ids[order]
     first = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1)) if n else np.zeros(0, np.int64)
-    run = (np.cumsum(starting) - 1).astype(np.int32)
+    runs = np.append(at, n)
     tokens = np.bincount(label[label >= 0], minlength=len(labels))
     documents = np.unique(document[at], return_inverse=True)
-    return StreamRows(run, same, documents, label[at], bucket[at], labels, tokens, order, np.append(first, n), ordered[first])
+    return StreamRows(runs, same, documents, label[at], bucket[at], labels, tokens, order, np.append(first, n), ordered[first])
 
 
 def _coded(column: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -123,28 +134,29 @@ def _coded(column: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
 
 def _site_blocks(site: int, width: int, routing: SiteRouting, rows: StreamRows) -> tuple[SiteRows, list[Block], np.ndarray]:
     """The site made ready, the statistics of its decisions, and int32 [runs, width]: its load by run."""
-    slots = counting.slots_of(routing.experts, width)
-    n_slots = width + 1
-    by_run, mass = np.zeros((len(rows.bucket), n_slots), np.int32), np.zeros(n_slots)
-    weights = np.ascontiguousarray(routing.weights, np.float32)
-    counting.count_runs(slots, weights, rows.run, by_run, mass)
-    first = counting.first_slots(slots, weights)
-    mine = SiteRows(site, slots, first, counting.row_words(slots, n_slots), counting.bits_of(slots, n_slots))
-    together = np.zeros((n_slots, n_slots), np.int64)
-    counting.count_pairs(slots, slots, None if mine.bits is None else (mine.bits, mine.bits), together)
+    experts, n_slots = np.ascontiguousarray(routing.experts), width + 1
+    counting.check_ids(experts, width)
+    by_run = np.zeros((len(rows.bucket), n_slots), np.int32)
+    first, words, mass = counting.take_rows(experts, np.ascontiguousarray(routing.weights, np.float32), n_slots)
+    mine = SiteRows(site, experts, first, words, bittables.bits_of(words, n_slots, experts.shape[1]))
+    if mine.bits is None:
+        counting.count_runs(mine.slots, rows.runs, by_run)
+    else:
+        bittables.count_runs_by_bits(mine.bits, rows.runs, by_run)
     position = np.zeros((int(rows.bucket.max(initial=-1)) + 1, n_slots), np.int64)
     counting.add_rows(by_run, rows.bucket, position)
     load = position.sum(0)
     chosen, dropped = _chosen(routing, width, load)
+    repeats = counting.count_repeats(mine.slots_without_words, words, first, rows.same_document, n_slots)
     blocks = [
-        Block("tokens", site, np.array([len(slots)])),
+        Block("tokens", site, np.array([len(experts)])),
         Block("load", site, load[1:], mass[1:], np.arange(width)),
         _nonzero("first", site, np.bincount(first, minlength=n_slots)[1:]),
         _nonzero("chosen", site, chosen),
         _nonzero("position", site, position[:, 1:]),
         Block("dropped", site, np.array([dropped])),
-        _nonzero("coactivation", site, np.triu(together[1:, 1:], 1)),
-        Block("repetition", site, np.array(counting.count_repeats(slots, mine.words, first, rows.same_document, n_slots)), a=np.arange(3)),
+        _nonzero("coactivation", site, np.triu(_pairs(mine, mine, n_slots, n_slots)[1:, 1:], 1)),
+        Block("repetition", site, np.array(repeats), a=np.arange(3)),
         *_label_blocks(site, by_run, rows),
     ]
     return mine, blocks, by_run[:, 1:]
@@ -154,7 +166,8 @@ def _chosen(routing: SiteRouting, width: int, load: np.ndarray) -> tuple[np.ndar
     """(int64 [width], assignments before native capacity; how many of them were dropped)."""
     if routing.chosen is routing.experts:
         return load[1:], 0
-    wanted = counting.slots_of(routing.chosen, width)
+    counting.check_ids(routing.chosen, width)
+    wanted = counting.slots_of(routing.chosen)
     return np.bincount(wanted.ravel(), minlength=width + 1)[1:], int(((wanted != 0) & (routing.experts < 0)).sum())
 
 
@@ -168,34 +181,44 @@ def _label_blocks(site: int, by_run: np.ndarray, rows: StreamRows) -> Iterator[B
 
 def _score_blocks(site: int, width: int, scores: SiteScores, bins: int) -> Iterator[Block]:
     top = float(np.log(width)) if width > 1 else 1.0
-    for name, values, high in (("entropy", scores.entropy, top), ("margin", scores.margin, 1.0)):
-        counts, sums = np.zeros(bins, np.int64), np.zeros(bins)
-        counting.count_bins(np.ascontiguousarray(values), high, counts, sums)
-        yield Block(name, site, counts, sums, np.arange(bins))
-    count, total = counting.sum_of_squares(np.ascontiguousarray(scores.logsumexp))
+    entropy, margin, logsumexp = (np.ascontiguousarray(x) for x in (scores.entropy, scores.margin, scores.logsumexp))
+    if not len(entropy) == len(margin) == len(logsumexp):  # a kernel would read beyond the shortest
+        raise ValueError(f"site {site}: {len(entropy)} entropies, {len(margin)} margins, {len(logsumexp)} logsumexps")
+    counts, sums = np.zeros((2, bins), np.int64), np.zeros((2, bins))
+    count, total = counting.count_scores(entropy, top, margin, logsumexp, counts, sums)
+    for i, name in enumerate(("entropy", "margin")):
+        yield Block(name, site, counts[i], sums[i], np.arange(bins))
     yield Block("z", site, np.array([count]), np.array([total]))
 
 
 def _flow_blocks(here: SiteRows, after: SiteRows, width: int, next_width: int) -> Iterator[Block]:
-    shape = (width + 1, next_width + 1)
-    flow, first = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    counting.count_pairs(here.slots, after.slots, None if here.bits is None or after.bits is None else (here.bits, after.bits), flow)
-    counting.count_pairs(here.first[:, None], after.first[:, None], None, first)
-    yield _nonzero("flow", here.site, flow[1:, 1:])
+    yield _nonzero("flow", here.site, _pairs(here, after, width + 1, next_width + 1)[1:, 1:])
+    first = np.zeros((width + 1, next_width + 1), np.int64)
+    bittables.count_pairs(here.first[:, None], after.first[:, None], first)
     yield _nonzero("first_flow", here.site, first[1:, 1:])
+
+
+def _pairs(here: SiteRows, after: SiteRows, n_slots: int, next_slots: int) -> np.ndarray:
+    """int64 [slots, next slots]: in how many rows both were chosen; nothing is said of slot 0, nor below the diagonal of a site with itself."""
+    table = np.zeros((n_slots, next_slots), np.int64)
+    if here.bits is None or after.bits is None:
+        bittables.count_pairs(here.slots, after.slots, table)
+    else:
+        bittables.count_pairs_by_bits(here.bits, after.bits, table)
+    return table
 
 
 def _by_token(site: SiteRows, width: int, rows: StreamRows, room: tuple[np.ndarray, np.ndarray]) -> Sparse:
     ends = np.empty(len(rows.token_ids), np.int64)
-    n = counting.count_keys(rows.order, rows.starts, site.slots, site.words, width + 1, *room, ends)
+    n = counting.count_keys(rows.order, rows.starts, site.slots_without_words, site.words, width + 1, *room, ends)
     return Sparse(site.site, *counting.entries(rows.token_ids, ends, room[0][:n], room[1][:n]))
 
 
 def _by_document(site: int, by_run: np.ndarray, documents: np.ndarray, index: np.ndarray) -> Sparse:
     counts = np.zeros((len(documents), by_run.shape[1]), np.int64)
     counting.add_rows(by_run, index, counts)
-    at = np.nonzero(counts)
-    return Sparse(site, documents[at[0]], at[1], counts[at])
+    rows, experts, found = counting.nonzero(counts)
+    return Sparse(site, documents[rows], experts, found)
 
 
 def _loss_blocks(tokens: pa.Table) -> Iterator[Block]:
@@ -208,8 +231,8 @@ def _loss_blocks(tokens: pa.Table) -> Iterator[Block]:
 
 def _nonzero(statistic: str, site: int, counts: np.ndarray, label: str | None = None) -> Block:
     """A block of the counts that are not zero, of a vector over a or a matrix over a and b."""
-    at = np.nonzero(counts)
-    return Block(statistic, site, counts[at], a=at[0], b=at[1] if len(at) > 1 else None, label=label)
+    a, b, found = counting.nonzero(counts if counts.ndim > 1 else counts[:, None])
+    return Block(statistic, site, found, a=a, b=b if counts.ndim > 1 else None, label=label)
 
 
 def sorted_blocks(blocks: Sequence[Block]) -> list[Block]:

@@ -52,14 +52,14 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
 
     One pass over the site; None for a run without decisions or tokens.
     """
-    if trace.source is None or trace.tokens is None:
+    if trace.source is None or trace.load_tokens is None:
         return None
     layer = trace.layers[counts.site]
     every, code = coded(trace, layer.stream, counts.kind)
     ids = every if ids is None else ids
     row = np.full(len(every) + 1, -1)  # the last for tokens that have no id
     row[np.searchsorted(every, ids)] = np.arange(len(ids))
-    owner = coded_ids(trace.stream_tokens(layer.stream)["document"].to_numpy().astype(np.int64))[1]
+    owner = coded_ids(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy().astype(np.int64))[1]
     known, asked, height, width = code >= 0, row[code] >= 0, max(len(ids), 1), layer.n_classes
     place = owner * height + row[code]  # by document first: pieces of the run then follow one another, but where one cuts a document
     pairs, occurs = np.unique(place[asked], return_counts=True)

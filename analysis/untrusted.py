@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -54,6 +55,14 @@ def read_prompts(data: bytes, filename: str, limits: Limits = Limits()) -> tuple
     if not prompts or blank is not None:
         raise UploadError("the file is empty" if len(prompts) < 2 else f"prompt {blank} is empty: remove it or fill it in")
     return tuple(prompts)
+
+
+def paragraphs(text: str, limits: Limits = Limits()) -> tuple[Prompt, ...]:
+    """Every stretch of a text between blank lines as a prompt of its own, letter by letter. Raises UploadError where there are too many."""
+    found = [p for p in re.split(r"\n(?:[^\S\n]*\n)+", text) if p.strip()]
+    if len(found) > limits.prompts:
+        raise UploadError(f"the pasted text has {len(found):,} paragraphs; at most {limits.prompts:,} are taken at once")
+    return tuple(Prompt(p, None, f"paragraph {i}") for i, p in enumerate(found, 1))
 
 
 def _decoded(data: bytes) -> str:
@@ -112,34 +121,49 @@ def _columns(header: Sequence[str]) -> dict[str, int]:
 
 
 def _jsonl(text: str, limits: Limits) -> list[Prompt]:
+    """Every line that cannot be read is named, up to ten, the first with its reason."""
     prompts: list[Prompt] = []
+    wrong: list[tuple[int, UploadError]] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        if len(line) > limits.line:
-            raise UploadError(f"line {number:,} has {len(line):,} characters; at most {limits.line:,} are read")
         try:
-            row = json.loads(line, object_pairs_hook=_once)
+            prompts.append(_prompt(_fields(line, limits), len(prompts) + 1))
         except UploadError as error:
-            raise UploadError(f"line {number:,} {error}") from None
-        except RecursionError:
-            raise UploadError(f"line {number:,} is nested too deeply") from None
-        except ValueError:
-            raise UploadError(f"line {number:,} is not valid JSON") from None
-        if not isinstance(row, dict):
-            raise UploadError(f"line {number:,} is not a JSON object with a text field")
-        text_key = next((c for c in TEXT_COLUMNS if c in row), None)
-        if text_key is None:
-            raise UploadError(f"line {number:,} has no text: one of the fields {', '.join(TEXT_COLUMNS)} is needed")
-        label_key = next((c for c in LABEL_COLUMNS if c in row), None)
-        values: dict[str, Any] = {"text": row[text_key]}
-        values |= {"label": row[label_key]} if label_key else {}
-        values |= {"name": row["name"]} if "name" in row else {}
-        wrong = next((k for k, v in values.items() if not isinstance(v, str) and not (v is None and k != "text")), None)
-        if wrong is not None:
-            raise UploadError(f"line {number:,}: the field {wrong} is not a string")
-        prompts.append(_prompt(values, len(prompts) + 1))
-    return prompts
+            wrong.append((number, error))
+    if not wrong:
+        return prompts
+    first, *others = wrong
+    more = f"; nor can line{'s' * (len(others) > 1)} {', '.join(f'{n:,}' for n, _ in others[:9])}" if others else ""
+    more += f" and {len(others) - 9:,} more" if len(others) > 9 else ""
+    raise UploadError(f"line {first[0]:,} {first[1]}{more + ' be read' if others else ''}") from None
+
+
+def _fields(line: str, limits: Limits) -> dict[str, Any]:
+    """text, label and name of one line. Raises UploadError with what the line does wrong, in words that follow its number."""
+    if len(line) > limits.line:
+        raise UploadError(f"has {len(line):,} characters; at most {limits.line:,} are read")
+    try:
+        row = json.loads(line, object_pairs_hook=_once)
+    except RecursionError:
+        raise UploadError("is nested too deeply") from None
+    except UploadError:
+        raise
+    except ValueError:
+        raise UploadError("is not valid JSON") from None
+    if not isinstance(row, dict):
+        raise UploadError("is not a JSON object with a text field")
+    text_key = next((c for c in TEXT_COLUMNS if c in row), None)
+    if text_key is None:
+        raise UploadError(f"has no text: one of the fields {', '.join(TEXT_COLUMNS)} is needed")
+    label_key = next((c for c in LABEL_COLUMNS if c in row), None)
+    values: dict[str, Any] = {"text": row[text_key]}
+    values |= {"label": row[label_key]} if label_key else {}
+    values |= {"name": row["name"]} if "name" in row else {}
+    wrong = next((k for k, v in values.items() if not isinstance(v, str) and not (v is None and k != "text")), None)
+    if wrong is not None:
+        raise UploadError(f"has a field {wrong} that is not a string")
+    return values
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -33,9 +33,9 @@ WORKERS = 4  # each holds the draws of one expert: some 50 MB for 10,000 token i
 
 def token_texts(trace: Trace, ids: np.ndarray, stream: str = "decoder") -> tuple[str | None, ...]:
     """Readable text of each token id as recorded in the run; None for an id that does not occur, or without tokens."""
-    if trace.tokens is None or not len(ids):
+    if trace.load_tokens is None or not len(ids):
         return (None,) * len(ids)
-    tokens = trace.stream_tokens(stream)
+    tokens = trace.stream_tokens(stream, columns=["token_id", "token"])
     recorded = tokens["token_id"].to_numpy()
     first = np.full(int(max(recorded.max(initial=0), ids.max())) + 1, -1)
     first[recorded[::-1]] = np.arange(len(recorded))[::-1]
@@ -72,7 +72,7 @@ def input_tokens(trace: Trace, site: int) -> TokenCounts:
         ids, row = np.unique(cells, return_inverse=True)
         tokens = np.bincount(row, counts, len(ids)).astype(np.int64) // layer.top_k
     else:  # some tokens have fewer than k experts: their number is in the tokens table only
-        recorded = trace.stream_tokens(layer.stream)["token_id"].to_numpy().astype(np.int64)
+        recorded = trace.stream_tokens(layer.stream, columns=["token_id"])["token_id"].to_numpy().astype(np.int64)
         ids, tokens = np.unique(recorded, return_counts=True)
         row = np.searchsorted(ids, cells)
     return TokenCounts(site, "input token", layer.n_classes, ids, tokens, row, experts, counts, _each(layer, counts, tokens))
@@ -85,9 +85,9 @@ def next_tokens(trace: Trace, site: int) -> TokenCounts:
 
 def predicts(trace: Trace, stream: str = "decoder") -> bool:
     """Whether the run knows what the model predicted next for any token of the stream."""
-    if trace.tokens is None:
+    if trace.load_tokens is None:
         return False
-    predicted = trace.stream_tokens(stream)["predicted"]
+    predicted = trace.stream_tokens(stream, columns=["predicted"])["predicted"]
     return bool(predicted.null_count < len(predicted))
 
 
@@ -108,7 +108,7 @@ VARIANTS: Mapping[str, Callable[[Trace, int], TokenCounts]] = MappingProxyType(
 
 def coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """(ids ascending, int64 [tokens of the stream] into ids, -1 for a token that has none of this kind)."""
-    table = trace.stream_tokens(stream)
+    table = trace.stream_tokens(stream, columns=["token_id", "document", *(["predicted"] if kind == "predicted next token" else [])])
     if kind == "predicted next token":
         predicted = table["predicted"]
         known = np.full(len(predicted), -1)
@@ -225,7 +225,7 @@ def _label_of_document(trace: Trace, site: int) -> dict[int, str | None]:
 def _document_cells(trace: Trace, site: int, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(cell, count), cell = (token index x documents + document index) x classes + expert, of assignments that occur."""
     layer = trace.layers[site]
-    table = trace.stream_tokens(layer.stream)
+    table = trace.stream_tokens(layer.stream, columns=["token_id", "document"])
     recorded, owner = np.unique(table["token_id"].to_numpy(), return_inverse=True)[1], table["document"].to_numpy()
     at = np.minimum(np.searchsorted(documents, owner), max(len(documents) - 1, 0))
     base = np.where(documents[at] == owner, recorded * len(documents) + at, -1) if len(documents) else np.full(len(owner), -1)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
+from .trace import ModelCard
+
 BYTES = MappingProxyType({"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "mxfp4": 4.25 / 8})
 
 
@@ -118,3 +120,18 @@ EXAMPLES: Mapping[str, Example] = MappingProxyType(
         )
     }
 )
+
+
+def card_bytes(card: ModelCard) -> int | None:
+    """Memory of a run's model at the format of its weights; None for a format whose size is not known here."""
+    return round(card.parameters * BYTES[card.dtype]) if card.dtype in BYTES else None
+
+
+def card_expert(card: ModelCard) -> int | None:
+    """Parameters of one routed expert, from what a token leaves out: (total - active) over its unvisited experts.
+
+    None where that is no whole number, so that experts cannot be alike, or where nothing is left out.
+    """
+    left = sum(x.n_experts - min(x.top_k, x.n_experts) for x in card.layers)
+    apart = card.parameters - card.active_parameters
+    return apart // left if left and apart > 0 and apart % left == 0 else None

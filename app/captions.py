@@ -50,7 +50,7 @@ def preferences_how(found: Preferences, layer: LayerInfo) -> str:
 
 def enrichment_definition(found: Preferences, layer: LayerInfo) -> str:
     """Under the heatmap."""
-    return (f"Experts of {layer.title}. Colour: log2 of the share of the group's tokens that use the expert over the share of all others."
+    return (f"Experts of {layer.title}. Colour: the share of the group's tokens that use the expert over the share of all others."
             f" {'No cell can be tested.' if found.missing else CROSS}")  # fmt: skip
 
 

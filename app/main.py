@@ -6,7 +6,7 @@ import streamlit as st
 from streamlit.runtime.scriptrunner import StopException
 
 from app import figures, jobs, tour
-from app.selection import header, publish
+from app.selection import header, publish, show_rounding
 
 st.set_page_config(page_title="Routerscope", page_icon="app/static/favicon.png", layout="wide")
 
@@ -27,6 +27,8 @@ page = st.navigation(
 header()
 figures.begin()
 try:
+    if page.url_path not in ("runs", "glossary"):
+        show_rounding()
     tour.show(page.url_path)
     page.run()
 except StopException:  # a page that has said all it can still gives its figures and stands in the URL

@@ -13,7 +13,8 @@ from analysis.trace import LayerInfo, ModelCard, Trace
 def origin(trace: Trace) -> str:
     """Where a figure or a report comes from; what their captions end in."""
     made = trace.options.get("created")
-    return f"Run {trace.name}{f' of {made}' if made else ''}; Routerscope {analysis.__version__}."
+    rounding = " Gate weights rounded to 8 bits." if trace.rounding else ""
+    return f"Run {trace.name}{f' of {made}' if made else ''}; Routerscope {analysis.__version__}.{rounding}"
 
 
 def router_rows(layers: Sequence[LayerInfo]) -> list[dict[str, Any]]:
@@ -32,6 +33,14 @@ def facts(card: ModelCard, routed: int) -> dict[str, str]:
         "vocabulary": f"{card.vocab_size:,} tokens",
         "sha256 of its files": card.digest or "not known",
     }
+
+
+def size_in_words(card: ModelCard) -> str:
+    """Parameters in all and per token; runs made without a model may have none."""
+    if card.parameters < 1:
+        return "size not recorded"
+    total, active = (f"{n / 1e6:,.1f} million" if n >= 1e5 else f"{n:,}" for n in (card.parameters, card.active_parameters))
+    return f"{total} parameters, {active} active per token"
 
 
 def _row(layers: list[LayerInfo]) -> dict[str, Any]:

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 import analysis
 from analysis.balance import relative_load
-from analysis.capacity import capacity_curves, in_words, percent, pool_curves
+from analysis.capacity import pool_curves, shuffled_curves
+from analysis.capacity_answer import drops_in_words, mean_curves, needs_in_words, percent, shuffle_shares, shuffles_for, tokens_in_words
 from analysis.export import describe_computed
 from analysis.files import write_atomically
 from analysis.findings import Finding, first_finding
@@ -35,7 +37,7 @@ from analysis.trace import Trace
 
 from . import captions, charts, palette
 from .model_card import facts, origin, router_rows
-from .strip_data import first_text, strip_data
+from .strip_data import HUES, first_text, strip_data
 from .text import axis_label, markup, visible_name
 
 _HERE = Path(__file__).parent
@@ -121,18 +123,19 @@ def _opening(draft: _Draft, finding: Finding | None) -> None:
     draft.sections.append(
         f"<header>\n<h1>What does the router of {markup(trace.model.name)} do?</h1>\n<p>In every routed layer, a router picks a few small"
         " networks, the experts, for each token; only those compute. This file shows what was chosen, as executed: "
-        f'{counted} through {len(trace.layers):,} routed layers.</p>\n<p class="note">{markup(draft.origin)}</p>\n</header>'
+        f"{counted} through {len(trace.layers):,} routed layers. <strong>{markup(trace.rounding)}</strong></p>\n"
+        f'<p class="note">{markup(draft.origin)}</p>\n</header>'
     )
     if finding is None:
         return
     body = ""
     if trace.load_tokens is not None:
         first = first_text(trace, finding)
-        draft.strip.append(strip_data(first.texts, first.breaks, first.experts, first.weights, first.layers, id="report",
+        draft.strip.append(strip_data(first.texts, first.breaks, first.experts, first.weights, first.layers, first.hues, id="report",
                                       layer=first.layer, spotlight=finding.expert))  # fmt: skip
         told = (f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; the stronger the"
                 f" colour, the larger the gate weight of expert {finding.expert}. Press its button for all experts, ◀ and ▶ for other"
-                " layers. · is a space, ⏎ a line end.")  # fmt: skip
+                f" layers. {HUES} · is a space, ⏎ a line end.")  # fmt: skip
         body = f'<div id="strip"><div class="strip"></div></div>\n<p class="caption">{draft.told(told)}</p>'
     draft.add(finding.claim, finding.evidence, body)
 
@@ -164,7 +167,10 @@ def _balance(draft: _Draft) -> None:
          **{METRICS[m].title: f"{row[m]:.0f}" if m in COUNTS else f"{row[m]:.3f}" for m in BALANCE}}
         for layer, row in zip(draft.trace.layers, balance_table(draft.trace).to_pylist(), strict=True)
     ]  # fmt: skip
-    meant = {METRICS[m].title: f"{METRICS[m].definition}. By chance: {METRICS[m].chance}. Source: {METRICS[m].source}" for m in BALANCE}
+    meant = {
+        METRICS[m].title: f"{METRICS[m].definition}. By chance: {METRICS[m].chance_here(draft.trace)}. Source: {METRICS[m].source}"
+        for m in BALANCE
+    }
     body = (
         f'{_table(rows)}\n<p class="caption">{draft.told("Tokens per layer stand in the column n; definitions below.")}</p>\n{_list(meant)}'
     )
@@ -172,23 +178,33 @@ def _balance(draft: _Draft) -> None:
 
 
 def _capacity(draft: _Draft) -> None:
-    policy = PRESETS[PRESET].policy
+    policy, shuffles = PRESETS[PRESET].policy, shuffles_for(draft.trace, SCOPE, SIZE)
     try:
-        every = capacity_curves(draft.trace, FACTORS, policy, SCOPE, size=SIZE, mixed=0, preset=PRESET)
+        found = list(shuffled_curves(draft.trace, shuffles, FACTORS, policy, SCOPE, size=SIZE, preset=PRESET))
     except MissingScores:
         policy = "position"
-        every = capacity_curves(draft.trace, FACTORS, policy, SCOPE, size=SIZE, mixed=0, preset=PRESET)
-    pooled = pool_curves(every)
+        found = list(shuffled_curves(draft.trace, shuffles, FACTORS, policy, SCOPE, size=SIZE, preset=PRESET))
+    every = pa.concat_tables([table for _, table in found])
+    means, titles = mean_curves(every), {x.index: x.title for x in draft.trace.layers}
+    pooled = pool_curves(means)
     now = pooled.filter(pc.equal(pooled["factor"], FACTOR)).to_pylist()[0]
-    grid = [every.filter(pc.equal(every["site"], x.index)) for x in draft.trace.layers]
-    caption = (f"Line: median over layers; band: their range. Dropped: share of assignments above the expert capacity; idle: share of slots"
-               f" left empty. Capacity as in {PRESETS[PRESET].title}, served first: {policy}; batches of {SIZE} documents, shuffled with seed 0."
-               f" n = {now['assignments']:,} assignments. A what-if on recorded choices.")  # fmt: skip
+    grid = [means.filter(pc.equal(means["site"], i)) for i in titles]
+    order = (
+        f"each figure the mean over {len(shuffles)} shuffles of the documents"
+        if len(shuffles) > 1
+        else "one shuffle of the documents, seed 0"
+    )
+    caption = (f"Line: all layers together; band: range over layers. Dropped: share of assignments above the expert capacity; idle: share of slots"
+               f" left empty. Capacity as in {PRESETS[PRESET].title}, served first: {policy}; batches of up to {SIZE} documents, {order}."
+               f" n = {now['assignments']:,.0f} assignments. A what-if on recorded choices.")  # fmt: skip
     drawn = charts.overflow_curves(
         np.array(FACTORS), np.stack([g["dropped_share"].to_numpy() for g in grid]), 1 - np.stack([g["slot_use"].to_numpy() for g in grid]),
-        pooled["chance_dropped_share"].to_numpy(), FACTOR,
+        np.stack([pooled["dropped_share"].to_numpy(), 1 - pooled["slot_use"].to_numpy(), pooled["chance_dropped_share"].to_numpy()]), FACTOR,
     )  # fmt: skip
-    draft.add(f"{in_words(now, pooled, FACTOR)}.", f"Uniform routing in the same batches would drop {percent(now['chance_dropped_share'])}.",
+    where = " over all layers" if len(titles) > 1 else ""
+    draft.add(f"{drops_in_words(now, FACTOR, where, shuffle_shares(every, FACTOR))}.",
+              f"{needs_in_words(means, titles)}. {tokens_in_words(now, len(titles))}. Uniform routing in the same batches would drop"
+              f" {percent(now['chance_dropped_share'])}.",
               draft.figure("capacity", drawn, caption, "Shares of dropped assignments and idle slots over the capacity factor."))  # fmt: skip
 
 

@@ -11,13 +11,14 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
+from analysis.findings import Finding, first_finding
 from analysis.paths import check_comparable
 from analysis.store import RunError, RunSummary, open_run
 from analysis.trace import Trace, TraceError
 
 from .components.theme_probe import probed_theme, theme_probe
 from .runs_folder import all_runs
-from .text import counted, plain, show_error, show_note
+from .text import counted, plain, show_error, show_note, show_warning
 
 TYPED = 64  # characters of a search
 
@@ -172,6 +173,12 @@ def current_trace() -> Trace:
         st.stop()
 
 
+def show_rounding() -> None:
+    """Says what the gate weights of the header's run have lost, where they have."""
+    if rounding := current_trace().rounding:
+        show_warning(rounding)
+
+
 def comparable_runs(trace: Trace) -> dict[str, Trace]:
     """The other runs over the very tokens of this one, at sites of the same shapes, by name."""
     rows = trace.documents.select(["document", "n_tokens"])
@@ -198,10 +205,19 @@ def theme() -> str:
     return probed_theme() or ("dark" if st.context.theme.type == "dark" else "light")
 
 
+@st.cache_resource(max_entries=32, show_spinner="Looking for the one thing to know …")
+def found_first(_trace: Trace, run: str) -> Finding | None:
+    """What to say first; ``run`` names the trace with its date."""
+    return first_finding(_trace)
+
+
 def layer_picker(trace: Trace) -> int:
-    """Choose a site (``?layer=``); returns LayerInfo.index."""
+    """Choose a site (``?layer=``), at first the one of the Overview's headline; returns LayerInfo.index."""
     titles = [x.title for x in trace.layers]
-    return titles.index(choice("layer", "Layer", {t: t for t in titles}, titles[-1], width=160))
+    known = {st.session_state.get("_choices", {}).get("layer"), (st.session_state["_link"] or {}).get("layer")}
+    finding = None if known & set(titles) else found_first(trace, recording_id(trace))
+    first = titles[-1] if finding is None else titles[finding.site]
+    return titles.index(choice("layer", "Layer", {t: t for t in titles}, first, width=160))
 
 
 def expert_search(trace: Trace) -> None:
@@ -228,7 +244,8 @@ def expert_search(trace: Trace) -> None:
 def document_picker(trace: Trace, stream: str) -> int:
     """Choose a document (``?doc=``, counted from 1), shown with its name and label; returns the document id."""
     rows = [r for r in trace.documents.to_pylist() if r["stack"] == stream]
-    names = {f"{r['document'] + 1}": f"{r['document'] + 1} · {r['name']}" + (f" · {r['label']}" if r["label"] else "") for r in rows}
+    labels = {r["document"]: f" · {r['label']}" if r["label"] and r["label"] not in r["name"] else "" for r in rows}
+    names = {f"{r['document'] + 1}": f"{r['document'] + 1} · {r['name']}{labels[r['document']]}" for r in rows}
     return int(choice("doc", "Document", names, next(iter(names)), width=320)) - 1
 
 
@@ -252,10 +269,10 @@ def choose_token(position: int) -> None:
     st.session_state["_token"] = chosen["run"], chosen["doc"], chosen["token"]
 
 
-def open_expert(trace: Trace, event: object, layer: str | None = None, rows: Sequence[str] = ()) -> None:
-    """A click on an expert's cell leads to its page; without ``layer``, the cell's row names it. ``rows``: what each row stands for (``?of=``)."""
+def open_expert(trace: Trace, event: object, layer: str | None = None, cells: Sequence[str] = ()) -> None:
+    """A click on an expert's cell leads to its page; without ``layer``, the cell's row names it. ``cells``: what each cell stands for, row by row (``?of=``)."""
     points = getattr(getattr(event, "selection", None), "points", [])
     if points:
         expert = str(int(points[0]["customdata"]["0"]))
-        of = {"of": rows[int(points[0]["customdata"]["11"])]} if rows else {}
+        of = {"of": cells[int(points[0]["point_index"])]} if cells else {}
         st.switch_page("views/expert.py", query_params={"run": trace.name, "layer": layer or str(points[0]["y"]), "expert": expert, **of})

@@ -117,6 +117,11 @@ def show_error(text: str) -> None:
     st.error(plain(text))
 
 
+def show_warning(text: str) -> None:
+    """A sentence that must not be overlooked."""
+    st.warning(plain(text))
+
+
 def counted(n: int, one: str, many: str | None = None) -> str:
     """A number with its noun: 1 token, 2,300 tokens."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"

@@ -117,6 +117,16 @@ def test_chance_of_dead_experts_against_simulation() -> None:
     assert balance.chance_dead(1, 8, 2) == 6 and balance.chance_dead(5, 4, 4) == 0 and math.isnan(balance.chance_dead(0, 8, 2))
 
 
+def test_chance_of_cold_experts_against_simulation() -> None:
+    rng = np.random.default_rng(0)
+    for tokens in (12, 60, 200):  # a tenth of the mean is 0.15, 0.75, 2.5
+        chosen = (rng.random((1_000, tokens, 16)).argpartition(1, axis=2)[:, :, :2] + 16 * np.arange(1_000)[:, None, None]).ravel()
+        cold = (np.bincount(chosen, minlength=16_000).reshape(1_000, 16) < 0.1 * tokens / 8).sum(1)
+        assert np.mean(cold) == pytest.approx(balance.chance_cold(tokens, 16, 2), abs=4 * max(np.std(cold), 0.002) / 1_000**0.5)
+    assert balance.chance_cold(12, 16, 2) == pytest.approx(balance.chance_dead(12, 16, 2))
+    assert balance.chance_cold(10**9, 64, 8) == 0 == balance.chance_cold(5, 4, 4) and math.isnan(balance.chance_cold(0, 8, 2))
+
+
 def test_chance_at_the_edges() -> None:
     assert balance.chance_max_over_mean(1, 8, 2) == pytest.approx(4)  # one token: two experts at 1, mean 1/4
     assert balance.chance_cv(10, 4, 4) == 0 and balance.chance_max_over_mean(10, 4, 4) == 1  # every expert, always

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis import counting
+from analysis import bittables, counting
 from analysis.stats import BINS, first_choices, following_sites, part_statistics
 from analysis.trace import LayerInfo, Part, SiteRouting, SiteScores
 
@@ -157,25 +157,40 @@ def test_an_id_out_of_range_is_refused_and_not_counted(wrong: int) -> None:
         part_statistics(part, (site(0),))
 
 
-@pytest.mark.parametrize(("n_experts", "k"), [(64, 8), (8, 2), (63, 8), (65, 8)])
+@pytest.mark.parametrize(("n_experts", "k"), [(64, 8), (8, 2), (63, 8), (1, 1)])
 def test_bit_tables_count_what_scattering_counts(n_experts: int, k: int) -> None:
-    """Also where the rows are no multiple of 64 words, and where slots fill a lane exactly."""
+    """Pairs of two sites, those of one above the diagonal, and runs; also where the rows are no multiple of 64 words."""
     rng = np.random.default_rng(n_experts)
     for n in (0, 1, 63, 64, 511, 512, 513, 1500):
-        here, after = (counting.slots_of(rng.random((n, n_experts)).argsort(1)[:, :k] - (i % 2), n_experts) for i in (0, 1))
-        bits = counting.bits_of(here, n_experts + 1), counting.bits_of(after, n_experts + 1)
-        assert bits[0] is not None and bits[1] is not None
-        by_bits, by_hand = np.zeros((2, n_experts + 1, n_experts + 1), np.int64)
-        counting.count_pairs(here, after, (bits[0], bits[1]), by_bits)
-        counting.count_pairs(here, after, None, by_hand)
+        ids = [rng.random((n, n_experts)).argsort(1)[:, :k] - i for i in (0, 1)]
+        slots = [counting.slots_of(x) for x in ids]
+        words = [counting.take_rows(x, np.ones(x.shape, np.float32), n_experts + 1)[1] for x in ids]
+        here, after = (bittables.bits_of(w, n_experts + 1, k) for w in words)
+        assert here is not None and after is not None
+        by_bits, by_hand, mine, mine_by_hand = np.zeros((4, n_experts + 1, n_experts + 1), np.int64)
+        bittables.count_pairs_by_bits(here, after, by_bits)
+        bittables.count_pairs(*slots, by_hand)
         assert np.array_equal(by_bits, by_hand)
+        bittables.count_pairs_by_bits(after, after, mine)
+        bittables.count_pairs(slots[1], slots[1], mine_by_hand)
+        assert np.array_equal(np.triu(mine, 1), np.triu(mine_by_hand, 1))
+        starts = np.unique(np.append(rng.integers(0, n + 1, 40), (0, n)))
+        runs, runs_by_hand = np.zeros((2, len(starts) - 1, n_experts + 1), np.int32)
+        bittables.count_runs_by_bits(after, starts, runs)
+        counting.count_runs(slots[1], starts, runs_by_hand)
+        assert np.array_equal(runs[:, 1:], runs_by_hand[:, 1:])
+
+
+def test_no_bit_table_where_scattering_is_faster_or_a_word_is_too_short() -> None:
+    words = np.zeros(9, np.uint64)
+    assert bittables.bits_of(words, 65, 4) is None and bittables.bits_of(words[:0], 66, 8) is None
 
 
 IMPORTED = "import sys; from analysis.store import open_run; open_run('data/demo-run').stats.load(0); print('numba' in sys.modules)"
 COUNTED = """
 from analysis import counting
 import numpy as np
-print(counting.slots_of(np.zeros((2, 1), np.int16), 3).tolist())
+print(counting.slots_of(np.zeros((2, 1), np.int16)).tolist())
 """
 
 

@@ -1,8 +1,9 @@
+import re
 from dataclasses import replace
 
 import numpy as np
 
-from analysis.findings import busiest, first_finding, strongest_label
+from analysis.findings import busiest, first_finding, strongest_label, unused_experts
 from analysis.trace import SiteRouting
 
 from .synthetic import PLAIN, make_part, make_trace
@@ -69,4 +70,20 @@ def test_a_load_that_chance_explains_is_called_so() -> None:
     skewed = make_part(PLAIN, [2_000])
     routing = tuple(replace(r, experts=np.minimum(r.experts, 1), chosen=np.minimum(r.chosen, 1)) for r in skewed.routing)
     found = busiest(make_trace(PLAIN, [replace(skewed, routing=routing)]))
-    assert found is not None and found.claim.endswith("times its even share.")
+    assert found is not None and re.fullmatch(
+        r"At layer [01], expert [01] carries 4\.\d\d times its even share\.|At layer [01], expert 1 carries \d\.\d\d times its even share\.",
+        found.claim,
+    )
+
+
+def test_experts_are_called_dead_only_from_enough_documents() -> None:
+    def told(documents: int, used: int = 6) -> str:
+        part = make_part(PLAIN, [40] * documents)
+        few = part.routing[0].experts % used
+        return unused_experts(make_trace(PLAIN, [replace(part, routing=(SiteRouting(few, part.routing[0].weights, few), part.routing[1]))]))
+
+    assert told(4) == ("2 of 16 experts are not used by these 4 documents (160 tokens): layer 0 experts 6, 7."
+                       " So few documents cannot show that an expert is dead: that takes 30.")  # fmt: skip
+    assert told(29, 7).startswith("1 of 16 experts is not used by these 29 documents")
+    assert told(30, 7) == "1 of 16 experts is dead: layer 0 expert 7. Uniform routing of so many tokens would leave below 0.01."
+    assert told(30, 8).startswith("No expert of 16 is dead.")

@@ -174,3 +174,33 @@ def test_tables() -> None:
         mine = load[load["site"] == layer.index]
         assert mine["assignments"].tolist() == np.bincount(trace.experts(layer.index).ravel(), minlength=8).tolist()
         assert mine["share"].sum() == pytest.approx(1) and mine["relative"].mean() == pytest.approx(1)
+
+
+BOUNDS = {"max_over_mean": 1, "maxvio": 1, "document_maxvio": 1, "balancedness": -1}  # the chance level is above or below the mean
+
+
+@pytest.mark.parametrize("name", [n for n, m in METRICS.items() if m.level is not None])
+def test_uniform_routing_gives_the_chance_level(name: str) -> None:
+    """Twelve uniform runs of 40 documents: their mean is the level, or on the side of it that the words say."""
+    traces = [make_trace(PLAIN, [make_part(PLAIN, [50] * 40, seed)]) for seed in range(12)]
+    metric, level = METRICS[name], METRICS[name].chance_level(traces[0])
+    mean = np.mean([metric(t)["value"].to_numpy() for t in traces])
+    if np.isnan(level).all():
+        assert name in ("label_information", "token_information") and metric.chance_here(traces[0]) == metric.chance
+    elif name in ("auxiliary_loss", "router_entropy", "z_loss"):  # of a router without opinion, which these are not
+        assert metric.chance_here(traces[0]).endswith(f"; here {level[0]:,.4g}")
+    elif name in BOUNDS:
+        assert 0 <= BOUNDS[name] * (level[0] - mean) < 0.25 * abs(level[0] - (name in ("max_over_mean", "balancedness")))
+    else:
+        assert level[0] == pytest.approx(mean, rel=0.15, abs=1e-6) and metric.chance_here(traces[0]).startswith(f"{metric.chance}; here ")
+
+
+def test_too_few_tokens_have_no_chance_level_by_series() -> None:
+    trace = trace_of(3)
+    assert math.isnan(METRICS["effective_experts"].chance_level(trace)[0]) and METRICS["dead"].chance_level(trace)[0] == pytest.approx(
+        8 * 0.75**3
+    )
+
+
+def test_no_words_of_chance_are_identifiers() -> None:
+    assert not [m.name for m in METRICS.values() if "_" in m.chance]

@@ -16,6 +16,9 @@ from analysis.stability import (
     dead_experts,
     document_balance,
     label_balance,
+    late_positions,
+    least_stable,
+    maxvio_batches,
     maxvio_table,
     percentiles,
     pooled_balance,
@@ -54,8 +57,8 @@ def test_columns() -> None:
     figures = ["n", "max_over_mean", "cv", "normalised_entropy", "dead", "chance_max_over_mean", "chance_cv"]
     trace = make_trace()
     assert batch_balance(trace, 0).column_names == ["batch", "documents", *figures]
-    assert position_balance(trace, 0).column_names == ["first", "last", *figures]
-    assert label_balance(trace, 0).column_names == ["label", *figures]
+    assert position_balance(trace, 0).column_names == ["first", "last", "documents", *figures]
+    assert label_balance(trace, 0).column_names == ["label", "documents", *figures]
 
 
 @pytest.mark.parametrize("layers", [PLAIN, TWO_STREAMS], ids=["plain", "streams"])
@@ -81,7 +84,8 @@ def test_documents_of_uniform_routing_lie_at_chance() -> None:
 def test_shuffled_batches_of_sorted_texts_are_nearer_to_the_run() -> None:
     """Documents 0 to 9 use experts 0 to 3, the others 4 to 7: in order every batch is of one kind."""
     part = make_part(PLAIN, [20] * 20)
-    experts = ((part.routing[0].experts % 4) + 4 * (np.arange(400) >= 200)[:, None]).astype(np.int16)
+    first, step = part.routing[0].experts.T % np.array([[4], [3]])  # two different experts of four
+    experts = (np.stack([first, (first + 1 + step) % 4], 1) + 4 * (np.arange(400) >= 200)[:, None]).astype(np.int16)
     trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
     ordered, mixed = (maxvio_table(trace, 100, m).to_pylist()[0] for m in (None, 0))
     assert ordered["least"] >= 1 and mixed["batch"] < 0.8 * ordered["batch"] and mixed["run"] == ordered["run"]
@@ -138,6 +142,48 @@ def test_uniform_batches_stay_below_their_chance_and_little_below() -> None:
     assert 0.85 * row["chance_batch"] < row["batch"] < row["chance_batch"] and row["run"] < row["least"]
 
 
+def uneven(tokens: int, documents: int, seed: int = 0) -> Trace:
+    """One top-1 site of eight experts: half of all tokens go to expert 3, whatever their document."""
+    layers = (site(0, 8, 1),)
+    part = make_part(layers, [tokens] * documents)
+    draw = np.random.default_rng(seed).choice(8, (tokens * documents, 1), p=[1 / 14] * 3 + [0.5] + [1 / 14] * 4).astype(np.int16)
+    return make_trace(layers, [replace(part, routing=(SiteRouting(draw, part.routing[0].weights, draw),))])
+
+
+def test_an_uneven_layer_is_not_an_unstable_one() -> None:
+    """Tokens drawn alike in every document spread over batches as chance says, however uneven the layer; even tokens spread less."""
+    skewed, even = uneven(200, 400), make_trace((site(0, 8, 1),), [make_part((site(0, 8, 1),), [200] * 400)])
+    for trace, low in ((skewed, 0.9), (even, 0.4)):
+        row = maxvio_table(trace, 200).to_pylist()[0]
+        assert low < row["spread"] / row["chance_spread"] < 1.1 and least_stable(maxvio_table(trace, 200)) == (0, False)
+    assert maxvio_table(skewed, 200)["batch"][0].as_py() > 2.5 > maxvio_table(even, 200)["batch"][0].as_py()
+
+
+def test_the_layer_that_changes_with_its_batch_is_the_least_stable() -> None:
+    """Site 0 sends every token to expert 0, always; site 1 sends odd documents there and spreads the even ones."""
+    layers = (site(0, 8, 1), site(1, 8, 1))
+    part = make_part(layers, [40] * 20)
+    always = np.zeros((800, 1), np.int16)
+    odd = (np.arange(800) // 40 % 2 == 1)[:, None]
+    now = np.where(odd, 0, np.arange(800)[:, None] % 8).astype(np.int16)
+    trace = make_trace(
+        layers, [replace(part, routing=tuple(SiteRouting(e, r.weights, e) for e, r in zip((always, now), part.routing, strict=True)))]
+    )
+    table = maxvio_table(trace)
+    assert table["batch"].to_pylist() == [7, 3.5] and table["spread"].to_pylist() == [0, pytest.approx(np.std([0, 7] * 10, ddof=1))]
+    assert table["p95"].to_pylist() == [7, 7] and least_stable(table) == (1, True)
+    assert least_stable(maxvio_table(trace, 10_000)) is None and math.isnan(maxvio_table(trace, 10_000)["spread"][0].as_py())
+
+
+def test_batches_one_by_one_are_those_of_the_table() -> None:
+    trace = make_trace(PLAIN)
+    for number in range(len(PLAIN)):
+        rows, before = maxvio_batches(trace, number, 12), batch_balance(trace, number, 12)
+        assert rows["batch"].to_pylist() == [1, 2, 3] and rows["n"].to_pylist() == before["n"].to_pylist()
+        np.testing.assert_allclose(rows["maxvio"].to_numpy(), before["max_over_mean"].to_numpy() - 1)
+        np.testing.assert_allclose(rows["chance"].to_numpy(), before["chance_max_over_mean"].to_numpy() - 1)
+
+
 def test_sites_that_executed_nothing_have_no_batches() -> None:
     part = make_part(PLAIN, [9, 9])
     none = SiteRouting(np.full_like(part.routing[0].experts, -1), part.routing[0].weights, part.routing[0].chosen)
@@ -151,7 +197,7 @@ def test_sites_that_executed_nothing_have_no_batches() -> None:
 
 def test_dead_experts_are_counted_within_layers() -> None:
     found = dead_experts(layered(np.array([[3, 0, 5, 0], [2, 2, 2, 2], [0, 0, 0, 8]])))
-    assert (found.dead, found.experts, found.sites) == (5, 12, (0, 2))
+    assert (found.dead, found.experts, found.at) == (5, 12, ((0, (1, 3)), (2, (0, 1, 2)))) and (found.documents, found.tokens) == (1, 8)
     assert found.chance == pytest.approx(3 * 4 * 0.75**8)
 
 
@@ -159,7 +205,8 @@ def test_along_the_text_and_by_label() -> None:
     trace = make_trace(TWO_STREAMS)
     for number in range(3):
         table = position_balance(trace, number).to_pylist()
-        assert [(r["first"], r["last"]) for r in table] == [(0, 0), (1, 2), (3, 6), (7, 14)]
+        # lengths 5 3 9 6 3 9 7 3 9: the longest ends at position 8
+        assert [(r["first"], r["last"], r["documents"]) for r in table] == [(0, 0, 9), (1, 2, 9), (3, 6, 6), (7, 8, 3)]
         rows = trace.stream_tokens(trace.layers[number].stream)
         for row in table:
             inside = (rows["position"].to_numpy() >= row["first"]) & (rows["position"].to_numpy() <= row["last"])
@@ -167,9 +214,27 @@ def test_along_the_text_and_by_label() -> None:
             load = np.bincount(experts[experts >= 0], minlength=4)
             assert row["n"] == load.sum() and row["max_over_mean"] == pytest.approx(balance.max_over_mean(load), nan_ok=True)
         labels = label_balance(trace, number).to_pylist()
-        assert [r["label"] for r in labels] == ["a", "b"] and sum(r["n"] for r in labels) == len(rows)
+        assert [(r["label"], r["documents"]) for r in labels] == [("a", 5), ("b", 4)] and sum(r["n"] for r in labels) == len(rows)
     assert len(label_balance(make_trace(PLAIN, [make_part(PLAIN, [9], labels=(None,))]), 0)) == 0
     assert position_balance(make_trace(PLAIN, [make_part(PLAIN, [9, 20])]), 0)["n"].to_pylist() == [2, 4, 8, 10, 5]
+
+
+def test_text_without_a_label_is_a_piece_of_its_own() -> None:
+    trace = make_trace(PLAIN, [make_part(PLAIN, [30, 20, 10, 40], labels=("a", None, "b"))])
+    rows = label_balance(trace, 1).to_pylist()
+    assert [(r["label"], r["documents"], r["n"]) for r in rows] == [("a", 2, 70), ("b", 1, 10), (None, 1, 20)]
+    assert rows[2]["max_over_mean"] == pytest.approx(balance.max_over_mean(loads_of(trace, 1, [[1]])[0]))
+
+
+def test_late_positions_are_told_with_the_text_they_come_from() -> None:
+    """Lengths 10 10 10 100 40, labels a b none a b: two of five documents reach position 15, 85 tokens of a and 25 of b."""
+    trace = make_trace(PLAIN, [make_part(PLAIN, [10, 10, 10, 100, 40], labels=("a", "b", None, "a", "b"))])
+    late = late_positions(trace, 0)
+    assert late is not None and (late.first, late.documents, late.of, late.label) == (15, 2, 5, "a")
+    assert late.share == pytest.approx(85 / 110) and late.overall == pytest.approx(110 / 170)
+    unlabelled = late_positions(make_trace(PLAIN, [make_part(PLAIN, [10, 10, 10, 100, 40], labels=(None,))]), 0)
+    assert unlabelled is not None and unlabelled.label is None and (unlabelled.first, unlabelled.documents) == (15, 2)
+    assert late_positions(make_trace(PLAIN, [make_part(PLAIN, [20] * 4)]), 0) is None
 
 
 def layered(loads: np.ndarray) -> Trace:

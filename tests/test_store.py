@@ -21,7 +21,7 @@ from analysis.store import RunError, delete_run, list_runs, open_run, valid_run_
 from analysis.trace import TOKENS, LayerInfo, Part, SiteRouting, Trace
 from analysis.writing import RunWriter
 
-from .synthetic import MANY, PLAIN, TWO_STREAMS, card, differences, make_part, make_parts, make_trace, site
+from .synthetic import MANY, PLAIN, SPECIAL, TWO_STREAMS, card, differences, make_part, make_parts, make_trace, site
 
 UNEVEN = (site(0, 6, 1), site(1, 9, 3))
 
@@ -91,9 +91,19 @@ def test_layout_is_row_groups_of_one_site_with_checksums(tmp_path: Path) -> None
     file = pq.ParquetFile(tmp_path / "run" / "routing" / "part-00000.parquet")
     assert file.num_row_groups == len(MANY)
     assert str(file.schema_arrow.field("e0").type) == "uint16"
-    column = file.metadata.row_group(0).column(file.schema_arrow.names.index("w0"))
-    assert "BYTE_STREAM_SPLIT" in column.encodings and column.compression == "ZSTD"
+    for name, encoding in (("e0", "RLE_DICTIONARY"), ("w0", "BYTE_STREAM_SPLIT")):
+        column = file.metadata.row_group(0).column(file.schema_arrow.names.index(name))
+        assert encoding in column.encodings and column.compression == "ZSTD" and not column.is_stats_set
     assert "DELTA_BINARY_PACKED" in file.metadata.row_group(0).column(0).encodings
+
+
+def test_columns_say_whether_they_can_hold_a_null(tmp_path: Path) -> None:
+    """Ids can; weights where a site has fewer than another; scores and keys never."""
+    for name, layers, some in (("plain", PLAIN, False), ("special", SPECIAL, True)):
+        stored(tmp_path / name, layers)
+        routing, scores = (pq.read_schema(tmp_path / name / kind / "part-00000.parquet") for kind in ("routing", "scores"))
+        can = {f.name for f in routing if f.nullable}
+        assert can == {n for n in routing.names if n[0] in "ec" or (some and n[0] == "w")} and not any(f.nullable for f in scores)
 
 
 def test_a_changed_page_is_an_error_that_names_the_file(tmp_path: Path) -> None:
@@ -199,6 +209,61 @@ def test_a_range_reads_one_part_and_its_site_alone(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda self, i, **more: (groups.extend(i), read(self, i, **more))[1])
     assert np.array_equal(trace.routing(1, first, first + n).experts, parts[1].routing[1].experts)
     assert groups == [1]
+
+
+def rewritten_tokens(run: Path, rows: int, order: str | None = None) -> Trace:
+    """The run with row groups of ``rows`` in its tokens files, sorted by a column where named; sizes listed anew."""
+    manifest = json.loads((run / "run.json").read_text())
+    for part in manifest["parts"]:
+        name = next(n for n in part["files"] if n.startswith("tokens/"))
+        table = pq.read_table(run / name)
+        pq.write_table(table.take(np.argsort(table[order].to_numpy(), kind="stable")) if order else table, run / name, row_group_size=rows,
+                       write_page_checksum=True)  # fmt: skip
+        part["files"][name] = stamp(run / name)
+    (run / "run.json").write_text(json.dumps(manifest))
+    return open_run(run)
+
+
+@pytest.mark.parametrize(
+    ("layers", "order"), [(PLAIN, None), (TWO_STREAMS, None), (TWO_STREAMS, "document")], ids=["one", "two", "interleaved"]
+)
+def test_a_range_of_tokens_equals_that_of_the_whole_table(tmp_path: Path, layers: tuple[LayerInfo, ...], order: str | None) -> None:
+    memory = make_trace(layers)
+    stored(tmp_path / "run", layers)
+    trace = rewritten_tokens(tmp_path / "run", 7, order)
+    for stream in {x.stream for x in layers}:
+        n = trace.n_tokens(stream)
+        for start, stop in ((0, 1), (3, n), (n - 1, n), (6, 8), (15, 19), (0, n), (5, 5), (n, n)):
+            for columns in (TOKENS.names, ["token", "loss"]):
+                mine, other = (t.stream_tokens(stream, start, stop, columns) for t in (trace, memory))
+                assert mine.schema.equals(other.schema) and mine.to_pylist() == other.to_pylist()
+        assert trace.stream_tokens(stream).to_pylist() == memory.stream_tokens(stream).to_pylist()
+    assert "tokens" not in trace.__dict__
+
+
+def test_a_document_reads_the_row_groups_of_its_tokens_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where every other row group of its part, and every other part, is destroyed."""
+    expected = stored(tmp_path / "run").stream_tokens("decoder").to_pylist()
+    trace = rewritten_tokens(tmp_path / "run", 4)
+    start, stop = trace.document_range(1)
+    groups: list[int] = []
+    read = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda self, i, **more: (groups.extend(i), read(self, i, **more))[1])
+    path = tmp_path / "run" / "tokens" / "part-00000.parquet"
+    footer, damaged = pq.read_metadata(path), bytearray(path.read_bytes())
+    needed = set(range(start // 4, -(-stop // 4)))
+    for i in set(range(footer.num_row_groups)) - needed:
+        for c in range(footer.num_columns):
+            column = footer.row_group(i).column(c)
+            at = column.dictionary_page_offset or column.data_page_offset
+            damaged[at : at + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(damaged)
+    for other in ("00001", "00002"):
+        (tmp_path / "run" / "tokens" / f"part-{other}.parquet").write_bytes(b"")
+    assert trace.stream_tokens("decoder", start, stop).to_pylist() == expected[start:stop]
+    assert set(groups) == needed and len(needed) < footer.num_row_groups
+    with pytest.raises(RunError, match="tokens/part-00000.parquet is damaged"):
+        trace.stream_tokens("decoder", 0, 1)
 
 
 def test_a_range_reads_the_row_groups_that_hold_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,27 @@
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from analysis.trace import LayerInfo, SiteRouting, TraceError, check_part, id_dtype, token_digest
+from analysis.trace import LayerInfo, SiteRouting, TraceError, check_part, check_site, id_dtype, token_digest
 
-from .synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace
+from .synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace, site
 
 
 @pytest.mark.parametrize("layers", [PLAIN, MANY, TWO_STREAMS], ids=["plain", "many", "streams"])
 def test_sound_parts_pass(layers: tuple[LayerInfo, ...]) -> None:
     check_part(make_part(layers, [4, 6]), layers)
+
+
+def test_an_expert_twice_is_found_in_whichever_slots_it_stands() -> None:
+    """Sets tell; several slots without an expert are none twice."""
+    layer, found = site(0, 24, 4), []
+    for ids in np.random.default_rng(0).integers(-1, 24, (200, 3, 4)).astype(np.int16):
+        found.append(any(len(set(row[row >= 0])) < (row >= 0).sum() for row in ids))
+        with pytest.raises(TraceError, match="one expert twice") if found[-1] else nullcontext():
+            check_site(layer, SiteRouting(ids, np.ones(ids.shape, np.float32), ids), 3, "here")
+    assert 50 < sum(found) < 150
 
 
 @pytest.mark.parametrize(

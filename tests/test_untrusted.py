@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.untrusted import Limits, Prompt, UploadError, read_prompts
+from analysis.untrusted import Limits, Prompt, UploadError, paragraphs, read_prompts
 
 
 def test_each_kind_of_file() -> None:
@@ -55,10 +55,12 @@ def test_arbitrary_bytes_give_prompts_or_an_upload_error(data: bytes, name: str)
         ("a,b".encode("utf-16-le"), "a.csv", r"NUL character \(line 1\)"),  # UTF-16 without its mark is valid UTF-8
         (b"one\ntwo\0", "a.txt", r"NUL character \(line 2\)"),
         ("hi".encode("utf-32"), "a.txt", "UTF-32"),
+        (b'{"text":"a"}\n{"x":1}\n{"text":"b"}\n{bad\n[1]', "a.jsonl", "^line 2 has no text: .* is needed; nor can lines 4, 5 be read$"),
+        (b"{bad\n" * 30, "a.jsonl", "^line 1 is not valid JSON; nor can lines 2, 3, 4, 5, 6, 7, 8, 9, 10 and 20 more be read$"),
         (b'{"text":"a","text":"b"}', "a.jsonl", "line 1 names a field twice"),  # a parser would keep the last one only
         (b'{"text":"a","label":"\\ud800"}', "a.jsonl", "surrogate"),
         (b'{"text":"a","name":"\\udc00"}', "a.jsonl", "surrogate"),
-        (b'{"text":"a"}\n\n{"text":"b","label":3}', "a.jsonl", "line 3: the field label"),
+        (b'{"text":"a"}\n\n{"text":"b","label":3}', "a.jsonl", "line 3 has a field label"),
         (b'{"text":' + b"9" * 5_000 + b"}", "a.jsonl", "line 1"),
         (b"\x1f\x8b\x08" + b"\0" * 20, "a.jsonl", "byte 1 "),  # gzip, renamed
         (b"text\n" + b"x\n" * 1_001, "a.csv", "1,001 prompts"),
@@ -95,3 +97,12 @@ def test_errors_never_repeat_the_text(name: str, data: bytes) -> None:
     with pytest.raises(UploadError) as caught:
         read_prompts(data, name)
     assert "canary" not in str(caught.value)
+
+
+def test_paragraphs_are_prompts_letter_by_letter() -> None:
+    text = "\n One.\nStill one.\n\n    def f():\n\t\n \n\u4e09\u3002\n"
+    found = paragraphs(text)
+    assert [p.text for p in found] == ["\n One.\nStill one.", "    def f():", "\u4e09\u3002\n"]
+    assert [(p.name, p.label) for p in found[1:]] == [("paragraph 2", None), ("paragraph 3", None)] and paragraphs(" \n\n ") == ()
+    with pytest.raises(UploadError, match="3 paragraphs; at most 2"):
+        paragraphs(text, Limits(prompts=2))

@@ -28,7 +28,7 @@ from app.text import plain, visible_token
 from . import tiny
 from .families import FAMILIES
 from .nasty import NASTY
-from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, site
+from .synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, make_parts, site
 
 ROOT = Path(__file__).parent.parent
 CAPTURED = ("jetmoe", "longcat_flash", "zaya", "doge", "llama4")
@@ -59,6 +59,25 @@ def shown(page: str, run: str) -> AppTest:
     return test
 
 
+@pytest.mark.parametrize("query", [{"doc": "1"}, {"doc": "1", "tour": "1"}])
+def test_a_document_is_shown_where_the_tokens_of_the_other_parts_cannot_be_read(runs: Path, query: dict[str, str]) -> None:
+    with RunWriter.open(runs / "two", card(PLAIN), {}) as writer:
+        for part in make_parts(PLAIN):
+            writer.write(part)
+        writer.commit()
+    for path in sorted((runs / "two" / "tokens").iterdir())[1:]:
+        path.write_bytes(bytes(path.stat().st_size))
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
+    for key, value in (query | {"run": "two"}).items():
+        test.query_params[key] = value
+    test.switch_page("views/tokens.py")
+    test.run()
+    assert not test.exception and test.title[0].value == "Which expert does each token go to?"
+    test.query_params["doc"] = "4"
+    test.run()
+    assert test.exception
+
+
 @pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs", "glossary"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [[1], [700, *[20] * len(NASTY)]], ids=["one token", "documents"])
@@ -69,6 +88,28 @@ def test_every_page_over_every_kind_of_run(runs: Path, page: str, kind: str, len
     if page == "overview":
         assert test.metric[0].value == f"{sum(lengths) * len({x.stream for x in KINDS[kind]}):,}"
     assert_harmless(test)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tour_over_every_kind_of_run(runs: Path, kind: str) -> None:
+    store(runs / kind, KINDS[kind], [1, *[20] * len(NASTY)])
+    test = shown("overview", kind)
+    for step, page in enumerate(("tokens", "load", "expert", "capacity", "runs"), 1):
+        test.query_params["tour"] = str(step)
+        test.switch_page(f"views/{page}.py")
+        test.run()
+        assert not test.exception and any(plain(f"Tour, {step} of 5:") in c.value for c in test.caption)
+        assert_harmless(test)
+    assert test.checkbox(key="paragraphs").value
+
+
+def test_pasted_paragraphs_are_counted_where_they_are_texts_of_their_own(runs: Path) -> None:
+    store(runs / "plain", PLAIN, [3])
+    test = shown("runs", "plain")
+    test.text_area(key="pasted").set_value("One.\n\nTwo.\nStill two.").run()
+    assert not test.checkbox(key="paragraphs").value and not any("pasted" in c.value for c in test.caption)
+    test.checkbox(key="paragraphs").check().run()
+    assert any("2 paragraphs pasted" in c.value for c in test.caption)
 
 
 @pytest.mark.parametrize("link", [{"by": "label"}, {"by": "class"}, {"by": "token"}, {"who": "label"}, {"who": "token"}, {"who": "text"},
@@ -124,7 +165,7 @@ def test_demo_run_opens_first_with_a_finding(runs: Path) -> None:
 def test_bad_prompts_get_a_sentence_and_stay(runs: Path) -> None:
     test = shown("runs", "demo-run")
     test.button(key="record").click().run()
-    assert "Paste some text" in test.error[0].value
+    assert test.error[0].value.startswith(plain("Nothing was recorded: paste some text"))
     test.text_area(key="pasted").set_value("kept text").run()
     test.text_input(key="run_name").set_value("Bad Name!").run()
     test.button(key="record").click().run()
@@ -148,6 +189,50 @@ def test_capacity_answers_as_the_engine_does(runs: Path) -> None:
     share = apply_capacity(open_run(ROOT / "data" / "demo-run"), 1.0, "position", "document", layers=[3]).summary()["dropped_share"]
     assert any(f"drops {100 * share:.1f}" in m.value.replace("\\", "") for m in test.markdown)
     assert test.select_slider(key="cf").value == "1"
+
+
+def test_capacity_is_told_over_shuffles_and_one_shuffle_can_be_chosen(runs: Path) -> None:
+    from analysis.capacity import apply_capacity
+
+    test = shown("capacity", "demo-run")
+    run = open_run(ROOT / "data" / "demo-run")
+    shares = [apply_capacity(run, 1.25, "position", "documents", size=16, mixed=s).summary()["dropped_share"] for s in range(20)]
+    said = f"CF 1.25 drops {np.mean(shares):.1%} of assignments over all layers ({min(shares):.1%} to {max(shares):.1%} over 20 shuffles"
+    assert any(plain(said) in m.value for m in test.markdown)
+    told = [c.value.replace("\\", "") for c in test.caption]
+    assert any("in 5 batches of 16 documents, the last of 11" in c and "Only 5 batches" in c for c in told)
+    test.selectbox(key="mix").set_value("7").run()
+    one = apply_capacity(run, 1.25, "probability", "documents", size=16, mixed=7).summary()
+    said = f"{one['dropped_share']:.1%} of assignments over all layers, {one['gate_mass_lost_share']:.1%} of the gate weight"
+    assert any(plain(f"{said} and {one['top1_dropped_share']:.1%} of first choices") in m.value for m in test.markdown)
+    assert test.query_params["mix"] in ("7", ["7"]) and not any("shuffles of" in m.value for m in test.markdown)
+
+
+@pytest.mark.parametrize(("lost", "whole", "part"), [("gate", "gate_mass", "gate_mass_lost"), ("first", "tokens", "top1_dropped")])
+def test_who_pays_can_be_told_in_gate_weight_and_first_choices(runs: Path, lost: str, whole: str, part: str) -> None:
+    from analysis.capacity import apply_capacity
+
+    test = shown("capacity", "demo-run")
+    test.query_params.update({"who": "token", "lost": lost, "at": "layer 2", "mix": "recorded"})
+    test.run()
+    rows = (
+        apply_capacity(open_run(ROOT / "data" / "demo-run"), 1.25, "probability", "documents", size=16, layers=[2]).by_token().to_pylist()
+    )
+    told, best = test.dataframe[0].value, max(rows, key=lambda r: r[part])
+    assert told["lost"][0] == pytest.approx(best[part]) and told["share lost"][0] == pytest.approx(best[part] / best[whole])
+    assert told["lost"].is_monotonic_decreasing and not test.exception
+
+
+def test_a_run_smaller_than_a_batch_says_what_is_routed_together(runs: Path) -> None:
+    store(runs / "small", PLAIN, [40, 5, 30, 20])
+    test = shown("capacity", "small")
+    test.query_params["compare"] = "open"
+    test.run()
+    told = "".join(m.value for m in [*test.caption, *test.markdown]).replace("\\", "")
+    assert "in 1 batch, all 4 documents;" in told and "Only 1 batch:" in told and "1 batches" not in told and "shuffles of" not in told
+    assert re.search(r"with [0-9,]+ slots per expert and batch", told)
+    policies = test.dataframe[0].value
+    assert "reroute" not in policies["served first"].tolist() and not policies.isna().any().any() and "Reroute needs" in told
 
 
 def test_parts_of_the_capacity_page_stand_open_in_the_link_and_close_on_the_way_back(runs: Path) -> None:
@@ -206,7 +291,7 @@ def test_load_names_layers_that_hide_behind_the_sum(runs: Path) -> None:
             writer.commit()
     said = {name: [m.value for m in shown("load", name).markdown] for name in ("hidden", "even")}
     assert any("collapsed within them" in m and "6\\.63 times" in m for m in said["hidden"])
-    assert not any("collapsed within" in m for m in said["even"]) and any("No layer hides" in m for m in said["even"])
+    assert not any("collapsed within" in m for m in said["even"]) and any("Layers checked separately" in m for m in said["even"])
 
 
 @pytest.mark.parametrize("pieces", ["label", "position"])
@@ -219,8 +304,12 @@ def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, piece
     test.query_params.update({"batch": batch, "pieces": pieces, "filled": filled})
     test.run()
     rows = maxvio_table(open_run(ROOT / "data" / "demo-run"), int(batch), 0 if filled == "mixed" else None).to_pylist()
-    first, worst = rows[0], max(rows, key=lambda r: r["batch"])
-    assert any(plain(f"MaxVio {worst['batch']:.2f} in a batch") in m.value for m in test.markdown)
+    first, worst, loose = rows[0], max(rows, key=lambda r: r["batch"]), max(rows, key=lambda r: r["spread"])
+    assert any(plain(f"most uneven in a batch: MaxVio {worst['batch']:.2f} on average") in m.value for m in test.markdown)
+    said = (
+        f"Layer {loose['site']} varies most: the standard deviation of its MaxVio over {loose['batches']} batches is {loose['spread']:.2f};"
+    )
+    assert any(plain(said) in m.value for m in test.markdown)
     assert any(plain(f"n = {first['batches']:,} batches of {first['batch_n']:,.0f} tokens") in c.value for c in test.caption)
     assert any(plain(f"in {9 if pieces == 'label' else 11} pieces") in c.value for c in test.caption) and not test.exception
 
@@ -233,16 +322,37 @@ def test_tokens_that_pay_are_named_by_their_own_text(runs: Path) -> None:
     told = test.dataframe[0].value
     tokens = open_run(ROOT / "data" / "demo-run").tokens
     text_of = dict(zip(tokens["token_id"].to_pylist(), tokens["token"].to_pylist(), strict=True))
-    assert [visible_token(text_of[i]) for i in told["token id"]] == told["token"].tolist() and told["dropped"].is_monotonic_decreasing
+    assert [visible_token(text_of[i]) for i in told["token id"]] == told["token"].tolist() and told["lost"].is_monotonic_decreasing
 
 
 def test_an_expert_without_tokens_says_so(runs: Path) -> None:
     store(runs / "short", PLAIN, [1])
     test = shown("expert", "short")
-    used = open_run(runs / "short").stats.load(len(PLAIN) - 1)
+    used = open_run(runs / "short").stats.load([x.title for x in PLAIN].index(test.selectbox(key="layer").value))
     test.selectbox(key="expert").set_value(str(int(used.argmin()))).run()
     assert "No token of this run uses this expert" in test.info[0].value and not test.exception
     assert all("nan" not in m.value for m in test.metric)
+
+
+@pytest.mark.parametrize("page", ["tokens", "load", "specialization", "expert"])
+def test_the_layer_chosen_first_is_that_of_the_headline(runs: Path, page: str) -> None:
+    part = make_part(PLAIN, [300] * 4)
+    busy = part.routing[0].experts.copy()
+    busy[::3] = [5, 6]
+    with RunWriter.open(runs / "busy", card(PLAIN), {}) as writer:
+        writer.write(replace(part, routing=(SiteRouting(busy, part.routing[0].weights, busy), part.routing[1])))
+        writer.commit()
+    assert shown(page, "busy").selectbox(key="layer").value == "layer 0"
+
+
+def test_load_of_one_batch_tells_no_stability(runs: Path) -> None:
+    store(runs / "short", PLAIN, [9, 9])
+    test = shown("load", "short")
+    said = [m.value for m in test.markdown]
+    assert any(m.startswith(plain("One batch only: stability cannot be told.")) for m in said) and not any("varies" in m for m in said)
+    test.query_params["batch"] = "1"
+    test.run()
+    assert any("No layer varies more than chance" in m.value for m in test.markdown) and not test.exception
 
 
 def test_load_of_counts_without_documents_says_so(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

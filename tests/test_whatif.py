@@ -1,8 +1,15 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.whatif import EXAMPLES, Mixture, WhatIfError, gated_expert, weigh
+from analysis.params import read_size
+from analysis.store import open_run
+from analysis.whatif import EXAMPLES, Mixture, WhatIfError, card_bytes, card_expert, gated_expert, weigh
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_rumour_and_the_example_are_labelled_and_add_up() -> None:
@@ -40,3 +47,15 @@ def test_gated_expert_of_mixtral() -> None:
 def test_numbers_that_describe_no_model(numbers: tuple[int, ...], message: str) -> None:
     with pytest.raises(WhatIfError, match=message):
         Mixture(*numbers)
+
+
+def test_a_card_knows_its_bytes_and_its_expert() -> None:
+    """As ``params`` counts them from the config."""
+    shown = open_run(ROOT / "data" / "demo-run").model
+    size = read_size(ROOT / "data" / "demo-model")
+    assert card_bytes(shown) == size.bytes and card_expert(shown) == size.sites[0].expert == 86_016
+    assert card_bytes(replace(shown, dtype="int3")) is None
+    assert (
+        card_expert(replace(shown, active_parameters=shown.parameters)) is None
+        and card_expert(replace(shown, parameters=shown.parameters + 1)) is None
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,22 +10,40 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
-from analysis.capacity import AppliedCapacity, RankedTrace, compare_policies, in_words, percent, pool_curves, rank_trace, site_curves
+from analysis.capacity import AppliedCapacity, RankedTrace, compare_policies, pool_curves, rank_trace, shuffled_curves
+from analysis.capacity_answer import (
+    FEW,
+    SHUFFLES,
+    batches_in_words,
+    drops_in_words,
+    mean_curves,
+    needs_in_words,
+    percent,
+    shuffle_shares,
+    shuffles_for,
+    tokens_in_words,
+    typical_shuffle,
+)
 from analysis.overflow import FACTORS, POLICIES, MissingScores, rank_site
 from analysis.slots import PRESETS, CapacityError, make_batches
 from analysis.trace import Trace
+from analysis.vocabulary import token_texts
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
 from app.figures import show_figure
 from app.layers import kept, layer_by_layer
 from app.selection import choice, current_trace, document_picker, recording_id, section
+from app.strip_data import HUES, hues
 
 SCOPES = {"documents": "micro-batches of documents", "document": "each document alone", "tokens": "micro-batches of tokens",
           "run": "the whole run at once"}  # fmt: skip
 SIZES = {"documents": (2, 4, 8, 16, 32, 64, 128), "tokens": (256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 65_536)}
-ORDERS = {"mixed": "documents shuffled (seed 0)", "recorded": "documents as recorded"}
 WHO = {"label": "by label", "position": "by position", "token": "by token", "text": "in the text"}
+LOST = {"assignments": ("assignments", "dropped"), "gate": ("gate weight", "gate_mass_lost"), "first": ("first choices", "top1_dropped")}
+WHOLE = {"assignments": "assignments", "gate": "gate_mass", "first": "tokens"}
+SHARES = {"dropped_share": "assignments dropped", "gate_mass_lost_share": "gate weight lost", "top1_dropped_share": "first choices lost",
+          "fully_dropped_share": "tokens that lose all experts", "slot_use": "slots in use"}  # fmt: skip
 SHOWN_TOKENS = 1_024
 
 
@@ -36,12 +53,18 @@ def ranked(_trace: Trace, run: str, site: int, policy: str, scope: str, size: in
     return rank_trace(_trace, policy, scope, size=size, mixed=mixed, layers=[site])
 
 
-def curves(trace: Trace, run: str, policy: str, scope: str, size: int | None, mixed: int | None, preset: str) -> pa.Table:
-    """The curve of every site. Rerouting and dropless have none by thresholds: "position" drops as much as any other."""
+@st.cache_data(max_entries=64, show_spinner=False)
+def seeds_for(_trace: Trace, run: str, scope: str, size: int | None) -> tuple[int, ...]:
+    """The shuffles to average over; none where the order of documents plays no part."""
+    return shuffles_for(_trace, scope, size) if size else ()
+
+
+def curves(trace: Trace, run: str, policy: str, scope: str, size: int | None, shuffles: tuple[int | None, ...], preset: str) -> pa.Table:
+    """The curve of every site and shuffle. Rerouting and dropless have none by thresholds: "position" drops as much as any other."""
     asked = "position" if policy in ("reroute", "dropless") else policy
-    known = kept(run, ("capacity", asked, scope, size, mixed, preset))
+    known = kept(run, ("capacity", asked, scope, size, shuffles, preset))
     return layer_by_layer(
-        trace, known, lambda layers: site_curves(trace, FACTORS, asked, scope, size=size, mixed=mixed, preset=preset, layers=layers)
+        trace, known, lambda layers: shuffled_curves(trace, shuffles, FACTORS, asked, scope, size=size, preset=preset, layers=layers)
     )
 
 
@@ -53,52 +76,80 @@ def groups(
     return ranked(_trace, run, site, policy, scope, size, mixed).curves_by(by, FACTORS, preset)
 
 
-def who_pays(trace: Trace, applied: AppliedCapacity, site: int, mean: float) -> dict[str, tuple[str, pa.Table]]:
-    """Charts and tables of the groups that lose, against the ``mean`` share; returns the tables for the downloads."""
-    labelled = pc.count(trace.documents["label"]).as_py() > 0
-    asked = choice("who", "Who pays", {k: v for k, v in WHO.items() if labelled or k != "label"}, "label" if labelled else "position",
-                   draw=st.segmented_control)  # fmt: skip
+def who_pays(trace: Trace, applied: AppliedCapacity, site: int, total: dict[str, float]) -> dict[str, tuple[str, pa.Table]]:
+    """Charts and tables of the groups that lose, against the layer's share; returns the tables for the downloads."""
+    labelled, layer = pc.count(trace.documents["label"]).as_py() > 0, trace.layers[site]
+    with st.container(horizontal=True):
+        asked = choice("who", "Who pays", {k: v for k, v in WHO.items() if labelled or k != "label"}, "label" if labelled else "position",
+                       draw=st.segmented_control)  # fmt: skip
+        measures = {k: v[0] for k, v in LOST.items() if k != "first" or layer.top_k > 1}  # else the first choice is the only one
+        lost = choice("lost", "Share lost of", measures, "assignments", draw=st.segmented_control) if asked != "text" else "assignments"
+    unit, part = LOST[lost]
+    share = "dropped_share" if lost == "assignments" else f"{part}_share"
     if asked == "text":
         struck_text(trace, applied, site)
         return {}
+    if np.isnan(total[share]):
+        text.show_note(f"The {unit} of natively dropped assignments at {layer.title} was not recorded: its loss cannot be told.")
+        return {}
     if asked == "token":
-        rows = applied.by_token()
-        return {"by token": ("one row per token id", token_table(trace, rows, mean))}
+        return {"by token": ("one row per token id", token_table(trace, applied.by_token(), total[share], lost))}
     by = "label" if asked == "label" else "first_position"
     if exact:
-        rows = groups(trace, run, site, policy, scope, size, mixed, preset, by)
+        rows = groups(trace, run, site, policy, scope, size, shown, preset, by)
         rows = rows.filter(pc.equal(rows["factor"], factor))
     else:
         rows = applied.by_label() if asked == "label" else applied.by_position()
+    if asked == "label":
+        rows = rows.sort_by([(share, "descending")])
     keys = rows[by].to_pylist()
     names = [text.axis_name(k or "no label") if asked == "label" else f"{k:,}" for k in keys]
+    whole = rows[WHOLE[lost]].to_numpy()
     show_figure(
-        trace, charts.share_bars(names, rows["dropped_share"].to_numpy(), rows["assignments"].to_numpy(), mean,
-                                 "label" if asked == "label" else "position in the document, first of each bin"),
-        f"dropped-{WHO[asked]}-{trace.layers[site].title}-cf-{factor:g}", key="who-chart", alt=f"Bars of the dropped share {WHO[asked]}.",
-        definition=f"Share of the group's assignments at {trace.layers[site].title} that are dropped at capacity factor {factor:g}; the line is the"
-        f" share of all assignments of the layer. {setting}",
-        n=f"{int(rows['assignments'].to_numpy().sum()):,} assignments in {len(rows):,} groups",
+        trace, charts.share_bars(names, rows[share].to_numpy(), whole, total[share],
+                                 "label" if asked == "label" else "position in the document, first of each bin", unit),
+        f"lost-{lost}-{WHO[asked]}-{layer.title}-cf-{factor:g}", key="who-chart", alt=f"Bars of the share of {unit} lost {WHO[asked]}.",
+        definition=f"Share of each group's {unit} at {layer.title} lost at capacity factor {factor:g}; the line is the whole layer's"
+        f" {percent(total[share])}.",
+        n=f"{float(whole.sum()):,.0f} {'of ' if lost == 'gate' else ''}{unit} in {text.counted(len(rows), 'group')}{of_shuffle}", how=f"{setting} {which}".strip(),
     )  # fmt: skip
     return {WHO[asked]: (f"one row per {asked}", rows)}
 
 
-def token_table(trace: Trace, rows: pa.Table, mean: float) -> pa.Table:
-    """The tokens that lose most assignments, with their texts."""
+def token_table(trace: Trace, rows: pa.Table, mean: float, lost: str) -> pa.Table:
+    """The tokens that lose most of what ``lost`` names, with their texts."""
     stream = trace.layers[int(rows["site"][0].as_py())].stream
-    tokens = trace.stream_tokens(stream)
-    first = dict(zip(tokens["token_id"].to_pylist(), tokens["token"].to_pylist(), strict=True))
-    rows = rows.sort_by([("dropped", "descending")])
-    rows = rows.append_column("token", pa.array([first[i] for i in rows["token_id"].to_pylist()]))
+    unit, part = LOST[lost]
+    rows = rows.sort_by([(part, "descending")])
+    rows = rows.append_column("token", pa.array(token_texts(trace, rows["token_id"].to_numpy(), stream), pa.string()))
     top = rows.slice(0, 25)
     st.dataframe(
         pd.DataFrame({"token": [text.visible_token(t) for t in top["token"].to_pylist()], "token id": top["token_id"].to_pylist(),
-                      "assignments": top["assignments"].to_pylist(), "dropped": top["dropped"].to_pylist(),
-                      "dropped share": top["dropped_share"].to_pylist()}),
-        hide_index=True, column_config={"dropped share": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1)},
+                      unit: top[WHOLE[lost]].to_pylist(), "lost": top[part].to_pylist(),
+                      "share lost": top["dropped_share" if lost == "assignments" else f"{part}_share"].to_pylist()}),
+        hide_index=True, column_config={"share lost": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1)} | (
+            {c: st.column_config.NumberColumn(format="%.1f") for c in (unit, "lost")} if lost == "gate" else {}),
     )  # fmt: skip
-    st.caption(f"The 25 token ids of {len(rows):,} that lose most assignments. All assignments lose {mean:.1%}; the download has every id.")
+    text.show_note(f"The {min(25, len(rows)):,} token ids of {len(rows):,} that lose most {unit}; the whole layer loses {percent(mean)}. The"
+                   " download has every id.", f"{setting} {which}".strip())  # fmt: skip
     return rows
+
+
+def show_policies(rows: pa.Table) -> None:
+    """What each policy costs, side by side; those that this run cannot answer in a sentence each."""
+    told = rows.filter(pc.is_null(rows["unanswered"]))
+    shares = [c for c in SHARES if c in told.column_names and not np.isnan(told[c].to_numpy()).all()]
+    st.dataframe(
+        pd.DataFrame({"served first": [p.replace("_", " ") for p in told["policy"].to_pylist()],
+                      **{SHARES[c]: told[c].to_pylist() for c in shares}}),
+        hide_index=True, column_config={SHARES[c]: st.column_config.NumberColumn(format="percent") for c in shares},
+    )  # fmt: skip
+    text.show_note(
+        f"{layer.title.capitalize()} at capacity factor {factor:g}{of_shuffle and ','}{of_shuffle.replace('of', 'for')}.",
+        f"{setting.replace(served, '')} {which}".strip(),
+    )
+    for row in rows.filter(pc.is_valid(rows["unanswered"])).to_pylist():
+        text.show_note(f"{row['unanswered'][:1].upper()}{row['unanswered'][1:]}.")
 
 
 def struck_text(trace: Trace, applied: AppliedCapacity, site: int) -> None:
@@ -107,16 +158,17 @@ def struck_text(trace: Trace, applied: AppliedCapacity, site: int) -> None:
     document = document_picker(trace, layer.stream)
     start, end = trace.document_range(document, layer.stream)
     stop = min(end, start + SHOWN_TOKENS)
-    rows, routing = trace.stream_tokens(layer.stream).slice(start, stop - start), trace.routing(site, start, stop)
+    rows, routing = trace.stream_tokens(layer.stream, start, stop, ["token", "token_bytes"]), trace.routing(site, start, stop)
     dropped, there = applied.dropped(site)[start:stop], routing.chosen >= 0
     lost = np.where(~dropped.any(1), 0, np.where((dropped == there).all(1), 2, 1))
     shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())
     settings = "-".join(f"{k}={v}" for k, v in st.session_state["_chosen"].items() if k != "token")
-    token_strip(shown, ["\n" in (t or "") for t in rows["token"].to_pylist()], [routing.chosen], [routing.weights], [layer.title],
+    token_strip(shown, ["\n" in (t or "") for t in rows["token"].to_pylist()], [routing.chosen], [routing.weights], [layer.title], hues(trace, [layer]),
                 f"capacity-{settings}-{recording_id(trace)}", layer=0, lost=lost.tolist())  # fmt: skip
-    st.caption(
+    text.show_note(
         f"The first {stop - start:,} of {end - start:,} tokens. Struck out: dropped by all of its experts ({int((lost == 2).sum()):,}); "
-        f"dotted: by some ({int((lost == 1).sum()):,}). Whether a token is dropped depends on the texts it shares a batch with."
+        f"dotted: by some ({int((lost == 1).sum()):,}). Whether a token is dropped depends on the texts it shares a batch with.",
+        HUES,
     )
 
 
@@ -154,7 +206,7 @@ lesson = section("lesson", "How it works: six tokens and three experts")
 if lesson.open:
     with lesson:
         explain()
-titles = {x.title: x.title for x in trace.layers}
+run, titles = recording_id(trace), {x.title: x.title for x in trace.layers}
 with st.container(horizontal=True):
     shown_layer = choice("at", "Layer", {"all": "all layers", **titles}, "all", width=150)
     preset = choice("preset", "Capacity as in", {n: r.title for n, r in PRESETS.items()}, "megatron", width=200)
@@ -166,82 +218,114 @@ with st.container(horizontal=True):
     if scope in SIZES:
         size = int(choice(scope, f"{scope.capitalize()} per batch", {str(n): f"{n:,}" for n in SIZES[scope]},
                           "16" if scope == "documents" else "4096", width=150))  # fmt: skip
-    order = choice("mix", "In the order", ORDERS, "mixed", width=240) if scope in SIZES else "recorded"
+    seeds = seeds_for(trace, run, scope, size)
+    again = f"documents shuffled, {len(seeds)} times" if len(seeds) > 1 else "documents shuffled (seed 0)"
+    others = {str(i): f"documents shuffled (seed {i})" for i in range(0 if len(seeds) > 1 else 1, SHUFFLES)}
+    order = (
+        choice("mix", "In the order", {"mixed": again, **others, "recorded": "documents as recorded"}, "mixed", width=240) if size else ""
+    )
 factor = float(choice("cf", "Capacity factor", {f"{f:g}": f"{f:g}" for f in FACTORS}, "1.25", draw=st.select_slider, width="stretch"))
 
 policy = PRESETS[preset].policy if policy == "preset" else policy
-mixed, run = 0 if order == "mixed" else None, recording_id(trace)
+shuffles: tuple[int | None, ...] = {"mixed": seeds, "recorded": (None,), "": (None,)}.get(order) or (int(order),)
 
 
-def answer(policy: str) -> tuple[pa.Table, list[dict[str, Any]], int, AppliedCapacity]:
-    """(curves of all layers, their rows at this factor, the site shown, capacity applied there) under a policy."""
-    every = curves(trace, run, policy, scope, size, mixed, preset)
-    here = every.filter(pc.equal(every["factor"], factor)).to_pylist()
-    # By the drops at one factor, so that the page stays at one layer while the slider moves.
-    worst = max(every.filter(pc.equal(every["factor"], 1.0)).to_pylist(), key=lambda row: row["dropped_share"])
+def answer(policy: str) -> tuple[pa.Table, int, int | None, RankedTrace]:
+    """(curves of all layers and shuffles, the site and the shuffle shown in detail, ranked) under a policy."""
+    every = curves(trace, run, policy, scope, size, shuffles, preset)
+    # By the drops at one factor, so that the page stays at one layer and shuffle while the slider moves.
+    worst = max(mean_curves(every.filter(pc.equal(every["factor"], 1.0))).to_pylist(), key=lambda row: row["dropped_share"])
     site = worst["site"] if shown_layer == "all" else next(x.index for x in trace.layers if x.title == shown_layer)
-    return every, here, site, ranked(trace, run, site, policy, scope, size, mixed).at(factor, preset)
+    shown = typical_shuffle(every)
+    return every, site, shown, ranked(trace, run, site, policy, scope, size, shown)
 
 
 try:
-    every, here, site, applied = answer(policy)
+    every, site, shown, queues = answer(policy)
 except MissingScores as error:
     text.show_error(f"{str(error)[:1].upper()}{str(error)[1:]}. First come, first served (position) is shown instead.")
     policy = "position"
-    every, here, site, applied = answer(policy)
+    every, site, shown, queues = answer(policy)
 mine = every if shown_layer == "all" else every.filter(pc.equal(every["site"], site))
-pooled = pool_curves(mine)
+means = mean_curves(mine)
+pooled = pool_curves(means)
 now = pooled.filter(pc.equal(pooled["factor"], factor)).to_pylist()[0]
 exact = policy not in ("reroute", "dropless")
-over, layer = applied.sites[site], trace.layers[site]
-total = next(row for row in here if row["site"] == site) if exact else applied.by_layer().to_pylist()[0]
-batches, (least, largest) = len(over.capacity), over.capacity_range
-setting = (f"Capacity as in {PRESETS[preset].title}; served first: {policy.replace('_', ' ')}; {SCOPES[scope]}"
-           + (f", {size:,} per batch, {ORDERS[order]}" if size else "") + ".")  # fmt: skip
-text.show_heading(in_words(now if exact and shown_layer == "all" else total, pooled, factor).replace("assignments", (
-    "assignments over all layers" if exact and shown_layer == "all" else f"assignments at {trace.layers[site].title}"), 1) + ".")  # fmt: skip
+applied = queues.at(factor, preset)
+over, layer, whole = applied.sites[site], trace.layers[site], shown_layer == "all" and len(trace.layers) > 1
+at_hand = pc.and_(pc.equal(every["site"], site), pc.equal(every["factor"], factor))
+if shown is not None:
+    at_hand = pc.and_(at_hand, pc.equal(every["shuffle"], shown))
+total = (every.filter(at_hand) if exact else applied.by_layer()).to_pylist()[0]
+batches, documents = queues.queues[site].batches, pc.sum(pc.equal(trace.documents["stack"], layer.stream)).as_py()
+served = f"served first: {policy.replace('_', ' ')}; "
+formed = batches_in_words(batches, documents, scope, size)
+setting = f"Capacity as in {PRESETS[preset].title}; {served}{formed}."
+which = f"Shuffle {shown} of {len(shuffles)}, the one nearest to their mean at CF 1." if len(shuffles) > 1 else (
+    f"Documents shuffled with seed {shown}." if shown is not None else "")  # fmt: skip
+of_shuffle = f" of shuffle {shown}" if len(shuffles) > 1 else ""
+where = " over all layers" if whole and exact else f" at {layer.title}"
+text.show_heading(drops_in_words(now if exact else total, factor, where, shuffle_shares(mine, factor) if exact else None) + ".")
+named = {x.index: x.title for x in trace.layers if whole or x.index == site}
+if exact:
+    text.show_text(f"{needs_in_words(means, named)}. {tokens_in_words(now, len(named))}.")
+few = (
+    f" Only {text.counted(len(batches.sizes), 'batch', 'batches')}: another text can give quite other figures."
+    if len(batches.sizes) < FEW
+    else ""
+)
+once = " One shuffle only: the run is long and its batches are many." if order == "mixed" and len(shuffles) == 1 else ""
 text.show_note(
-    f"n = {now['assignments']:,} assignments of {trace.n_tokens(layer.stream):,} tokens, in {batches:,} batches. By chance, uniform"
-    f" routing in the same batches would drop {percent(now['chance_dropped_share'])}. Capacity: {PRESETS[preset].source}."
+    f"n = {now['assignments']:,.0f} assignments of {text.counted(trace.n_tokens(layer.stream), 'token')}, in {formed}; uniform routing in the same"
+    f" batches would drop {percent(now['chance_dropped_share'])}.{once}{few}",
+    f"Capacity: {PRESETS[preset].source}." + (" Every figure is the mean over the shuffles." if len(shuffles) > 1 else ""),
 )
 if not exact:
     text.show_note(f"The curves below are those of first come, first served: {policy} has no threshold per assignment.")
 
 st.header("Drops against idle slots")
-grid = [mine.filter(pc.equal(mine["site"], s)) for s in dict.fromkeys(mine["site"].to_pylist())]
+spread = "shuffle" if len(named) == 1 and len(shuffles) > 1 else "layer"
+banded = mine if spread == "shuffle" else means
+grid = [
+    banded.filter(pc.equal(banded[by], key))
+    for by in ["shuffle" if spread == "shuffle" else "site"]
+    for key in banded[by].unique().to_pylist()
+]
+band = f"Line: {'all layers together' if whole else layer.title}; band: range over the {len(grid)} {spread}s." if len(grid) > 1 else ""
 show_figure(
     trace, charts.overflow_curves(np.array(FACTORS), np.stack([g["dropped_share"].to_numpy() for g in grid]),
-                                  1 - np.stack([g["slot_use"].to_numpy() for g in grid]), pooled["chance_dropped_share"].to_numpy(), factor),
+                                  1 - np.stack([g["slot_use"].to_numpy() for g in grid]),
+                                  np.stack([pooled["dropped_share"].to_numpy(), 1 - pooled["slot_use"].to_numpy(),
+                                            pooled["chance_dropped_share"].to_numpy()]), factor, spread),
     f"capacity-curves-{shown_layer}-{policy}", key="curves", alt="Shares of dropped assignments and idle slots over the capacity factor.",
-    definition="Line: median over the layers shown; band: their range. Dropped: share of assignments; idle: share of slots. Dotted: what uniform"
-    f" routing would drop. {setting if exact else 'Drawn for first come, first served.'}",
-    n=f"{now['assignments']:,} assignments in {len(grid):,} layers",
+    definition=f"{band} Dropped: share of assignments; idle: share of slots; dotted: what uniform routing would drop.".strip(),
+    n=f"{now['assignments']:,.0f} assignments in {text.counted(len(named), 'layer')}",
+    how=(setting if exact else "Drawn for first come, first served.") + (
+        f" Each point is the mean over {len(shuffles)} shuffles of the documents." if len(shuffles) > 1 and spread == "layer" else ""),
 )  # fmt: skip
 
-text.show_heading(f"Expert by expert at {layer.title}" + (", the layer that drops most at CF 1" if shown_layer == "all" else ""))
+text.show_heading(f"Expert by expert at {layer.title}" + (", the layer that drops most at CF 1" if whole else ""))
+least, largest = over.capacity_range
 show_figure(
     trace, charts.slot_bars(over.kept_load, over.dropped_load, over.idle, over.slots), f"slots-{layer.title}-{policy}-cf-{factor:g}",
     key="slots", alt=f"Bars per expert of {layer.title}: processed, dropped and idle.",
-    definition=f"Assignments and slots of {layer.title} at capacity factor {factor:g}, summed over {batches:,} batches of"
-    f" {least:,} to {largest:,} slots per expert. An expert can drop in one batch and idle in another, so both"
-    f" may stand on one bar. {setting}",
-    n=f"{total['assignments']:,} assignments",
+    definition=f"Assignments and slots of {layer.title} at capacity factor {factor:g}, with"
+    f" {f'{least:,} to {largest:,}' if least < largest else f'{largest:,}'} slots per expert and batch. An expert can drop in one batch and"
+    " idle in another.",
+    n=f"{total['assignments']:,} assignments in {text.counted(len(batches.sizes), 'batch', 'batches')}{of_shuffle}", how=f"{setting} {which}".strip(),
 )  # fmt: skip
 text.show_heading(f"Who pays at {layer.title}?")
-tables: dict[str, tuple[str, pa.Table | Callable[[], pa.Table]]] = {"curves": ("one row per layer and capacity factor", every), "by layer": ("one row per layer", pa.Table.from_pylist(here)),
-          "by expert": ("one row per expert of the layer shown", applied.by_expert), **who_pays(trace, applied, site, total["dropped_share"])}  # fmt: skip
+here = means.filter(pc.equal(means["factor"], factor)) if exact else applied.by_layer()
+tables: dict[str, tuple[str, pa.Table | Callable[[], pa.Table]]] = {
+    "curves": ("one row per layer, shuffle and capacity factor", every), "by layer": ("one row per layer", here),
+    "by expert": ("one row per expert of the layer shown", applied.by_expert), **who_pays(trace, applied, site, total)}  # fmt: skip
 
 compare = section("compare", "The same capacity under other policies: those that drop, drop as much, but not the same tokens")
 if compare.open:
     with compare:
-        rows = compare_policies(trace, factor, scope, size=size, mixed=mixed, preset=preset, layers=[site])
+        rows = compare_policies(trace, factor, scope, size=size, mixed=shown, preset=preset, layers=[site])
         tables["policies"] = "one row per drop policy at the layer shown", rows
-        columns = ["policy", "dropped_share", "fully_dropped_share", "top1_dropped_share", "gate_mass_lost_share", "slot_use", "unanswered"]
-        st.dataframe(
-            rows.select([c for c in columns if c in rows.column_names]).to_pandas(),
-            hide_index=True,
-            column_config={c: st.column_config.NumberColumn(c.replace("_", " "), format="percent") for c in columns[1:-1]},
-        )
+        show_policies(rows)
 cost = section("cost", "What the slots cost")
 if cost.open:
     with cost:
@@ -249,12 +333,13 @@ if cost.open:
             costs = applied.cost(devices=8)
             tables["cost"] = "one row per layer: slots, FLOPs and all-to-all bytes, and the part of each that is padding", costs
             row = costs.to_pylist()[0]
-            st.markdown(
-                f"{row['slots']:,} slots are computed for {total['kept']:,} assignments: **{row['padding_flops'] / 1e9:,.3f} of "
-                f"{row['flops'] / 1e9:,.3f} GFLOP** and, spread over 8 devices, **{row['padding_bytes'] / 1e6:,.3f} of "
-                f"{row['all_to_all_bytes'] / 1e6:,.3f} MB** of all-to-all are padding."
+            text.show_text(
+                f"At {layer.title}, over {text.counted(len(batches.sizes), 'batch', 'batches')}{of_shuffle}: {row['slots']:,} slots are computed for"
+                f" {total['kept']:,} assignments. {row['padding_flops'] / 1e9:,.3f} of {row['flops'] / 1e9:,.3f} GFLOP and, spread over 8 devices,"
+                f" {row['padding_bytes'] / 1e6:,.3f} of {row['all_to_all_bytes'] / 1e6:,.3f} MB of all-to-all are padding."
             )
         except CapacityError as error:
             text.show_note(str(error))
 st.header("Take the numbers")
-computed_downloads(trace, tables, {"factor": factor, "preset": preset, "policy": policy, "scope": scope, "size": size, "order": order})
+computed_downloads(trace, tables, {"factor": factor, "preset": preset, "policy": policy, "scope": scope, "size": size, "order": order,
+                                  "shuffles": list(shuffles), "shuffle shown": shown})  # fmt: skip

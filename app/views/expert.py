@@ -23,6 +23,7 @@ from app.downloads import computed_downloads
 from app.figures import show_figure
 from app.runs_folder import model_folder
 from app.selection import choice, current_trace, expert_search, layer_picker, recording_id
+from app.strip_data import hues
 
 NEAREST = 8  # neighbours in weights shown
 
@@ -46,10 +47,10 @@ def uses(rows: Sequence[GroupUse], what: str, found: Preferences | None) -> None
     show_figure(
         trace, charts.enrichment_bars([text.axis_name(u.group) for u in rows], rows, of[len(what) + 1 :] if of.startswith(f"{what}-") else None), f"{trace.layers[site].title}-expert-{expert}-by-{what}",
         key=f"uses-{what}", alt=f"Bars of log2 enrichment by {what}, with intervals.",
-        definition=f"Expert {expert} of {trace.layers[site].title}: log2 of the share of the {what}'s tokens that use it over that of all others;"
-        f" 0 is no preference. {'No bar can be tested.' if missing else 'Faded: not distinguishable from chance at a false discovery rate of 5%.'}",
+        definition=f"Expert {expert} of {trace.layers[site].title}: the share of the {what}'s tokens that use it over that of all others;"
+        f" 1× is no preference. {'No bar can be tested.' if missing else 'Faded: not distinguishable from chance at a false discovery rate of 5%.'}",
         n=f"{card.n:,} tokens in {len(rows):,} groups",
-        how="Intervals (95%, over documents) are for one bar alone, not corrected; a bar may clear 0 and still be faded."
+        how="Intervals (95%, over documents) are for one bar alone, not corrected; a bar may clear 1× and still be faded."
         + (f" Test: {found.method}; corrected for the cells of this layer and this look only." if found is not None and not missing else ""),
     )  # fmt: skip
 
@@ -124,10 +125,10 @@ def show_passages() -> None:
     label = of.removeprefix("label-") if of.startswith("label-") else None
     found = examples(trace, run, site, expert, label)
     for i, p in enumerate(found):
-        rows = trace.stream_tokens(layer.stream).slice(p.start, p.stop - p.start)
+        rows = trace.stream_tokens(layer.stream, p.start, p.stop, ["token", "token_bytes"])
         weights = np.array(p.weights, np.float32)[:, None]
         token_strip(text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist()),
-                    ["\n" in (t or "") for t in rows["token"].to_pylist()], [np.where(weights > 0, expert, -1)], [weights], [layer.title],
+                    ["\n" in (t or "") for t in rows["token"].to_pylist()], [np.where(weights > 0, expert, -1)], [weights], [layer.title], hues(trace, [layer]),
                     f"passage-{run}-{site}-{expert}-{i}", layer=0, spotlight=expert, slot=f"passage-{i}", compact=True)  # fmt: skip
         text.show_note(
             f"{p.name}"

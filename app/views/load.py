@@ -8,18 +8,22 @@ from urllib.parse import urlencode
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import streamlit as st
 
 from analysis.balance import relative_load
+from analysis.findings import unused_experts
 from analysis.glossary import GLOSSARY
 from analysis.metrics import METRICS, balance_table, load_table, percentile_table
 from analysis.stability import (
     COLLAPSED,
     EVEN,
     PooledBalance,
-    dead_experts,
     document_balance,
     label_balance,
+    late_positions,
+    least_stable,
+    maxvio_batches,
     maxvio_table,
     pooled_balance,
     position_balance,
@@ -35,6 +39,17 @@ SHOWN = ("max_over_mean", "chance_max_over_mean", "maxvio", "cv", "chance_cv", "
 COUNTS = ("dead", "cold")
 BATCHES = {"1": "each document", **{str(n): f"{n:,} tokens" for n in (512, 1_024, 2_048, 4_096, 8_192, 16_384, 65_536)}}
 ORDERS = {"mixed": "documents shuffled (seed 0)", "recorded": "documents as recorded"}
+BATCHED = {
+    "batches": ("batches", "batches with an assignment"),
+    "run": ("over the run", "MaxVio over the whole run"),
+    "batch": ("in a batch", "MaxVio of a batch, mean over batches"),
+    "p95": ("95th percentile", "19 of 20 batches are at most so uneven"),
+    "most": ("least even batch", "the largest MaxVio of a batch"),
+    "chance_batch": ("by chance, in a batch", "uniform routing of a batch's tokens stays below this on average"),
+    "spread": ("standard deviation", "of MaxVio over batches: how unstable the layer is"),
+    "chance_spread": ("by chance, deviation", "at most about so much, were the tokens dealt to batches at random and not by document"),
+}
+FEW = 5  # documents: a bar of fewer is faded
 UNEVEN = 8  # documents named
 PIECES = {"label": "by label", "position": "along the text"}
 
@@ -50,6 +65,12 @@ def measured(_trace: Trace, run: str) -> tuple[pa.Table, pa.Table, PooledBalance
 def batches(_trace: Trace, run: str, batch_tokens: int, mixed: int | None) -> pa.Table:
     """MaxVio of every site over the run and per batch."""
     return maxvio_table(_trace, batch_tokens, mixed)
+
+
+@st.cache_resource(max_entries=32, show_spinner="Cutting the run into batches …")
+def batch_series(_trace: Trace, run: str, site: int, batch_tokens: int, mixed: int | None) -> pa.Table:
+    """MaxVio of one site, batch by batch."""
+    return maxvio_batches(_trace, site, batch_tokens, mixed)
 
 
 @st.cache_resource(max_entries=32, show_spinner="Measuring every document …")
@@ -72,17 +93,13 @@ def show_map(relative: list[np.ndarray]) -> None:
     clicked = show_figure(
         trace, charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load", clickable=True),
         f"load-map-by-{order}", key="load_map", on_select="rerun", selection_mode="points", alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
-        definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×. A cross marks a dead expert: no token at all."
+        definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×. A cross marks an expert without any token."
         f" Uniform random routing would give at most about {chance:.2f} × at {layer.title}.",
         n=f"{min(ns):,} tokens per layer" if len(set(ns)) == 1 else f"{min(ns):,} to {max(ns):,} tokens per layer",
     )  # fmt: skip
     st.caption("Click a cell for its expert.")
     open_expert(trace, clicked)
-    found = dead_experts(trace)
-    where = f", at {', '.join(trace.layers[s].title for s in found.sites)}" if found.sites else ""
-    text.show_text(
-        f"{found.dead:,} of {found.experts:,} experts are dead{where}. Uniform routing of so many tokens would leave {found.chance:.2f}."
-    )
+    text.show_text(unused_experts(trace))
 
 
 def show_pooled(pooled: PooledBalance | None, auxiliary: float) -> None:
@@ -104,7 +121,8 @@ def show_pooled(pooled: PooledBalance | None, auxiliary: float) -> None:
         )
     else:
         text.show_text(
-            "No layer hides behind another: summing load over layers would not make this run look even while a layer is collapsed."
+            f"Layers checked separately: the worst is {trace.layers[pooled.worst_site].title} ({pooled.worst:.2f}×), and"
+            f" {text.counted(pooled.dead, 'expert')} got no token. Summing load over layers would not hide that here."
         )
     text.show_note(
         f"Max / mean of the load summed over {pooled.layers:,} layers by expert number: {pooled.pooled:.2f}; of the worst layer: {pooled.worst:.2f}."
@@ -125,9 +143,10 @@ def show_batches() -> tuple[str, pa.Table]:
     if not any(rows["batches"].to_pylist()):
         text.show_note("This run has counts over all its text but no documents, so it cannot be cut into batches.")
         return what, rows
-    value = {n: rows[n].to_numpy() for n in ("run", "batch", "least", "most", "chance_batch", "chance_run")}
+    value = {n: rows[n].to_numpy() for n in ("run", "batch", "least", "most", "chance_batch")}
     every = rows.to_pylist()
     first, worst = every[0], every[int(np.nanargmax(value["batch"]))]
+    text.show_text(stability_in_words(rows))
     show_figure(
         trace, charts.maxvio_lines([x.title for x in trace.layers], *(value[n] for n in ("run", "batch", "least", "most", "chance_batch"))),
         f"maxvio-batch-{size}", key="maxvio", alt="MaxVio per layer: over the whole run, mean of its batches with their range, and by chance.",
@@ -137,10 +156,46 @@ def show_batches() -> tuple[str, pa.Table]:
         n=f"{first['batches']:,} batches of {first['batch_n']:,.0f} tokens on average at the first layer",
     )  # fmt: skip
     text.show_text(
-        f"{trace.layers[worst['site']].title.capitalize()} is the least stable: MaxVio {worst['batch']:.2f} in a batch on average,"
+        f"{trace.layers[worst['site']].title.capitalize()} is the most uneven in a batch: MaxVio {worst['batch']:.2f} on average,"
         f" {worst['run']:.2f} over the whole run."
     )
+    shown = rows.select(list(BATCHED)).to_pandas()
+    shown.insert(0, "layer", [x.title for x in trace.layers])
+    st.dataframe(shown, hide_index=True, column_config={
+        n: st.column_config.NumberColumn(title, help=told, format="localized" if n == "batches" else "%.3f") for n, (title, told) in BATCHED.items()})  # fmt: skip
     return what, rows
+
+
+def stability_in_words(rows: pa.Table) -> str:
+    """Which layer varies most from batch to batch, and whether that is more than chance."""
+    found = least_stable(rows)
+    if found is None:
+        return "One batch only: stability cannot be told. Choose smaller batches."
+    most = rows.slice(found[0], 1).to_pylist()[0]
+    name, n = trace.layers[most["site"]].title, f"{text.counted(most['batches'], 'batch', 'batches')}"
+    chance = f"tokens dealt to batches at random would give at most about {most['chance_spread']:.2f}"
+    if found[1]:
+        return f"{name.capitalize()} varies most: the standard deviation of its MaxVio over {n} is {most['spread']:.2f}; {chance}."
+    return (
+        f"No layer varies more than chance: the most is {most['spread']:.2f}, the standard deviation of {name}'s MaxVio over {n}; {chance}."
+    )
+
+
+def show_batch_line() -> dict[str, tuple[str, pa.Table]]:
+    """MaxVio of the layer chosen, batch after batch."""
+    size, order = (st.session_state["_chosen"][n] for n in ("batch", "filled"))
+    rows = batch_series(trace, run, site, int(size), 0 if order == "mixed" else None)
+    if len(rows) < 2:
+        return {}
+    batch, maxvio, n, chance = (rows[c].to_numpy() for c in ("batch", "maxvio", "n", "chance"))
+    show_figure(
+        trace, charts.batch_line(batch, maxvio, n, chance, table["maxvio"][site].as_py()),
+        f"maxvio-over-batches-{size}-{trace.layers[site].title}", key="batch-line", alt="MaxVio of the layer over batch number, with what chance gives.",
+        definition=f"MaxVio of {trace.layers[site].title} in each batch ({BATCHES[size] if size == '1' else f'whole documents, at least {BATCHES[size]}'}; {ORDERS[order]}). The dotted line is what uniform routing of"
+        " a batch's tokens stays below on average.",
+        n=f"{int(n.sum()):,} tokens in {len(rows):,} batches",
+    )  # fmt: skip
+    return {"batches of the layer": ("one row per batch: MaxVio at the layer chosen, with n and chance", rows)}
 
 
 def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
@@ -149,15 +204,27 @@ def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
     offered = {k: v for k, v in PIECES.items() if k != "label" or len(labels)}
     piece = choice("pieces", "Its balance", offered, next(iter(offered)), draw=st.segmented_control)
     rows = labels if piece == "label" else position_balance(trace, site)
-    names = [text.axis_name(x) for x in rows["label"].to_pylist()] if piece == "label" else [
+    plain_names = [text.visible_name(x) if x is not None else "no label" for x in rows["label"].to_pylist()] if piece == "label" else [
         f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in zip(rows["first"].to_pylist(), rows["last"].to_pylist(), strict=True)]  # fmt: skip
     ratio, n, chance = (rows[c].to_numpy() for c in ("max_over_mean", "n", "chance_max_over_mean"))
+    few = [d is not None and d < FEW for d in rows["documents"].to_pylist()]
     show_figure(
-        trace, charts.piece_bars(names, ratio, n, chance, whole, "label" if piece == "label" else "position in the document"),
+        trace, charts.piece_bars([text.axis_name(x) for x in plain_names], ratio, n, chance, whole, few, "label" if piece == "label" else "position in the document"),
         f"balance-{piece}-{trace.layers[site].title}", key="pieces-chart", alt=f"Bars of max over mean load {PIECES[piece]}, with what chance gives.",
         definition=f"Largest load over mean load of {trace.layers[site].title} within each piece. Fewer tokens look less even by chance alone:"
-        " the dark mark is what uniform routing of the piece's tokens stays below on average.",
+        " the dark mark is what uniform routing of the piece's tokens stays below on average."
+        + (f" Faded: fewer than {FEW} documents." if any(few) else ""),
         n=f"{int(n.sum()):,} tokens in {len(n):,} pieces",
+    )  # fmt: skip
+    if piece == "position" and (late := late_positions(trace, site)) is not None:
+        whose = f", {late.share:.0%} {late.label} by tokens ({late.overall:.0%} of the whole run)" if late.label is not None else ""
+        text.show_text(f"Positions from {late.first:,} on come from the longest {late.documents:,} of {late.of:,} documents alone{whose}:"
+                       " what differs there may be the text, not the position.")  # fmt: skip
+    st.dataframe(
+        pd.DataFrame({piece: plain_names, "n (tokens)": n, "documents": rows["documents"].to_pylist(), "max / mean": ratio, "by chance, at most": chance}),
+        hide_index=True, height="content",
+        column_config={**{c: st.column_config.NumberColumn(format="localized") for c in ("n (tokens)", "documents")},
+                                        **{c: st.column_config.NumberColumn(format="%.2f") for c in ("max / mean", "by chance, at most")}},
     )  # fmt: skip
     return {PIECES[piece]: (f"one row per {piece}: balance at the layer chosen, with n and chance", rows)}
 
@@ -170,12 +237,14 @@ def show_documents() -> dict[str, tuple[str, pa.Table]]:
     st.header("Is it even within each document?")
     ratio, n, chance = (rows[c].to_numpy() for c in ("max_over_mean", "n", "chance_max_over_mean"))
     names = [text.axis_name(x or "") for x in rows["name"].to_pylist()]
+    equal = n.min() == n.max()  # one length: a scatter over lengths would be a line
+    drawn = charts.document_histogram(ratio, int(n[0]), chance[0]) if equal else charts.document_scatter(names, ratio, n, chance)
     show_figure(
-        trace, charts.document_scatter(names, ratio, n, chance), f"documents-{trace.layers[site].title}", key="documents",
-        alt="Max over mean load of every document by its number of tokens, with what chance stays below.",
-        definition=f"Largest load over mean load of {trace.layers[site].title} within each document, by its length; the line is what uniform routing"
-        " of so many tokens stays below on average.",
-        n=f"{int(n.sum()):,} tokens in {len(n):,} documents",
+        trace, drawn, f"documents-{trace.layers[site].title}", key="documents",
+        alt="Max over mean load of every document" + (", by how many have it" if equal else " by its number of tokens") + ", with what chance stays below.",
+        definition=f"Largest load over mean load of {trace.layers[site].title} within each document{'' if equal else ', by its length'}; the line is what uniform"
+        " routing of so many tokens stays below on average.",
+        n=f"{int(n.sum()):,} tokens in {len(n):,} documents" + (f" of {n[0]:,} each" if equal else ""),
     )  # fmt: skip
     text.show_text(
         f"{int((ratio > chance).sum()):,} of {len(rows):,} documents lie above what uniform routing of so many tokens stays below on average at {trace.layers[site].title};"
@@ -188,7 +257,7 @@ def show_documents() -> dict[str, tuple[str, pa.Table]]:
                        "max / mean": r["max_over_mean"], "by chance, at most": r["chance_max_over_mean"], "tokens": link}
                       for r, link in zip(top, links, strict=True)]),
         hide_index=True, column_config={**{c: st.column_config.NumberColumn(format="%.2f") for c in ("max / mean", "by chance, at most")},
-                                        "tokens": st.column_config.LinkColumn(display_text="where they go")},
+                                        "n (tokens)": st.column_config.NumberColumn(format="localized"), "tokens": st.column_config.LinkColumn(display_text="where they go")},
     )  # fmt: skip
     st.caption(
         f"The {len(top):,} documents of {len(rows):,} that lie furthest above chance for their length; the download has them all. Max / mean is at most "
@@ -202,25 +271,30 @@ def show_documents() -> dict[str, tuple[str, pa.Table]]:
 def column(name: str) -> Any:
     """A metric's column: its title, and the definition when pointed at."""
     m = METRICS[name]
-    told = f"{m.definition}. By chance: {m.chance}. Source: {m.source}"
+    told = f"{m.definition}. By chance: {m.chance_here(trace)}. Source: {m.source}"
     return st.column_config.NumberColumn(m.title, help=told, format="%d" if name in COUNTS else "%.3f")
 
 
 def show_numbers(table: pa.Table, over: pa.Table) -> None:
     """Every layer, and percentiles over layers."""
     st.header("Every layer in numbers")
-    n = st.column_config.NumberColumn("n (tokens)", help="tokens that passed the layer")
+    n = st.column_config.NumberColumn("n (tokens)", help="tokens that passed the layer", format="localized")
     st.dataframe(table.select(["layer", "stack", "n", *SHOWN]).to_pandas(), hide_index=True,
                  column_config={"n": n, **{m: column(m) for m in SHOWN}})  # fmt: skip
     st.caption("Point at a column's title for its definition, its source and what chance would give.")
     text.show_definitions(trace.name, {m: METRICS[m].title for m in SHOWN})
     st.header("Over layers")
-    shown = over.to_pandas()
-    shown.insert(1, "by chance, in each layer", [METRICS[m].chance for m in shown["metric"]])
+    measures = {m for m in METRICS if METRICS[m].level is not None}  # chance values have a column, no rows
+    shown = over.to_pandas().query("n > 0 and metric in @measures")
     shown["metric"] = [f"{METRICS[m].title} ({METRICS[m].unit})" for m in shown["metric"]]
     percentile = {c: st.column_config.NumberColumn(format="%.3f") for c in ("min", "p10", "median", "p90", "max")}
-    st.dataframe(shown[["metric", "n", *percentile, "by chance, in each layer"]], hide_index=True,
-                 column_config={"n": st.column_config.NumberColumn("n (layers)"), **percentile})  # fmt: skip
+    chance = st.column_config.NumberColumn(
+        "by chance", format="%.3f", help="what uniform random routing gives at the median layer; empty where too few tokens let it be told"
+    )
+    st.dataframe(shown[["metric", "n", "chance", *percentile]], hide_index=True, height="content",
+                 column_config={"n": st.column_config.NumberColumn("n (layers)"), "chance": chance, **percentile})  # fmt: skip
+    for m in sorted(measures - set(over.filter(pc.greater(over["n"], 0))["metric"].to_pylist())):
+        text.show_note(f"{METRICS[m].title} is not defined here: it takes {METRICS[m].needs}.")
     st.caption("Percentiles over layers of each layer's own number. Experts of different layers are never pooled.")
 
 
@@ -249,11 +323,12 @@ if chosen.native_capacity is not None:
         f"This model has a native capacity of {chosen.native_capacity} tokens per expert and sequence: it dropped {lost:,} of"
         f" {lost + int(stats.load(site).sum()):,} assignments here."
     )
+over_batches = show_batch_line()
 pieces = show_pieces(site, table["max_over_mean"][site].as_py()) | show_documents()
 show_numbers(table, over)
 st.header("Take the numbers")
 load = ("one row per layer and expert: assignments, share, load relative to an even share", load_table(trace))
-tables = {"load": load, "balance": ("one row per layer: every balance metric", table), "batches": batched, **pieces,
+tables = {"load": load, "balance": ("one row per layer: every balance metric", table), "batches": batched, **over_batches, **pieces,
           "percentiles": ("one row per metric: percentiles over layers", over)}  # fmt: skip
 settings = {
     "layer": chosen.title,

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from analysis.whatif import EXAMPLES, Mixture, weigh
+from analysis.whatif import EXAMPLES, Mixture, card_bytes, card_expert, weigh
 from app import text
 from app.model_card import router_rows
 from app.selection import choice, current_trace, set_choice
@@ -59,6 +59,7 @@ def options(values: Any, own: int) -> dict[str, str]:
 st.title("What is inside this model, and how much of it does one token use?")
 trace = current_trace()
 card = trace.model
+size, expert = card_bytes(card), card_expert(card)
 numbers = st.container(horizontal=True, key="numbers")
 numbers.metric(
     "Parameters", f"{card.parameters / 1e6:,.1f} M", border=True, help="All weights of the model, input and output embedding included."
@@ -70,8 +71,11 @@ numbers.metric(
     "Routed layers", f"{len(trace.layers):,} of {card.n_layers:,}", border=True, help="Blocks with a router, of the model's layers."
 )
 text.show_text(
-    f"{card.name}: a {card.architecture} of family {card.family}, weights in {card.dtype}, {card.vocab_size:,} tokens in its vocabulary."
+    f"{card.name}: {card.architecture}, of family {card.family}; weights in {card.dtype}, {card.vocab_size:,} tokens in its vocabulary."
 )
+if size is not None:
+    one = f"; one expert has {expert:,} parameters, {round(size * expert / card.parameters):,} bytes" if expert is not None else ""
+    text.show_text(f"The weights take {size:,} bytes in {card.dtype}{one}.")
 st.header("Its routers")
 st.dataframe(pd.DataFrame(router_rows(trace.layers)), hide_index=True)
 st.caption(

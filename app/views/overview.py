@@ -8,27 +8,28 @@ import numpy as np
 import streamlit as st
 
 from analysis.balance import relative_load
-from analysis.findings import Finding
+from analysis.findings import Finding, unused_experts
 from analysis.metrics import METRICS
 from analysis.stability import dead_experts
 from analysis.trace import Trace
 from app import charts, text, tour
 from app.components.token_strip import token_strip
 from app.figures import show_figure
+from app.model_card import size_in_words
 from app.report import report_bytes
-from app.selection import current_trace, open_expert, recording_id, theme
-from app.strip_data import first_text
+from app.selection import current_trace, found_first, open_expert, recording_id, theme
+from app.strip_data import HUES, first_text
 
 
 def first_lines(trace: Trace, finding: Finding) -> None:
     """The beginning of a text that shows the finding, with its expert in the spotlight; a click opens the Tokens page."""
     first = first_text(trace, finding)
-    told = token_strip(first.texts, first.breaks, first.experts, first.weights, first.layers,
+    told = token_strip(first.texts, first.breaks, first.experts, first.weights, first.layers, first.hues,
                        f"overview-{recording_id(trace)}", layer=first.layer, spotlight=finding.expert,
                        on_layer=lambda _: None)  # fmt: skip
     text.show_note(
         f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; the stronger the colour, the larger the"
-        f" gate weight of expert {finding.expert}. Press its button for all experts, click a token to follow it through every layer."
+        f" gate weight of expert {finding.expert}. Press its button for all experts, click a token to follow it through every layer. {HUES}"
     )
     if told.token is not None:
         here = {
@@ -40,7 +41,7 @@ def first_lines(trace: Trace, finding: Finding) -> None:
 
 
 trace = current_trace()
-finding = tour.found_first(trace, recording_id(trace))
+finding = found_first(trace, recording_id(trace))
 stats, card, layers = trace.stats, trace.model, trace.layers
 
 st.title("What does this router do?")
@@ -78,10 +79,10 @@ numbers.metric(
     f" n = {worst['n'][at]:,} tokens; chance alone gives at most about {chance['value'][at]:.2f}.",
 )
 numbers.metric(
-    "Dead experts",
+    "Experts not used" if dead.few else "Dead experts",
     f"{dead.dead:,}",
     border=True,
-    help=f"Of {dead.experts:,} experts over all layers, those that received no token of this run. Uniform routing would leave {dead.chance:.1f}.",
+    help=f"Of {dead.experts:,} experts over all layers. {unused_experts(trace)}",
 )
 
 st.page_link("views/expert.py", label="What is the busiest expert for? →", width="content",
@@ -97,7 +98,7 @@ clicked = show_figure(
     trace, charts.load_map(relative, rows, theme(), mark, clickable=True), "load-map", key="load_map", on_select="rerun", selection_mode="points",
     alt=f"Heatmap of {len(rows)} layers by {len(relative[0])} experts: load relative to an even share.",
     definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×: neutral is even, orange carries more, blue less; a cross"
-    f" marks a dead expert. By chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×."
+    f" marks an expert without any token. By chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×."
     + (f" Framed: {finding.claim}" if finding is not None else "") + " Experts of different layers are unrelated, even with the same number.",
     n=f"{each} tokens per layer",
 )  # fmt: skip
@@ -114,8 +115,7 @@ st.download_button("Save this run as one HTML file", data=partial(report_bytes, 
 st.header("The model")
 layer = layers[0]
 text.show_text(
-    f"{card.name} ({card.architecture}): {card.parameters / 1e6:,.1f} million parameters, {card.active_parameters / 1e6:,.1f} million "
-    f"active per token; {len(layers)} routed layers, {layer.n_experts} experts each at the first, top-{layer.top_k}, "
+    f"{card.name} ({card.architecture}): {size_in_words(card)}; {len(layers)} routed layers, {layer.n_experts} experts each at the first, top-{layer.top_k}, "
     f"{layer.scoring} scores, {card.dtype} weights."
 )
 for warning in card.warnings:

@@ -99,7 +99,9 @@ def show_preferences(found: Preferences, site: int) -> None:
     text.show_note(
         "Click a cell for its expert." if found.kind == "position" else "Click a cell for its expert, where what you clicked is marked."
     )
-    open_expert(trace, event, layer.title, [f"{found.kind}-{g}" for g in found.groups] if found.kind != "position" else ())
+    open_expert(
+        trace, event, layer.title, [f"{found.kind}-{found.groups[g]}" for g in groups for _ in experts] if found.kind != "position" else ()
+    )
 
 
 def show_layers() -> None:

@@ -57,7 +57,7 @@ def write_run(folder: Path, shape: tuple[int, int, int], decisions: int) -> Figu
 
 def count_again(run: Run) -> object:
     """All statistics once more, from the stored decisions."""
-    return merge_statistics(_counted_again(run.trace, read_manifest(run.folder)["parts"]))
+    return merge_statistics(_counted_again(run.folder, run.trace, read_manifest(run.folder)["parts"]))
 
 
 def measure(query: str, engine: str, folder: Path, tiny: Path) -> Figures | dict[str, str]:
@@ -80,7 +80,7 @@ def measure(query: str, engine: str, folder: Path, tiny: Path) -> Figures | dict
 
 def _ready(run: Run, engine: str) -> Run:
     """What is no part of a question is done: the small tables read, connections made."""
-    _ = run.document, run.labels, run.files, run.trace.tokens is None, run.duckdb if engine == "DuckDB" else None
+    _ = run.document, run.labels, run.files, run.duckdb if engine == "DuckDB" else None
     return run
 
 

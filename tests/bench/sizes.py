@@ -6,6 +6,9 @@ import base64
 import io
 import json
 import math
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +16,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from analysis.store import open_run
+from analysis.layout import write_routing
+from analysis.rounding import rounded
+from analysis.store import open_run, read_manifest, stored_part
 from analysis.trace import Trace
 
 SAMPLE = 200  # tokens written as JSON lines, where all would take minutes
@@ -27,7 +32,7 @@ def sizes_table(folder: Path) -> str:
     read = [trace.routing(x.index, 0, n) for x in layers]
     ids = np.stack([r.experts for r in read], 1)  # [tokens, sites, k]
     weights = np.stack([r.weights for r in read], 1)
-    rows = [*_own(folder, trace), *_others(ids, weights, layers[0].n_classes)]
+    rows = [*_own(folder, trace), *_rounded(folder, trace), *_others(ids, weights, layers[0].n_classes)]
     tokens = trace.stream_tokens("decoder")["token_id"].to_numpy()[:n]
     bound = _id_bits(ids, tokens, layers[0].n_classes), _weight_bits(weights)
     rows += [("entropy bound", "ids, given the token id", bound[0] / 8), ("entropy bound", "ids and bfloat16 weights", sum(bound) / 8)]
@@ -39,22 +44,41 @@ def sizes_table(folder: Path) -> str:
 
 def _own(folder: Path, trace: Trace) -> list[tuple[str, str, float]]:
     decisions = sum(trace.stats.n_tokens(x.index) * x.top_k for x in trace.layers)
-    columns: dict[str, int] = {}
-    for path in (folder / "routing").glob("*.parquet"):
-        footer = pq.read_metadata(path)
-        for g in range(footer.num_row_groups):
-            for c in range(footer.num_columns):
-                column = footer.row_group(g).column(c)
-                columns[column.path_in_schema] = columns.get(column.path_in_schema, 0) + column.total_compressed_size
 
     def size(pattern: str) -> float:
         return sum(p.stat().st_size for p in folder.glob(pattern)) / decisions
 
-    ids, weights = (sum(n for name, n in columns.items() if name[0] == kind and name[1:].isdigit()) / decisions for kind in "ew")
+    ids, weights = (n / decisions for n in _columns(folder.glob("routing/*.parquet")))
     return [("ours: routing", "ids", ids), ("ours: routing", "ids and weights", ids + weights),
             ("ours: routing", "whole files: with row, site, document, footers, checksums", size("routing/*")),
             ("ours: scores", "entropy, margin, logsumexp (float32)", size("scores/*")), ("ours: tokens, documents", "text, ids, labels, loss",
              size("tokens/*") + size("documents.parquet")), ("ours: statistics", "all counts", size("*stats.parquet"))]  # fmt: skip
+
+
+def _columns(paths: Iterable[Path]) -> tuple[int, int]:
+    """Bytes of ids and of weights in files of decisions."""
+    found = {"e": 0, "w": 0}
+    for footer in map(pq.read_metadata, paths):
+        for g in range(footer.num_row_groups):
+            for c in range(footer.num_columns):
+                column = footer.row_group(g).column(c)
+                kind, number = column.path_in_schema[0], column.path_in_schema[1:]
+                if kind in found and number.isdigit():
+                    found[kind] += column.total_compressed_size
+    return found["e"], found["w"]
+
+
+def _rounded(folder: Path, trace: Trace) -> list[tuple[str, str, float]]:
+    """The first part written again as capture(..., weights="8-bit") does."""
+    part = stored_part(folder, trace, read_manifest(folder)["parts"][0])
+    part = replace(part, weights="8-bit", routing=tuple(replace(r, weights=rounded(r.weights)) for r in part.routing))
+    decisions = sum(r.experts.size for r in part.routing)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "routing.parquet"
+        write_routing(part, trace.layers, path)
+        (ids, weights), whole = _columns([path]), path.stat().st_size
+    return [("ours: routing, 8-bit weights", "ids and weights", (ids + weights) / decisions),
+            ("ours: routing, 8-bit weights", "whole file: with row, site, document, footers, checksums", whole / decisions)]  # fmt: skip
 
 
 def _others(ids: np.ndarray, weights: np.ndarray, classes: int) -> list[tuple[str, str, float]]:

@@ -1,0 +1,140 @@
+"""Pairs and runs of rows counted 64 rows at a time: a table of bits per site, for which experts a row has.
+
+A table is uint64 [words of 64 rows, _LANES + experts], both padded: bit t % 64 of [t // 64, _LANES + e] is set where row t has expert e.
+Where a table would be slower than looking at every row (many experts of which few are chosen), there is none, and slots are scattered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .counting import compiled
+
+_LANES, _WORDS = 8, 8  # tables are padded to whole vectors of experts, and to blocks of words of 64 rows
+_U = np.uintp
+
+
+def bits_of(words: np.ndarray, n_slots: int, k: int) -> np.ndarray | None:
+    """The bit table of a site with ``words`` uint64 [n], the experts of each row as bits.
+
+    None where pairs are not counted faster by it: it costs slots^2 / 64 per row, scattering k^2; and where there are no words.
+    """
+    if n_slots**2 > 128 * k**2 or n_slots > 65:
+        return None
+    blocks = -(-len(words) // (64 * _WORDS))
+    padding = np.zeros(blocks * 64 * _WORDS - len(words), np.uint64)
+    bits = np.empty((blocks * _WORDS, _LANES - -(n_slots - 1) // _LANES * _LANES), np.uint64)  # the first lane is never read
+    _turn(np.concatenate([words, padding]) if len(padding) else words, bits)
+    return bits
+
+
+@compiled
+def _turn(words: np.ndarray, bits: np.ndarray) -> None:
+    """Transpose every 64 words, as 64 x 64 bits: squares of 32 x 32 change places, then those within them; _WORDS of them side by side."""
+    square = np.empty((64, _WORDS), np.uint64)
+    for q in range(0, bits.shape[0], _WORDS):
+        for w in range(_WORDS):
+            for r in range(64):
+                square[r, w] = words[_U((q + w) * 64 + r)]
+        half, mask = _U(32), _U(2**32 - 1)
+        while half:
+            for begin in range(_U(0), _U(64), half + half):
+                for r in range(begin, begin + half):
+                    for w in range(_U(_WORDS)):
+                        swap = ((square[r, w] >> half) ^ square[r + half, w]) & mask
+                        square[r, w] ^= swap << half
+                        square[r + half, w] ^= swap
+            half >>= _U(1)
+            mask ^= mask << half
+        for w in range(_WORDS):
+            for e in range(_U(bits.shape[1] - _LANES)):
+                bits[q + w, e + _U(_LANES)] = square[e, w]
+
+
+@intrinsic
+def _set_bits(context: Any, word: Any) -> Any:
+    """The number of bits set in a uint64, one instruction."""
+    return types.uint64(types.uint64), lambda context, builder, signature, args: builder.ctpop(args[0])
+
+
+@compiled
+def count_runs_by_bits(bits: np.ndarray, starts: np.ndarray, by_run: np.ndarray) -> None:
+    """Add the rows starts[r] to starts[r + 1] to by_run[r], int32 [runs, slots], but for slot 0."""
+    for r in range(by_run.shape[0]):
+        row, begin, end = by_run[r], starts[r], starts[r + 1]
+        for q in range(begin >> 6, (end + 63) >> 6):
+            mask = ~_U(0)
+            if q == begin >> 6:
+                mask <<= _U(begin & 63)
+            if q == end >> 6:
+                mask &= (_U(1) << _U(end & 63)) - _U(1)
+            line = bits[q]
+            for s in range(_U(1), _U(row.shape[0])):
+                row[s] += _set_bits(line[s + _U(_LANES - 1)] & mask)
+
+
+def count_pairs(here: np.ndarray, after: np.ndarray, table: np.ndarray) -> None:
+    """Add every pair of slots of each row, here [n, k] x after [n, k2], to table int64 [slots here, slots after], but for slot 0."""
+    small = np.zeros(table.shape, np.int32)  # twice as much of it stays in the cache
+    _scatter_pairs(here, after, small)
+    table[1:, 1:] += small[1:, 1:]
+
+
+@compiled
+def _scatter_pairs(here: np.ndarray, after: np.ndarray, table: np.ndarray) -> None:
+    for t in range(here.shape[0]):
+        for i in range(here.shape[1]):
+            s = _U(here[t, i])
+            for j in range(after.shape[1]):
+                table[s, _U(after[t, j])] += 1
+
+
+def count_pairs_by_bits(here: np.ndarray, after: np.ndarray, table: np.ndarray) -> None:
+    """The same from bit tables; of a site with itself only the cells above the diagonal are meant."""
+    padded = np.zeros((here.shape[1], after.shape[1]), np.int64)
+    _intersect(here, after, here is after, padded)
+    table[1:, 1:] += padded[_LANES:, _LANES:][: table.shape[0] - 1, : table.shape[1] - 1]
+
+
+@compiled
+def _intersect(x: np.ndarray, y: np.ndarray, upper: bool, table: np.ndarray) -> None:
+    """Add to table int64, with the columns of x as rows and those of y as columns, in how many rows both are set.
+
+    ``upper`` leaves out what is below the diagonal, but for its lane.
+    """
+    for q in range(0, x.shape[0], _WORDS):
+        for b in range(_LANES, y.shape[1], _LANES):
+            for a in range(_LANES, b + _LANES if upper else x.shape[1]):
+                _add_common(x, _U(q * x.shape[1] + a), y, _U(q * y.shape[1] + b), table, _U(a * y.shape[1] + b))
+
+
+@intrinsic
+def _add_common(context: Any, x: Any, a: Any, y: Any, b: Any, table: Any, cell: Any) -> Any:
+    """table[cell + i] += bits that are set in x[a] and y[b + i], for _LANES i, over _WORDS lines; places are those of the flat arrays.
+
+    Written in vectors, as the compiler does not use the processor's widest ones of its own accord.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector, number = ir.VectorType(ir.IntType(64), _LANES), ir.IntType(32)
+        count = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector]), f"llvm.ctpop.v{_LANES}i64")
+        lines = [context.make_array(t)(context, builder, v) for t, v in zip(signature.args[::2], args[::2], strict=True)]
+        x, y, table = lines
+        at_x, at_y, cell = args[1::2]
+        nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(number, _LANES), [0] * _LANES)
+        total = builder.bitcast(builder.gep(table.data, [cell]), vector.as_pointer())
+        found = builder.load(total, align=8)
+        for _ in range(_WORDS):
+            one = builder.insert_element(nothing, builder.load(builder.gep(x.data, [at_x])), ir.Constant(number, 0))
+            many = builder.load(builder.bitcast(builder.gep(y.data, [at_y]), vector.as_pointer()), align=8)
+            found = builder.add(found, builder.call(count, [builder.and_(builder.shuffle_vector(one, nothing, first), many)]))
+            at_x, at_y = (builder.add(at, builder.extract_value(array.shape, 1)) for at, array in ((at_x, x), (at_y, y)))
+        builder.store(found, total, align=8)
+        return context.get_dummy_value()
+
+    return types.void(x, types.uintp, y, types.uintp, table, types.uintp), generate
