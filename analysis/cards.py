@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .capacity import percent
+from .capacity_answer import percent
 from .paths import PairCounts, coactivation, flow
 from .specialization import ROWS, Preferences, assignments, by_label, effects
 from .token_classes import CLASSES, by_class, class_codes
