@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from .capacity_answer import percent
 from .paths import PairCounts, coactivation, flow
 from .specialization import ROWS, Preferences, assignments, by_label, effects
 from .token_classes import CLASSES, by_class, class_codes
+from .token_use import DocumentUse, TokenUse, document_use, leading_ids, top_tokens
 from .trace import Trace
-from .vocabulary import LEAST, DocumentUse, TokenCounts, TokenUse, document_use, input_tokens, leading_ids, top_tokens
+from .vocabulary import LEAST, TokenCounts, input_tokens
 
 LEAST_LIFT = 1.5  # a preference below it may be significant, but is no description
 NONE = "no significant preference"
@@ -47,7 +49,7 @@ class SiteEvidence:
 
 @dataclass(frozen=True)
 class GroupUse:
-    """One row of Preferences for one expert; fields as there, ``n`` its tokens."""
+    """One row of Preferences for one expert; fields as there, ``n`` its tokens; ``tested``: it could have been significant."""
 
     group: str
     count: int
@@ -61,6 +63,7 @@ class GroupUse:
     high: float
     q: float
     significant: bool
+    tested: bool
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,8 @@ def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | N
 
 
 def describe(evidence: SiteEvidence, expert: int) -> str:
-    """One line, e.g. "python newlines and spaces: 41x over base rate, 12,310 tokens"; NONE with n where nothing holds.
+    """One line, e.g. "chinese. 96% of these 6,112 tokens use it, 2% of all others."; NONE with n where nothing holds, Preferences.missing
+    where nothing could.
 
     Labels and token classes are each tested on their own; of the labels, the classes and both together, the line names
     what tells most about the expert: tokens x log2 lift, its part in the mutual information.
@@ -168,15 +172,12 @@ def describe(evidence: SiteEvidence, expert: int) -> str:
     choices = [_together(evidence, rows, columns, expert) for rows, columns in ((labels, []), ([], classes), (labels, classes))]
     told = [x for x in choices if x is not None and x[2] >= LEAST and x[0] >= LEAST_LIFT]
     if not told:
-        kinds = [
-            f"{len(p.groups)} {what}" for p, what in ((evidence.labels, "labels"), (evidence.classes, "token classes")) if p is not None
-        ]
+        asked = [(p, what) for p, what in ((evidence.labels, "labels"), (evidence.classes, "token classes")) if p is not None]
+        kinds = [f"{len(p.groups)} {what}" for p, what in asked if not p.missing]
         n = int(evidence.labels.documents.sum()) or int(max(evidence.classes.documents, default=0) if evidence.classes else 0)
-        return f"{NONE} among {' and '.join(kinds)} of {n:,} documents"
-    lift, name, count = max(told, key=lambda x: x[2] * np.log2(x[0]))
-    return (
-        f"{name}: {lift:.0f}x over base rate, {count:,} tokens" if lift >= 10 else f"{name}: {lift:.1f}x over base rate, {count:,} tokens"
-    )
+        return f"{NONE} among {' and '.join(kinds)} of {n:,} documents" if kinds else asked[0][0].missing
+    _, name, count, n, others, rest = max(told, key=lambda x: x[2] * np.log2(x[0]))
+    return f"{name}. {percent(count / n)} of these {n:,} tokens use it, {percent(others / rest if rest else float('nan'))} of all others."
 
 
 def _leading(found: Preferences | None, expert: int) -> list[int]:
@@ -190,8 +191,10 @@ def _leading(found: Preferences | None, expert: int) -> list[int]:
     return [int(i) for i in order if excess[i] > 0 and excess[i] >= excess[order[0]] / 2]
 
 
-def _together(evidence: SiteEvidence, labels: Sequence[int], classes: Sequence[int], expert: int) -> tuple[float, str, int] | None:
-    """(lift, name, tokens routed to the expert) of the chosen labels and classes taken together; None for no choice."""
+def _together(
+    evidence: SiteEvidence, labels: Sequence[int], classes: Sequence[int], expert: int
+) -> tuple[float, str, int, int, int, int] | None:
+    """(lift, name, of n tokens those that use the expert, n, the same two of all other tokens) of the chosen labels and classes together."""
     if labels and classes and evidence.crossed is not None and evidence.classes is not None:
         found, width = evidence.crossed, len(evidence.classes.groups)
         groups = [a * width + b for a in labels for b in classes]
@@ -202,10 +205,10 @@ def _together(evidence: SiteEvidence, labels: Sequence[int], classes: Sequence[i
     else:
         return None
     count, n = int(found.count[groups, expert].sum()), int(found.tokens[groups].sum())
-    base = found.count[:, expert].sum() / found.tokens.sum()
-    kinds = " and ".join(evidence.classes.groups[i] for i in classes) if evidence.classes is not None and classes else "text"
+    uses, every = int(found.count[:, expert].sum()), int(found.tokens.sum())
+    kinds = " and ".join(evidence.classes.groups[i] for i in classes) if evidence.classes is not None and classes else ""
     name = " ".join([" and ".join(evidence.labels.groups[i] for i in labels), kinds]).strip()
-    return (float(count / n / base) if n and base else 0.0), name, count
+    return (count * every / n / uses if n and uses else 0.0), name, count, n, uses - count, every - n
 
 
 def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: Preferences, codes: np.ndarray) -> Preferences | None:
@@ -234,7 +237,7 @@ def _uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:
         GroupUse(found.groups[g], int(found.count[g, expert]), int(found.tokens[g]), int(found.documents[g]),
                  float(found.share[g, expert]), float(found.elsewhere[g, expert]), float(found.lift[g, expert]),
                  float(found.enrichment[g, expert]), float(found.low[g, expert]), float(found.high[g, expert]),
-                 float(found.q[g, expert]), bool(found.significant[g, expert]))
+                 float(found.q[g, expert]), bool(found.significant[g, expert]), not found.missing)
         for g in order
     )  # fmt: skip
 
@@ -251,7 +254,7 @@ def _neighbours(pairs: PairCounts | None, expert: int, by_lift: bool, column: bo
 
 @dataclass(frozen=True)
 class Passage:
-    """A stretch of one document, rows ``start`` to ``stop`` of the site's stream.
+    """A stretch of one document, rows ``start`` to ``stop`` of the site's stream, from ``position`` of the document on.
 
     texts    readable token texts.  weights  gate weight of the expert per token as executed; 0 where it was not used.
     used     tokens that use it.  mass  sum of weights, by which passages are ranked.
@@ -260,6 +263,7 @@ class Passage:
     document: int
     name: str
     label: str | None
+    position: int
     start: int
     stop: int
     texts: tuple[str | None, ...]
@@ -314,5 +318,5 @@ def _passage(trace: Trace, site: int, expert: int, start: int, stop: int, row: d
     here = routing.experts == expert
     weights = np.where(here, routing.weights, 0).sum(1)
     texts = trace.stream_tokens(trace.layers[site].stream, start, stop, ["token"])["token"].to_pylist()
-    return Passage(row["document"], row["name"], row["label"], start, stop, tuple(texts), tuple(weights.tolist()), int(here.any(1).sum()),
+    return Passage(row["document"], row["name"], row["label"], start - row["first_row"], start, stop, tuple(texts), tuple(weights.tolist()), int(here.any(1).sum()),
                    float(weights.sum(dtype=np.float64)))  # fmt: skip

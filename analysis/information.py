@@ -24,6 +24,8 @@ class Information:
     floor       mean plug-in under the null named where it is made; NaN where none was drawn.
     above_floor plug_in - floor.
     p           P(plug-in under the null >= plug-in); NaN without null.
+    ceiling     what plug_in can be at most, see ``ceiling``.
+    low, high   95 % range of plug-in under the null; NaN where too few were drawn to tell.
     n           draws counted (assignments or first choices).
     """
 
@@ -33,18 +35,34 @@ class Information:
     p: float
     entropy_x: float
     entropy_y: float
+    ceiling: float
     n: int
     null: str
+    low: float = float("nan")
+    high: float = float("nan")
 
     @property
     def above_floor(self) -> float:
         """plug_in - floor, bits."""
         return self.plug_in - self.floor
 
-    def share_of(self, entropy: float) -> float:
-        """The part of ``entropy`` (one of the two) that is explained, beyond the floor where there is one."""
-        value = self.corrected if np.isnan(self.floor) else self.above_floor
-        return value / entropy if entropy > 0 else float("nan")
+    @property
+    def share(self) -> float:
+        """(plug_in - floor) / (ceiling - floor): about 0 by chance, 1 for all that is possible; corrected / ceiling without a floor.
+
+        NaN where chance alone reaches the ceiling.
+        """
+        value, possible = (self.corrected, self.ceiling) if np.isnan(self.floor) else (self.above_floor, self.ceiling - self.floor)
+        return value / possible if possible > 0 else float("nan")
+
+
+def ceiling(entropy_x: float, entropy_y: float, each: int = 1) -> float:
+    """Bits that I(x; y) over assignments can be at most, where x is a property of the token and y one of its experts.
+
+    min(H(x), H(y) - log2 ``each``) for tokens that all have ``each`` different experts, since who knows everything of a token
+    still does not know which of these an assignment is; ``each`` 1 (min(H(x), H(y))) where tokens differ in their number.
+    """
+    return float(np.minimum(entropy_x, max(entropy_y - np.log2(each), 0.0)))
 
 
 def entropy(counts: np.ndarray) -> float:

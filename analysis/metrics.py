@@ -190,12 +190,14 @@ _ENTRIES = (
            "(ln E)^2 for zero logits", "ST-MoE, arXiv 2202.08906", partial(_mean, "z"),
            partial(_fixed, lambda x: float(np.log(x.n_classes)) ** 2), "the router's scores"),
     Metric("label_information", "Label information",
-           "I(expert; label) over assignments, less Miller and Madow's bias: bits that an assignment tells about the text's label",
+           "I(expert; label) over assignments, less Miller and Madow's bias: bits that an assignment tells about the text's label;"
+           " before that at most log2(E / k) where every token has k experts",
            "bits", -CORRECTION, _BITS, "0 for independent draws; documents differ, so more: the Specialization page shuffles labels over documents",
            "Shannon 1948; Miller 1955", _label_information, partial(_fixed, lambda _: float("nan")), "labels"),
     Metric("token_information", "Token information",
-           "I(expert; token id) over assignments, less Miller and Madow's bias: bits of routing that the token id alone explains",
-           "bits", -CORRECTION, _BITS, "0 with many tokens per id; rare ids add some: the Specialization page turns tokens within documents",
+           "I(expert; token id) over assignments, less Miller and Madow's bias: bits of routing that the token id alone explains;"
+           " before that at most log2(E / k) where every token has k experts",
+           "bits", -CORRECTION, _BITS, "0 with many tokens per id; rare ids add some: the Specialization page deals assignments to tokens at random",
            "OpenMoE, arXiv 2402.01739; Miller 1955", _token_information, partial(_fixed, lambda _: float("nan"))),
 )  # fmt: skip
 

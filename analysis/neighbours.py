@@ -52,8 +52,8 @@ class Similarities:
 
     @property
     def most_by_chance(self) -> float:
-        """What the largest of an expert's E - 1 similarities stays below, of either sign, in 19 of 20 sets of independent random weights."""
-        return self.chance * NormalDist().inv_cdf(1 - 0.025 / max(len(self.whole) - 1, 1))
+        """What all similarities between E experts stay below, of either sign, in 19 of 20 layers of independent random weights."""
+        return self.chance * NormalDist().inv_cdf(1 - 0.025 / max(len(self.whole) * (len(self.whole) - 1) // 2, 1))
 
     @property
     def mean(self) -> float:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 import pyarrow as pa
 
-from .information import Information, table_information
+from .information import Information, ceiling, table_information
 from .significance import bootstrap_sums, interval
 from .specialization import MOST_UNITS, blocks
 from .trace import Trace, TraceError
@@ -104,7 +104,8 @@ def flow_information(trace: Trace, site: int) -> Information:
     """I(first choice here; first choice at the next site), bits: how far a path is set by where it comes from."""
     table = trace.stats.flow(site, first=True)
     bits, corrected, here, there = table_information(table)
-    return Information(bits, corrected, float("nan"), float("nan"), here, there, int(table.sum()), "none drawn: Miller and Madow's formula")
+    return Information(bits, corrected, float("nan"), float("nan"), here, there, ceiling(here, there),
+                       int(table.sum()), "none drawn: Miller and Madow's formula")  # fmt: skip
 
 
 def _pairs(observed: np.ndarray, expected: np.ndarray, n: int, chance: float) -> PairCounts:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations, product
-from math import factorial, prod
+from math import ceil, comb, factorial, log2, prod
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class Verdict:
                Westfall and Young 1993, single step. Bounds the chance of any false claim, not only their share.
     draws      rearrangements looked at; ``exact`` where they are all there are.
     maximum    float64 [draws]: the largest statistic under each rearrangement, to join tests over one seed.
+    least      the smallest p that the cell's units could give, whatever they hold: how many rearrangements can be told apart (of signs:
+               in the cell where most units lean at all).
     """
 
     p: np.ndarray
@@ -43,6 +45,12 @@ class Verdict:
     draws: int
     exact: bool
     maximum: np.ndarray
+    least: np.ndarray
+
+    @property
+    def decisive(self) -> bool:
+        """Whether any cell could be claimed at ALPHA in the easiest case: every cell at its ``least``."""
+        return bool((benjamini_hochberg(self.least) <= ALPHA).any())
 
     @property
     def method(self) -> str:
@@ -122,14 +130,29 @@ def permutation_test(counts: np.ndarray, tokens: np.ndarray, codes: np.ndarray, 
     shape = (groups, counts.shape[1])
     if groups < 2 or not tokens.sum():
         nothing = np.full(shape, np.nan)
-        return Verdict(nothing, nothing, nothing, 0, False, np.zeros(0))
+        return Verdict(nothing, nothing, nothing, 0, False, np.zeros(0), np.ones(shape))
     counts, codes, tokens = counts[tokens > 0], codes[tokens > 0], tokens[tokens > 0]  # an empty document says nothing
     n = draws_for(len(codes), *shape) if draws is None else draws
     deals, exact = rearranged_labels(codes, n, seed)
     moments = _Moments.of(counts, tokens)
     observed = moments.statistic(codes[None], groups)[0]
     compare = moments.compare if deals.size * moments.columns.shape[1] < COMPILED else moments.compare_many
-    return _result(observed, *compare(deals, observed * (1 - _TIE)), exact)
+    least = np.broadcast_to(least_deal(np.bincount(codes, minlength=groups))[:, None], shape)
+    return _result(observed, *compare(deals, observed * (1 - _TIE)), exact, least)
+
+
+def least_deal(sizes: np.ndarray) -> np.ndarray:
+    """float64 [groups]: the smallest p of ``permutation_test`` for groups of so many units: one over the ways to choose the group's units.
+
+    Twice that where the group is one half: the other half in its place gives the same statistic. 1 for a group without units.
+    """
+    n = int(sizes.sum())
+    return np.array([min(1.0, (2 if 2 * s == n else 1) / comb(n, s)) for s in sizes.tolist()])
+
+
+def least_flips(alpha: float = ALPHA) -> int:
+    """The fewest units with which ``sign_flip_test`` can reach ``alpha``: its smallest p is 2 of 2^units."""
+    return 1 + ceil(log2(1 / alpha))
 
 
 @dataclass(frozen=True)
@@ -204,16 +227,19 @@ def sign_flip_test(excess: np.ndarray, draws: int | None = None, seed: int = 0) 
         null = np.abs(signs[at] @ scaled)
         exceeded += (null >= observed * (1 - _TIE)).sum(0)
         maxima.append(null.max(1, initial=0))
-    result = _result(observed, exceeded, np.concatenate(maxima), exact)
-    told = (flat != 0).sum(0) >= 2
-    p, family, statistic = (np.where(told, x, np.nan).reshape(cells) for x in (result.p, result.family, observed))
-    return Verdict(p, family, statistic, result.draws, exact, result.maximum)
+    telling = (flat != 0).sum(0)
+    result = _result(
+        observed, exceeded, np.concatenate(maxima), exact, np.full(flat.shape[1], min(2.0 ** (1 - int(telling.max(initial=0))), 1))
+    )
+    p, family, statistic = (np.where(telling >= 2, x, np.nan).reshape(cells) for x in (result.p, result.family, observed))
+    return Verdict(p, family, statistic, result.draws, exact, result.maximum, result.least.reshape(cells))
 
 
-def _result(observed: np.ndarray, exceeded: np.ndarray, maximum: np.ndarray, exact: bool) -> Verdict:
+def _result(observed: np.ndarray, exceeded: np.ndarray, maximum: np.ndarray, exact: bool, least: np.ndarray) -> Verdict:
     draws = len(maximum)
     own = 0 if exact else 1  # the observed arrangement is among all of them, and is added to random ones
-    return Verdict((exceeded + own) / (draws + own), family_p(observed, maximum, exact), observed, draws, exact, maximum)
+    least = least if exact else np.maximum(least, 1 / (draws + 1))
+    return Verdict((exceeded + own) / (draws + own), family_p(observed, maximum, exact), observed, draws, exact, maximum, least)
 
 
 def family_p(observed: np.ndarray, maximum: np.ndarray, exact: bool) -> np.ndarray:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count as count_from
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .information import Information, jensen_shannon, plug_in, table_information
+from .information import Information, ceiling, jensen_shannon, plug_in, table_information
 from .significance import (
     ALPHA,
     Verdict,
@@ -23,6 +24,8 @@ from .significance import (
     bootstrap_sums,
     enrichment,
     interval,
+    least_deal,
+    least_flips,
     permutation_test,
     rearranged_labels,
     sign_flip_test,
@@ -32,6 +35,8 @@ from .trace import LayerInfo, Trace
 MOST_UNITS = 400  # documents beyond this are joined into units, so that a test's cost does not grow with the corpus
 INTERVAL_DRAWS = 1_000
 ROWS = 65_536  # tokens read at a time
+_ONE_LABEL = "Nothing to compare: effects of a label need documents of another. Record some."
+_NO_DOCUMENTS = "The run holds counts without documents: effects are shown, none can be tested. Record the documents themselves."
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,10 @@ class Preferences:
     lift         share / share over all groups; 1 = as often as anywhere.
     enrichment   log2 of share over elsewhere, half a token added to each side; 0 = no difference.
     low, high    95 % percentile bootstrap interval of enrichment over documents; NaN with fewer than 2 of them.
-    p, q         of the test that ``method`` describes; q corrects for all G x E cells (Benjamini and Hochberg).
+    p, q         of the test that ``method`` describes; q corrects for all G x E cells of this site and kind (Benjamini and Hochberg).
+    family_p     P(the largest statistic of all these cells is at least this one), see significance.Verdict.
     significant  q <= ALPHA. False where nothing could be tested.
+    missing      why no cell could be significant whatever its documents do, and what to do; empty where one could.
     """
 
     site: int
@@ -63,8 +70,10 @@ class Preferences:
     high: np.ndarray
     p: np.ndarray
     q: np.ndarray
+    family_p: np.ndarray
     significant: np.ndarray
     method: str
+    missing: str = ""
 
     def table(self) -> pa.Table:
         """One row per cell: site, the kind ("label", ...), expert, n, documents, then every column above."""
@@ -72,7 +81,7 @@ class Preferences:
         columns: dict[str, object] = {"site": np.full(g * e, self.site, np.int16), self.kind: np.repeat(np.array(self.groups, object), e)}
         columns |= {"expert": np.tile(np.arange(e, dtype=np.int32), g), "n": np.repeat(self.tokens, e)}
         columns["documents"] = np.repeat(self.documents, e)
-        names = ("count", "share", "elsewhere", "lift", "enrichment", "low", "high", "p", "q", "significant")
+        names = ("count", "share", "elsewhere", "lift", "enrichment", "low", "high", "p", "q", "family_p", "significant")
         return pa.table({**columns, **{n: getattr(self, n).ravel() for n in names}})
 
 
@@ -131,14 +140,37 @@ def by_label(trace: Trace, site: int, draws: int | None = None, seed: int = 0) -
     labels = plain.groups
     units = labelled_documents(trace, site)
     if units.labels != labels or len(labels) < 2:
-        return replace(plain, method="no test: labels of at least two kinds of documents are needed")
+        return replace(
+            plain,
+            method="no test: labels of at least two kinds of documents are needed",
+            missing=_ONE_LABEL if len(labels) < 2 else _NO_DOCUMENTS,
+        )
     test = permutation_test(units.counts, units.tokens, units.codes, draws, seed)
     drawn = bootstrap_sums(np.column_stack([units.counts, units.tokens]), units.codes, INTERVAL_DRAWS, seed)
     documents = np.bincount(units.codes, units.documents, len(labels)).astype(np.int64)
     low, high = _interval(drawn[..., :-1], drawn[..., -1:], np.bincount(units.codes, minlength=len(labels)))
-    whole = int(units.documents.sum()) == len(units.codes)
-    what = "whole documents" if whole else f"{len(units.codes):,} groups of whole documents ({int(units.documents.sum()):,} in all)"
-    return _tested(plain, documents, low, high, test, f"labels moved between {what}")
+    found = _tested(plain, documents, low, high, test, f"labels moved between {_named(units.documents)}")
+    return replace(found, missing="" if test.decisive else _too_few_labelled(np.bincount(units.codes), test.least))
+
+
+def _named(documents: np.ndarray) -> str:
+    """Units of so many documents [units] each, for captions."""
+    whole, every = len(documents), int(documents.sum())
+    return "whole documents" if whole == every else f"{whole:,} groups of whole documents ({every:,} in all)"
+
+
+def _too_few_labelled(sizes: np.ndarray, least: np.ndarray) -> str:
+    """Why labels of so many documents [labels] cannot be told apart, and how many could."""
+    per = " and ".join(map(str, sizes)) if len(sizes) <= 4 else f"{sizes.min()} to {sizes.max()} documents per label"
+    enough = next(n for n in count_from(1) if least_deal(np.full(len(sizes), n)).max() <= ALPHA)
+    return _too_few(per, least, f"{enough} per label")
+
+
+def _too_few(documents: str, least: np.ndarray, enough: str) -> str:
+    smallest = float(np.nanmin(least, initial=1))
+    after = f", too much after correction for {least.size:,} cells" if smallest <= ALPHA else ""
+    return (f"Too few documents to tell: with {documents} the smallest possible p is {smallest:.2f}{after}. Effects are shown, none can be"
+            f" tested; record at least {enough}.")  # fmt: skip
 
 
 def label_effects(trace: Trace, site: int) -> Preferences:
@@ -165,7 +197,7 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
     (signs of whole documents flipped). ``significant`` also asks that shares over all documents lean the same way as
     those within them. One streaming pass over the site's decisions. Raises TraceError without them.
     """
-    counts, sizes, documents = _group_counts(trace, site, len(groups), codes)
+    counts, sizes, documents, held = _group_counts(trace, site, len(groups), codes)
     plain = effects(site, kind, tuple(groups), sizes.sum(0), counts.sum(0))
     totals = sizes.sum(1).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -176,9 +208,11 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
     drawn = bootstrap_sums(columns, np.zeros(len(columns), np.int64), INTERVAL_DRAWS, seed)
     drawn = drawn.reshape(INTERVAL_DRAWS, len(groups), -1)
     low, high = _interval(drawn[..., :-1], drawn[..., -1:], (sizes > 0).sum(0))
-    found = _tested(plain, documents, low, high, test, "signs of whole documents flipped")
+    found = _tested(plain, documents, low, high, test, f"signs of {_named(held)} flipped")
     agree = np.sign(excess.sum(0)) == np.sign(plain.enrichment)  # else documents differ, not their tokens: Simpson's paradox
-    return replace(found, significant=found.significant & agree)
+    of = "1 document" if held.sum() == 1 else f"{held.sum():,} documents"
+    few = "" if test.decisive else _too_few(of, test.least, f"{least_flips()} in which it occurs")
+    return replace(found, significant=found.significant & agree, missing=few)
 
 
 def by_position(trace: Trace, site: int) -> Preferences:
@@ -190,7 +224,7 @@ def by_position(trace: Trace, site: int) -> Preferences:
     names = tuple("0" if b == 0 else f"{2**b - 1}-{2 ** (b + 1) - 2}" for b in range(len(load)))
     if trace.source is None or trace.load_tokens is None:
         plain = effects(site, "position", names, -(-load.sum(1) // trace.layers[site].top_k), load)
-        return replace(plain, method="no test: the run holds statistics only, no decisions of single documents")
+        return replace(plain, method="no test: the run holds statistics only, no decisions of single documents", missing=_NO_DOCUMENTS)
     position = trace.stream_tokens(trace.layers[site].stream, columns=["position"])["position"].to_numpy()
     bucket = np.floor(np.log2(np.arange(1, int(position.max(initial=0)) + 2))).astype(np.int64)[position]
     return by_group(trace, site, "position", names, np.where(bucket < len(names), bucket, -1))
@@ -206,12 +240,13 @@ def effects(site: int, kind: str, groups: tuple[str, ...], tokens: np.ndarray, c
         log2 = np.where((n > 0) & (rest > 0), enrichment(count, n, others, rest), np.nan)
     unknown = np.full(count.shape, np.nan)
     return Preferences(site, kind, groups, tokens, np.zeros(len(groups), np.int64), count, share, elsewhere, lift, log2, unknown, unknown,
-                       unknown, unknown, np.zeros(count.shape, bool), "no test")  # fmt: skip
+                       unknown, unknown, unknown, np.zeros(count.shape, bool), "no test")  # fmt: skip
 
 
 def _tested(plain: Preferences, documents: np.ndarray, low: np.ndarray, high: np.ndarray, test: Verdict, what: str) -> Preferences:
     q = benjamini_hochberg(test.p)
-    return replace(plain, documents=documents, low=low, high=high, p=test.p, q=q, significant=q <= ALPHA, method=f"{what}: {test.method}")
+    return replace(plain, documents=documents, low=low, high=high, p=test.p, q=q, family_p=test.family, significant=q <= ALPHA,
+                   method=f"{what}: {test.method}")  # fmt: skip
 
 
 def _interval(count: np.ndarray, tokens: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -224,19 +259,20 @@ def _interval(count: np.ndarray, tokens: np.ndarray, units: np.ndarray) -> tuple
     return low, high
 
 
-def _group_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(int64 [units, groups, classes], int64 [units, groups] tokens, int64 [groups] documents); one pass over a site."""
+def _group_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(int64 [units, groups, classes], int64 [units, groups] tokens, int64 [groups] documents, int64 [units] the same); one pass over a site."""
     layer = trace.layers[site]
     numbers = trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy()
     distinct, document = np.unique(numbers, return_inverse=True)
     units = min(len(distinct), MOST_UNITS)
-    unit = document * units // max(len(distinct), 1)
+    of_document = np.arange(len(distinct)) * units // max(len(distinct), 1)
+    unit = of_document[document]
     known = codes >= 0
     counts = assignments(trace, layer, np.where(known, unit * n_groups + codes, -1), units * n_groups)
     sizes = np.bincount(unit[known] * n_groups + codes[known], minlength=units * n_groups).reshape(units, n_groups)
     pairs = np.unique(document[known] * n_groups + codes[known])
     documents = np.bincount(pairs % n_groups, minlength=n_groups)
-    return counts.reshape(units, n_groups, layer.n_classes), sizes, documents
+    return counts.reshape(units, n_groups, layer.n_classes), sizes, documents, np.bincount(of_document, minlength=units)
 
 
 def assignments(trace: Trace, layer: LayerInfo, group: np.ndarray, n_groups: int) -> np.ndarray:
@@ -260,19 +296,21 @@ def label_information(trace: Trace, site: int, draws: int = 199, seed: int = 0) 
 
     A random, untrained router shows some too: texts of different labels have different tokens.
     """
-    table = trace.stats.label_load(site)[1]
+    table, layer = trace.stats.label_load(site)[1], trace.layers[site]
     bits, corrected, h_label, h_expert = table_information(table)
     units = labelled_documents(trace, site)
     n = int(table.sum())
+    most = ceiling(h_label, h_expert, layer.top_k if n == sum(trace.stats.label_tokens(site).values()) * layer.top_k else 1)
     if len(units.labels) < 2 or len(units.labels) != len(table) or not n:
-        return Information(bits, corrected, np.nan, np.nan, h_label, h_expert, n, "no null: labelled documents are needed")
+        return Information(bits, corrected, np.nan, np.nan, h_label, h_expert, most, n, "no null: labelled documents are needed")
     deals, exact = rearranged_labels(units.codes, draws, seed)
     member = (deals[:, None, :] == np.arange(len(table))[None, :, None]).astype(np.float64)
     null = plug_in(member @ units.counts.astype(np.float64))
     own = 0 if exact else 1
     p = ((null >= bits * (1 - 1e-9)).sum() + own) / (len(null) + own)
-    return Information(bits, corrected, float(null.mean()), float(p), h_label, h_expert, n,
-                       f"labels moved between whole documents, {len(null)} times")  # fmt: skip
+    low, high = interval(null)
+    return Information(bits, corrected, float(null.mean()), float(p), h_label, h_expert, most, n,
+                       f"labels moved between {_named(units.documents)}, {len(null)} times", float(low), float(high))  # fmt: skip
 
 
 def token_score(load: np.ndarray, tokens: int, top_k: int) -> np.ndarray:

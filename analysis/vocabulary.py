@@ -10,22 +10,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from .information import DENSE, Information, entropy, shuffled_tables, sparse_information
-from .significance import family_p, rearranged_labels
+from .information import DENSE, Information, ceiling, entropy, shuffled_tables, sparse_information
+from .significance import rearranged_labels
 from .specialization import ROWS, blocks
-from .trace import Trace, TraceError
+from .trace import LayerInfo, Trace, TraceError
 
 LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"
-CERTAIN = 1e-6  # chance, below which it is not drawn whether it happens
-DRAWS = 199  # shuffles of a token's test: no p below 1 / (DRAWS + 1) can show
 PREDICTED_NEXT = (
     "The predicted next token is not known here: the model has no language head, or the run was recorded before predictions were."
     " Use the next token, or record the run again."
@@ -53,6 +50,7 @@ class TokenCounts:
     ids     int64 [V], ascending.  tokens  int64 [V]: N_x, occurrences of the id.
     row, expert, count  int64 [cells]: index into ids, expert, assignments.
     classes  ids an expert can have.  kind  "input token", "next token" or "predicted next token".
+    each  experts that every token counted has, all different; 1 where tokens differ in it.
     """
 
     site: int
@@ -63,6 +61,7 @@ class TokenCounts:
     row: np.ndarray
     expert: np.ndarray
     count: np.ndarray
+    each: int = 1
 
 
 def input_tokens(trace: Trace, site: int) -> TokenCounts:
@@ -76,7 +75,7 @@ def input_tokens(trace: Trace, site: int) -> TokenCounts:
         recorded = trace.stream_tokens(layer.stream, columns=["token_id"])["token_id"].to_numpy().astype(np.int64)
         ids, tokens = np.unique(recorded, return_counts=True)
         row = np.searchsorted(ids, cells)
-    return TokenCounts(site, "input token", layer.n_classes, ids, tokens, row, experts, counts)
+    return TokenCounts(site, "input token", layer.n_classes, ids, tokens, row, experts, counts, _each(layer, counts, tokens))
 
 
 def next_tokens(trace: Trace, site: int) -> TokenCounts:
@@ -113,9 +112,9 @@ def coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray]
     if kind == "predicted next token":
         predicted = table["predicted"]
         known = np.full(len(predicted), -1)
-        ids, known[predicted.is_valid().to_numpy()] = _coded_ids(predicted.drop_null().to_numpy().astype(np.int64))
+        ids, known[predicted.is_valid().to_numpy()] = coded_ids(predicted.drop_null().to_numpy().astype(np.int64))
         return ids, known
-    ids, code = _coded_ids(table["token_id"].to_numpy().astype(np.int64))
+    ids, code = coded_ids(table["token_id"].to_numpy().astype(np.int64))
     if kind == "input token":
         return ids, code
     document = table["document"].to_numpy()
@@ -123,13 +122,27 @@ def coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray]
     return ids, np.where(follows, np.append(code[1:], 0)[: len(code)], -1)
 
 
-def _coded_ids(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def coded_ids(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(distinct values ascending, int64 index of each value into them)."""
     if not len(values) or values.min() < 0 or values.max() >= DENSE:
         ids, code = np.unique(values, return_inverse=True)
         return ids, code
     there = np.bincount(values) > 0
     return np.flatnonzero(there), (np.cumsum(there) - 1)[values]
+
+
+def summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(keys ascending, sum of their counts), int64; fast for keys that are sorted runs, as a merge sort is."""
+    order = keys.argsort(kind="stable")
+    keys = keys[order]
+    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
+    return keys[starts], np.add.reduceat(counts[order], starts) if len(starts) else counts
+
+
+def on_cores(one: Callable[[int], _Found], items: Iterable[int]) -> list[_Found]:
+    """``one`` of each item, on all cores: drawing, nearly all of the time, runs without Python's lock."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, WORKERS)) as pool:
+        return list(pool.map(one, items))
 
 
 def _counted(trace: Trace, site: int, kind: str) -> TokenCounts:
@@ -150,11 +163,16 @@ def _counted(trace: Trace, site: int, kind: str) -> TokenCounts:
     cell = np.flatnonzero(dense)
     cell, count = (cell, dense[cell]) if count_all else summed(np.concatenate(cells), np.concatenate(n))
     tokens = np.bincount(code[code >= 0], minlength=len(ids))
-    return TokenCounts(site, kind, layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count)
+    return TokenCounts(site, kind, layer.n_classes, ids, tokens, cell // layer.n_classes, cell % layer.n_classes, count,
+                       _each(layer, count, tokens))  # fmt: skip
+
+
+def _each(layer: LayerInfo, counts: np.ndarray, tokens: np.ndarray) -> int:
+    return layer.top_k if counts.sum() == tokens.sum() * layer.top_k else 1
 
 
 def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) -> Information:
-    """I(expert; token id) over assignments, bits; ``share_of(entropy_y)`` is the part of H(expert) the id alone explains.
+    """I(expert; token id) over assignments, bits; ``share`` is the part the id alone explains of what it could.
 
     Floor: assignments dealt again to the tokens, ids' and experts' totals kept. Rare ids make it large: it has to be taken
     off before two runs, or two layers, are compared. A router that follows the token has fewer cells, so less bias, than
@@ -162,12 +180,13 @@ def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) 
     """
     bits, corrected, h_id, h_expert = sparse_information(counts.row, counts.expert, counts.count)
     seeds = range(seed, seed + shuffles if counts.count.sum() else seed)
-    null = _on_cores(
+    null = on_cores(
         lambda s: sparse_information(*next(shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, [s])))[0], seeds
     )
     floor = float(np.mean(null)) if null else float("nan")
     p = (sum(x >= bits for x in null) + 1) / (len(null) + 1) if null else float("nan")
-    return Information(bits, corrected, floor, p, h_id, h_expert, int(counts.count.sum()), f"assignments dealt again, {len(null)} times")
+    return Information(bits, corrected, floor, p, h_id, h_expert, ceiling(h_id, h_expert, counts.each), int(counts.count.sum()),
+                       f"assignments dealt again, {len(null)} times")  # fmt: skip
 
 
 def label_information_given_token(trace: Trace, site: int, draws: int = 19, seed: int = 0) -> Information:
@@ -185,14 +204,16 @@ def label_information_given_token(trace: Trace, site: int, draws: int = 19, seed
     cells, count = _document_cells(trace, site, documents)
     if len(names) < 2 or not len(cells):
         unknown = float("nan")
-        return Information(unknown, unknown, unknown, unknown, unknown, unknown, int(count.sum()), "no null: two labels are needed")
+        return Information(*(unknown,) * 7, int(count.sum()), "no null: two labels are needed")
     expert, token, document = cells % layer.n_classes, cells // layer.n_classes // len(documents), cells // layer.n_classes % len(documents)
     real = _conditional(expert, labels[document], token, count)
     deals, exact = rearranged_labels(labels, draws, seed)
     null = np.array([_conditional(expert, deal[document], token, count)[0] for deal in deals])
+    each = layer.top_k if count.sum() == sum(trace.stats.label_tokens(site).values()) * layer.top_k else 1
     own = 0 if exact else 1
     p = ((null >= real[0] * (1 - 1e-9)).sum() + own) / (len(null) + own)
-    return Information(real[0], real[1], float(null.mean()), float(p), real[2], real[3], int(count.sum()),
+    return Information(real[0], real[1], float(null.mean()), float(p), real[2], real[3],
+                       ceiling(real[2], real[3], each), int(count.sum()),
                        f"labels moved between whole documents, {len(null)} times")  # fmt: skip
 
 
@@ -290,175 +311,3 @@ def vocabulary_table(trace: Trace, least: int = LEAST, layers: Sequence[int] | N
             key = {"site": layer.index, "layer": layer.layer, "token": variant}
             rows.append(key | {"n": found.pop("n_tokens"), "ids": found.pop("n_ids")} | found)
     return pa.Table.from_pylist(rows)
-
-
-@dataclass(frozen=True)
-class TokenUse:
-    """One token id at one expert. share = count / tokens; lift = share over the expert's share of all tokens.
-
-    ``p``: probability that any id seen at least ``least`` times stands out as much when the expert's assignments are
-    dealt at random to the tokens. Its unit is the token: repeats within one document count as independent, so it is
-    certain of a word that one document repeats. Documents tell: the id occurs in ``documents``, and in ``leaning`` of them
-    it uses the expert more often than that document's tokens do (by chance in at most about half); None where unknown.
-    """
-
-    token_id: int
-    text: str | None
-    count: int
-    tokens: int
-    share: float
-    lift: float
-    p: float
-    documents: int | None
-    leaning: int | None
-
-
-@dataclass(frozen=True)
-class DocumentUse:
-    """Per id of ``ids``, int64 [I] ascending: ``documents`` int64 [I] that hold it; ``leaning`` int64 [I, classes], see TokenUse."""
-
-    ids: np.ndarray
-    documents: np.ndarray
-    leaning: np.ndarray
-
-
-def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None) -> DocumentUse | None:
-    """In how many documents ``ids`` (ascending, of counts.ids; default all) lean to experts: the fewer, the faster.
-
-    One pass over the site; None for a run without decisions or tokens.
-    """
-    if trace.source is None or trace.load_tokens is None:
-        return None
-    layer = trace.layers[counts.site]
-    every, code = coded(trace, layer.stream, counts.kind)
-    ids = every if ids is None else ids
-    row = np.full(len(every) + 1, -1)  # the last for tokens that have no id
-    row[np.searchsorted(every, ids)] = np.arange(len(ids))
-    owner = _coded_ids(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy().astype(np.int64))[1]
-    known, asked, height, width = code >= 0, row[code] >= 0, max(len(ids), 1), layer.n_classes
-    place = owner * height + row[code]  # by document first: pieces of the run then follow one another, but where one cuts a document
-    pairs, occurs = np.unique(place[asked], return_counts=True)
-    size = np.bincount(owner[known])
-    load = np.zeros((int(owner.max(initial=-1)) + 1, width), np.int64)
-    cells, n = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for start, experts in blocks(trace, layer):
-        here = slice(start, start + len(experts))
-        first, last = int(owner[here].min()), int(owner[here].max())
-        base = np.where(known[here], owner[here] - first + 1, 0) * (width + 1) + 1  # a row and a column more, for what does not count
-        met = np.bincount((base[:, None] + experts).ravel(), minlength=(last - first + 2) * (width + 1))
-        load[first : last + 1] += met.reshape(-1, width + 1)[1:, 1:]
-        mine = experts[asked[here]]
-        found = np.unique((place[here][asked[here], None] * width + mine)[mine >= 0], return_counts=True)
-        cells, n = [*cells, found[0]], [*n, found[1]]
-    cell, count = summed(np.concatenate(cells), np.concatenate(n))
-    pair, expert = np.divmod(cell, width)
-    document, at = np.divmod(pair, height)
-    leans = count * size[document] > load[document, expert] * occurs[np.searchsorted(pairs, pair)]
-    leaning = np.bincount((at * width + expert)[leans], minlength=len(ids) * width)
-    return DocumentUse(ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width))
-
-
-def summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(keys ascending, sum of their counts), int64; fast for keys that are sorted runs, as a merge sort is."""
-    order = keys.argsort(kind="stable")
-    keys = keys[order]
-    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
-    return keys[starts], np.add.reduceat(counts[order], starts) if len(starts) else counts
-
-
-def leading_ids(counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20) -> np.ndarray:
-    """int64, ascending: the ids that ``top_tokens`` names for any of ``experts``."""
-    often = _dealt(counts, least)[1]
-    cells = _cells_of_experts(counts)
-    found = [counts.ids[often][_leading(counts, cells[expert], often, most)[0]] for expert in experts]
-    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
-
-
-def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAST, most: int = 20, draws: int = DRAWS,
-               seed: int = 0, use: DocumentUse | None = None) -> tuple[TokenUse, ...]:  # fmt: skip
-    """The expert's ids by falling lift, among those seen at least ``least`` times and used more often than elsewhere.
-
-    Ties by falling count, then by id. Empty where nothing is. ``use``: ``document_use`` of the same counts, of all ids or
-    at least of ``leading_ids``.
-    """
-    return top_tokens_of(trace, counts, [expert], least, most, draws, seed, use)[0]
-
-
-def top_tokens_of(trace: Trace, counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20, draws: int = DRAWS,
-                  seed: int = 0, use: DocumentUse | None = None) -> tuple[tuple[TokenUse, ...], ...]:  # fmt: skip
-    """``top_tokens`` of each of ``experts``, shared out among the cores."""
-    dealt, often = _dealt(counts, least)
-    one = partial(_top_uses, counts, _cells_of_experts(counts), dealt, often, most=most, draws=draws, seed=seed, use=use)
-    found = _on_cores(one, experts)
-    ids = np.unique([use.token_id for uses in found for use in uses]).astype(np.int64)
-    text = dict(zip(ids.tolist(), token_texts(trace, ids, trace.layers[counts.site].stream), strict=True))
-    return tuple(tuple(replace(use, text=text[use.token_id]) for use in uses) for uses in found)
-
-
-def _on_cores(one: Callable[[int], _Found], items: Iterable[int]) -> list[_Found]:
-    """``one`` of each item, on all cores: drawing, nearly all of the time, runs without Python's lock."""
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, WORKERS)) as pool:
-        return list(pool.map(one, items))
-
-
-def _cells_of_experts(counts: TokenCounts) -> list[np.ndarray]:
-    """int64 [cells of the expert] of each: its places in ``counts``."""
-    order = counts.expert.astype(np.uint16).argsort(kind="stable")
-    return np.split(order, np.cumsum(np.bincount(counts.expert, minlength=counts.classes))[:-1])
-
-
-def _dealt(counts: TokenCounts, least: int) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [V] assignments of each id, bool [V] ids that are looked at)."""
-    dealt = np.bincount(counts.row, counts.count, len(counts.ids)).astype(np.int64)
-    return dealt, (counts.tokens >= least) & (dealt > 0)
-
-
-def _leading(counts: TokenCounts, cells: np.ndarray, often: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(order, used, share, lift): the ``most`` leading of the ids ``often``, as indices into those, and figures of them all.
-
-    ``cells`` are the expert's.
-    """
-    whole = np.zeros(len(counts.ids), np.int64)
-    whole[counts.row[cells]] = counts.count[cells]
-    used, total = whole[often], int(whole.sum())
-    share = used / counts.tokens[often]
-    lift = share / (total / int(counts.tokens.sum())) if total else np.zeros(len(used))
-    high = np.flatnonzero(lift > 1)
-    if len(high) > most:  # sort few
-        high = high[lift[high] >= -np.partition(-lift[high], most)[most]]
-    return high[np.lexsort((counts.ids[often][high], -used[high], -lift[high]))][:most], used, share, lift
-
-
-def _top_uses(counts: TokenCounts, cells: Sequence[np.ndarray], dealt: np.ndarray, often: np.ndarray, expert: int, *, most: int, draws: int,
-              seed: int, use: DocumentUse | None) -> list[TokenUse]:  # fmt: skip
-    """Without texts. ``cells`` of every expert, ``dealt`` and ``often`` of ``_dealt``."""
-    order, used, share, lift = _leading(counts, cells[expert], often, most)
-    if not len(order):
-        return []
-    total = int(counts.count[cells[expert]].sum())
-    rate = total / dealt.sum()
-    expected, spread = dealt[often] * rate, np.sqrt(dealt[often])  # binomial error but for a factor all ids share
-    standing = (used - expected) / spread
-    if draws * _reached(dealt[often], rate, float(standing[order].min())) < CERTAIN:
-        maximum = np.full(draws, -np.inf)  # no draw comes near
-    else:
-        colours = np.append(dealt[often], dealt.sum() - dealt[often].sum())  # rare ids together: none of them is looked at
-        null = np.random.default_rng(seed).multivariate_hypergeometric(colours, total, draws, method="marginals")[:, :-1]
-        maximum = ((null - expected) / spread).max(1)
-    ids, tokens, p = counts.ids[often][order], counts.tokens[often][order], family_p(standing[order], maximum, False)
-    row = None if use is None else np.searchsorted(use.ids, ids)
-    documents, leaning = (None, None) if use is None else (use.documents[row].tolist(), use.leaning[row, expert].tolist())
-    return [TokenUse(int(ids[i]), None, int(used[at]), int(tokens[i]), float(share[at]), float(lift[at]), float(p[i]),
-                     documents and documents[i], leaning and leaning[i]) for i, at in enumerate(order)]  # fmt: skip
-
-
-def _reached(dealt: np.ndarray, rate: float, standing: float) -> float:
-    """Bound on P(an id's assignments, dealt at random, exceed what is expected by ``standing`` x sqrt(dealt)), summed over ids.
-
-    Hoeffding 1963: draws without return keep the binomial's bound exp(-n KL(q || rate)).
-    """
-    q = rate + standing * (1 - 1e-6) / np.sqrt(dealt)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        exponent = q * np.log(q / rate) + (1 - q) * np.log((1 - q) / (1 - rate))
-        bound = np.exp(-dealt * exponent)
-    return float(np.where(q >= 1, np.where(q > 1, 0.0, rate**dealt), np.where(q <= rate, 1.0, bound)).sum())

@@ -428,7 +428,8 @@ def share_bars(
 
 
 def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray, experts: np.ndarray, theme: str) -> go.Figure:
-    """Groups x experts in the orders given: log2 enrichment, drawn within +-3; cells that are not significant carry a small cross.
+    """Groups x experts in the orders given: log2 enrichment, drawn within +-3; cells that are not significant carry a small cross,
+    where any could be.
 
     Transparent markers over the cells take hover and clicks, which Plotly heatmaps do not pass on; customdata[0] is the expert.
     """
@@ -442,7 +443,7 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
     )  # fmt: skip
     _times_bar(figure, "times as often as elsewhere")
     row, column = (a.ravel() for a in np.indices(z.shape))
-    weak = ~found.significant[cell].ravel()
+    weak = ~found.significant[cell].ravel() & (not found.missing)
     figure.add_scatter(x=[x[c] for c in column[weak]], y=[names[r] for r in row[weak]], mode="markers", hoverinfo="skip", showlegend=False, meta=AGAIN,
                        marker={"symbol": "x-thin", "size": 5, "line": {"width": 1.25, "color": np.nan_to_num(z).ravel()[weak].astype(np.float32), "cmin": -OCTAVES,
                                                                        "cmax": OCTAVES, "colorscale": palette.ink(palette.LOAD[theme])}})  # fmt: skip
@@ -501,8 +502,9 @@ def _cells_over(figure: go.Figure, x: Any, y: Sequence[str], told: np.ndarray, h
                           marker={"symbol": "square", "size": 20, "opacity": 0.001, "color": "#888"}, selected=unseen, unselected=unseen))  # fmt: skip
 
 
-def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure:
-    """Enrichment of one expert by group, on an axis in octaves, with 95% intervals; bars that are not significant are faded."""
+def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse], mark: str | None = None) -> go.Figure:
+    """Enrichment of one expert by group, on an axis in octaves, with 95% intervals; bars that are not significant are faded,
+    where any could be; the group ``mark`` is framed."""
     value, low, high = (np.array([getattr(u, n) for u in uses], float) for n in ("enrichment", "low", "high"))
     figure = go.Figure(
         go.Bar(y=list(names), x=value, orientation="h",
@@ -510,7 +512,8 @@ def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure
                meta={"x": "log2_enrichment", "y": "group", "customdata": ["share", "elsewhere", "count", "n", "q", "significant", "documents", "lift", "low", "high"]},
                error_x={"type": "data", "symmetric": False, "array": np.nan_to_num(high - value), "arrayminus": np.nan_to_num(value - low),
                         "color": "#888", "thickness": 1},
-               marker={"color": palette.AMOUNT["light"][3], "opacity": [1.0 if u.significant else 0.25 for u in uses]},
+               marker={"color": palette.AMOUNT["light"][3], "opacity": [1.0 if u.significant or not u.tested else 0.25 for u in uses],
+                       "line": {"color": "#888", "width": [3 if u.group == mark else 0 for u in uses]}},
                hovertemplate="%{y}: used for %{customdata[0]:.1%} (%{customdata[2]:,} of %{customdata[3]:,} tokens), %{customdata[1]:.1%} elsewhere,"
                              " q = %{customdata[4]:.2g}<extra></extra>")
     )  # fmt: skip
@@ -524,25 +527,19 @@ def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure
     return _sized(figure, max(200, 26 * len(names) + 80))
 
 
-def information_bars(rows: Sequence[str], bits: np.ndarray, floor: np.ndarray) -> go.Figure:
-    """Mutual information per layer [L] in bits, beside what shuffled labels give."""
-    figure = go.Figure()
+def information_bars(rows: Sequence[str], bits: np.ndarray, chance: np.ndarray, ceiling: np.ndarray) -> go.Figure:
+    """Mutual information per layer [L] in bits, beside what shuffled labels give, chance [3, L]: mean, low, high; a tick at the most possible."""
+    figure, named = go.Figure(), {"x": "layer", "y": "bits"}
     figure.add_bar(
-        x=list(rows),
-        y=bits,
-        name="measured",
-        meta=(named := {"x": "layer", "y": "bits"}),
-        marker_color=palette.AMOUNT["light"][3],
-        hovertemplate="%{x}: %{y:.3f} bits<extra></extra>",
-    )
-    figure.add_bar(
-        x=list(rows),
-        y=floor,
-        name="labels shuffled over documents",
-        meta=named,
-        marker_color="#9a9a9a",
-        hovertemplate="%{x}: %{y:.3f} bits by chance<extra></extra>",
-    )
+        x=list(rows), y=bits, name="measured", meta=named, marker_color=palette.AMOUNT["light"][3], hovertemplate="%{x}: %{y:.3f} bits<extra></extra>"
+    )  # fmt: skip
+    figure.add_bar(x=list(rows), y=chance[0], name="labels shuffled over documents", meta=named | {"customdata": ["low", "high"]}, marker_color="#9a9a9a",
+                   customdata=chance[1:].T, error_y={"type": "data", "symmetric": False, "array": chance[2] - chance[0],
+                                                     "arrayminus": chance[0] - chance[1], "color": "#888", "thickness": 1},
+                   hovertemplate="%{x}: %{y:.3f} bits by chance (%{customdata[0]:.3f} to %{customdata[1]:.3f})<extra></extra>")  # fmt: skip
+    figure.add_scatter(x=list(rows), y=ceiling, mode="markers", name="the most possible", meta=named,
+                       marker={"symbol": "line-ew-open", "size": 24, "line": {"width": 2}, "color": "#888"},
+                       hovertemplate="%{x}: at most %{y:.3f} bits<extra></extra>")  # fmt: skip
     figure.update_layout(barmode="group", legend=_ABOVE)
     figure.update_yaxes(title="bits", rangemode="tozero")
     figure.update_xaxes(type="category")

@@ -35,7 +35,7 @@ from analysis.slots import PRESETS
 from analysis.specialization import by_label, label_information, seriation
 from analysis.trace import Trace
 
-from . import charts, palette
+from . import captions, charts, palette
 from .model_card import facts, origin, router_rows
 from .strip_data import HUES, first_text, strip_data
 from .text import axis_label, markup, visible_name
@@ -212,12 +212,11 @@ def _labels(draft: _Draft, site: int) -> None:
     found, layer = by_label(draft.trace, site), draft.trace.layers[site]
     groups, experts = seriation(found.enrichment)
     names = [axis_label(found.groups[g], 22) for g in groups]
-    caption = ("Colour: log2 of the share of the label's tokens that use the expert over the share of all other tokens. A small cross marks a"
-               f" cell that is no more than chance after correction for all cells (false discovery rate 5%; {found.method})."
+    caption = (f"{captions.enrichment_definition(found, layer)} {captions.preferences_how(found, layer)}"
                f" n = {int(found.tokens.sum()):,} tokens of {int(found.documents.sum()):,} documents.")  # fmt: skip
     draft.add(
-        f"Which labels does {layer.title} send where?",
-        f"Uniform routing would use each expert for {layer.top_k / layer.n_classes:.1%} of every label.",
+        captions.preferences_headline(found, layer),
+        f"Expert numbers mean nothing without their layer. Uniform routing would use each expert for {layer.top_k / layer.n_classes:.1%} of every label.",
         draft.figure("labels", charts.enrichment_map(found, names, groups, experts, "light"), caption,
                      f"Heatmap of {len(groups)} labels by {len(experts)} experts: log2 enrichment."),
     )  # fmt: skip
@@ -225,10 +224,11 @@ def _labels(draft: _Draft, site: int) -> None:
 
 def _information(draft: _Draft) -> None:
     found = [label_information(draft.trace, x.index) for x in draft.trace.layers]
-    drawn = charts.information_bars(draft.layers, np.array([i.corrected for i in found]), np.array([i.floor for i in found]))
-    caption = ("Mutual information of expert and label in bits, bias-corrected; 0 = the label says nothing about the expert. Grey: what"
-               f" remains without the labels' meaning ({found[0].null}). n = {_range([i.n for i in found])} assignments per layer.")  # fmt: skip
-    draft.add("In which layers do experts follow the labels?", f"At most {found[0].entropy_y:.2f} bits are possible at the first layer.",
+    bits, ceiling = (np.array([getattr(i, x) for i in found]) for x in ("plug_in", "ceiling"))
+    drawn = charts.information_bars(draft.layers, bits, np.array([[i.floor, i.low, i.high] for i in found]).T, ceiling)
+    definition, n, how = captions.information_caption(found)
+    caption = f"{definition} {how} n = {n}."
+    draft.add("In which layers do experts follow the labels?", "Each bar stands beside what labels dealt at random give, below the most that is possible.",
               draft.figure("information", drawn, caption, "Bars of the mutual information of expert and label per layer."))  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 from urllib.parse import urlencode
 
@@ -37,10 +38,11 @@ def _complete() -> dict[str, RunSummary]:
 
 
 def choice(key: str, label: str, names: Mapping[str, str], default: str, *, width: int | Literal["content", "stretch"] = "content",
-           draw: Any = None, **options: Any) -> str:  # fmt: skip
+           draw: Any = None, absent: Mapping[str, str] = MappingProxyType({}), **options: Any) -> str:  # fmt: skip
     """A choice that stays over pages and stands in the URL as ``?key=``; ``names`` maps URL values to what is shown.
 
-    ``draw`` is the widget: st.selectbox (default), st.segmented_control, st.select_slider or alike; ``options`` go to it.
+    ``draw`` is the widget: st.selectbox (default), st.segmented_control, st.select_slider or alike; ``options`` go to it. ``absent`` says why
+    a value that a link may ask for is not to be had here.
 
     Streamlit's own ``bind`` puts what is shown into the URL, cannot follow a step made inside a component, and gives the
     browser's Back button nothing to go back to.
@@ -53,7 +55,9 @@ def choice(key: str, label: str, names: Mapping[str, str], default: str, *, widt
     widget(label, list(names), format_func=names.__getitem__, key=key, width=width, on_change=_chose, args=(key,), **options)
     st.session_state["_chosen"][key] = value
     if asked is not None and asked not in names:
-        show_error(f"The link asks for {label.lower()} {asked[:40]}, which is not here; {names[value]} is shown instead.")
+        show_error(
+            absent.get(asked, f"The link asks for {label.lower()} {asked[:40]}, which is not here; {names[value]} is shown instead.")
+        )
     return value
 
 
@@ -265,9 +269,10 @@ def choose_token(position: int) -> None:
     st.session_state["_token"] = chosen["run"], chosen["doc"], chosen["token"]
 
 
-def open_expert(trace: Trace, event: object, layer: str | None = None) -> None:
-    """A click on an expert's cell leads to its page; without ``layer``, the cell's row names it."""
+def open_expert(trace: Trace, event: object, layer: str | None = None, cells: Sequence[str] = ()) -> None:
+    """A click on an expert's cell leads to its page; without ``layer``, the cell's row names it. ``cells``: what each cell stands for, row by row (``?of=``)."""
     points = getattr(getattr(event, "selection", None), "points", [])
     if points:
         expert = str(int(points[0]["customdata"]["0"]))
-        st.switch_page("views/expert.py", query_params={"run": trace.name, "layer": layer or str(points[0]["y"]), "expert": expert})
+        of = {"of": cells[int(points[0]["point_index"])]} if cells else {}
+        st.switch_page("views/expert.py", query_params={"run": trace.name, "layer": layer or str(points[0]["y"]), "expert": expert, **of})

@@ -31,12 +31,12 @@ def built(only_newlines: bool, seed: int = 0) -> Trace:
 
 def test_the_line_says_what_was_planted() -> None:
     trace = built(only_newlines=False)
-    assert expert_card(trace, 1, 6).description == "b text: 3.0x over base rate, 800 tokens"
+    assert expert_card(trace, 1, 6).description == "b. 100% of these 800 tokens use it, 0% of all others."
     narrow = built(only_newlines=True)
     newlines = int(
         sum(t == "\n" and x == "b" for t, x in zip(narrow.tokens["token"].to_pylist(), narrow.tokens["label"].to_pylist(), strict=True))
     )
-    assert expert_card(narrow, 1, 6).description == f"b newlines: {2400 / newlines:.0f}x over base rate, {newlines} tokens"
+    assert expert_card(narrow, 1, 6).description == f"b newlines. 100% of these {newlines} tokens use it, 0% of all others."
 
 
 @pytest.mark.parametrize("label, text, named", [("c", "7", "c digits"), ("b", ";", "b punctuation"), ("a", "ing", "a word parts")])
@@ -48,7 +48,7 @@ def test_the_line_names_the_right_label_and_class(label: str, text: str, named: 
     experts = np.where(mine[:, None], [6, 7], np.random.default_rng(0).random((2400, 6)).argsort(1)[:, :2]).astype(np.int16)
     routing = SiteRouting(experts, part.routing[0].weights, experts)
     card = expert_card(make_trace(PLAIN, [replace(part, routing=(routing, routing))]), 0, 6)
-    assert card.description == f"{named}: {2400 / mine.sum():.0f}x over base rate, {mine.sum()} tokens"
+    assert card.description == f"{named}. 100% of these {mine.sum()} tokens use it, 0% of all others."
 
 
 def test_the_groups_with_most_excess_tokens_are_named_first() -> None:
@@ -70,6 +70,15 @@ def test_random_experts_are_described_as_nothing() -> None:
         told += any(not line.startswith(NONE) for line in lines)
         assert f"{NONE} among 3 labels and 5 token classes of 24 documents" in lines
     assert told <= 3
+
+
+def test_too_few_documents_are_no_negative_result() -> None:
+    small = make_trace(PLAIN, [make_part(PLAIN, [100] * 4, labels=("a", "b"), texts=TEXTS)])
+    assert describe(site_evidence(small, 0), 0).startswith("Too few documents to tell: with 2 and 2 the smallest possible p is 0.33.")
+    more = make_trace(PLAIN, [make_part(PLAIN, [100] * 6, 1, labels=("a", "b"), texts=TEXTS)])
+    evidence = site_evidence(more, 0)
+    assert evidence.labels.missing and evidence.classes is not None and not evidence.classes.missing
+    assert f"{NONE} among 5 token classes of 6 documents" in {describe(evidence, e) for e in range(8)}
 
 
 def test_numbers_on_the_card() -> None:
@@ -116,7 +125,7 @@ def test_statistics_alone_say_what_is_missing() -> None:
     assert card.labels and card.classes == () and any("statistics only" in x for x in card.missing)
     assert [t.text for t in card.tokens] == [None] * len(card.tokens)
     dropped = expert_card(replace(whole, source=None, load_tokens=None), 1, 6)
-    assert dropped.description.startswith("b text") and dropped.tokens == () and any("dropped" in x for x in dropped.missing)
+    assert dropped.description.startswith("b. ") and dropped.tokens == () and any("dropped" in x for x in dropped.missing)
 
 
 def test_a_dead_expert_and_a_single_token() -> None:
@@ -125,7 +134,8 @@ def test_a_dead_expert_and_a_single_token() -> None:
     one = make_trace(PLAIN, [part])
     unused = next(e for e in range(8) if e not in part.routing[0].experts)
     card = expert_card(one, 0, unused)
-    assert card.assignments == 0 and np.isnan(card.mean_gate) and card.description.startswith(NONE) and card.partners == ()
+    assert card.assignments == 0 and np.isnan(card.mean_gate) and card.partners == ()
+    assert card.description.startswith("Nothing to compare") and not any(u.tested for u in (*card.labels, *card.classes))
     assert passages(one, 0, unused) == () and len(passages(trace, 1, 6, most=99)) == 8  # documents of b
 
 
@@ -141,7 +151,7 @@ def test_passages_are_the_heaviest_stretches() -> None:
     )
     assert [(p.start, p.stop) for p in found] == [(s, s + 20) for _, s in best[:4]]
     for p in found:
-        assert p.label == "b" and p.document == p.start // 100 and p.name == f"doc {p.document}"
+        assert p.label == "b" and p.document == p.start // 100 and p.position == p.start % 100 and p.name == f"doc {p.document}"
         np.testing.assert_allclose(p.weights, weight[p.start : p.stop], rtol=1e-6)
         assert p.texts == tuple(trace.tokens["token"][p.start : p.stop].to_pylist()) and p.used == (weight[p.start : p.stop] > 0).sum()
         assert p.mass == pytest.approx(sum(p.weights))
@@ -162,4 +172,4 @@ def test_the_demo_run_speaks_of_its_languages() -> None:
     trace = open_run("data/demo-run")
     evidence = site_evidence(trace, len(trace.layers) - 1)
     lines = [describe(evidence, e) for e in range(16)]
-    assert sum("over base rate" in x for x in lines) >= 8 and sum(any(label in x for label in trace.labels) for x in lines) >= 4
+    assert sum("of all others" in x for x in lines) >= 8 and sum(any(label in x for label in trace.labels) for x in lines) >= 4

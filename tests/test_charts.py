@@ -213,7 +213,18 @@ def test_numbers_of_an_enrichment_map_are_enough_to_test_again() -> None:
 
 
 def test_bars_of_enrichment_are_read_in_times() -> None:
-    use = {"group": "a", "count": 3, "n": 9, "documents": 2, "share": 1 / 3, "elsewhere": 0.1, "lift": 2.0, "q": 0.01, "significant": True}
+    use = {
+        "group": "a",
+        "count": 3,
+        "n": 9,
+        "documents": 2,
+        "share": 1 / 3,
+        "elsewhere": 0.1,
+        "lift": 2.0,
+        "q": 0.01,
+        "significant": True,
+        "tested": True,
+    }
     figure = charts.enrichment_bars(["a", "b"], [GroupUse(**use, enrichment=5.9, low=-0.4, high=np.nan), GroupUse(**use, enrichment=-4.2, low=-4.5, high=-4)])  # fmt: skip
     axis = figure.layout.xaxis
     told = dict(zip(axis.tickvals, axis.ticktext, strict=True))

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from analysis.information import Information, entropy, jensen_shannon, plug_in, shuffled_tables, sparse_information, table_information
+from analysis.information import (
+    Information,
+    ceiling,
+    entropy,
+    jensen_shannon,
+    plug_in,
+    shuffled_tables,
+    sparse_information,
+    table_information,
+)
 
 TABLES = arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 5)), elements=st.integers(0, 50)).filter(lambda x: x.sum() > 0)
 
@@ -74,7 +83,12 @@ def test_jensen_shannon_vectors() -> None:
     assert np.isnan(jensen_shannon(np.zeros(2), np.ones(2)))
 
 
-def test_share_of_an_entropy_is_beyond_the_floor_where_there_is_one() -> None:
-    assert Information(1.0, 0.9, 0.4, 0.1, 3, 2, 10, "").share_of(2) == pytest.approx(0.3)
-    assert Information(1.0, 0.9, float("nan"), float("nan"), 3, 2, 10, "").share_of(2) == pytest.approx(0.45)
-    assert np.isnan(Information(0, 0, 0, 1, 0, 0, 0, "").share_of(0))
+def test_the_share_is_of_what_is_possible_beyond_the_floor_where_there_is_one() -> None:
+    assert Information(1.0, 0.9, 0.4, 0.1, 3, 2.5, 1.9, 10, "").share == pytest.approx(0.6 / 1.5)
+    assert Information(1.0, 0.9, float("nan"), float("nan"), 3, 2, 2, 10, "").share == pytest.approx(0.45)
+    assert np.isnan(Information(0, 0, 0, 1, 0, 0, 0, 0, "").share)
+
+
+def test_the_ceiling_of_tokens_with_several_experts() -> None:
+    assert (ceiling(3, 4), ceiling(5, 4), ceiling(5, 4, 2), ceiling(2.5, 4, 2), ceiling(2, 0.5, 2)) == (3, 4, 3, 2.5, 0)
+    assert np.isnan(ceiling(float("nan"), 4)) and np.isnan(ceiling(4, float("nan"), 2))

@@ -18,6 +18,8 @@ from analysis.significance import (
     enrichment,
     family_p,
     interval,
+    least_deal,
+    least_flips,
     permutation_test,
     rearranged_labels,
     sign_flip_test,
@@ -251,4 +253,38 @@ def test_bootstrap_interval_covers_the_truth() -> None:
 
 def test_a_verdict_says_how_it_was_reached() -> None:
     nothing = np.zeros(1)
-    assert Verdict(nothing, nothing, nothing, 2880, False, nothing).method == "2,880 random rearrangements"
+    assert Verdict(nothing, nothing, nothing, 2880, False, nothing, nothing).method == "2,880 random rearrangements"
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (3, 4), (2, 2, 2), (1, 1, 4), (1, 2)])
+def test_the_least_p_of_labels_is_reached_and_never_undercut(sizes: tuple[int, ...]) -> None:
+    codes = np.repeat(np.arange(len(sizes)), sizes)
+    tokens = np.full(len(codes), 100)
+    best = np.ones(len(sizes))
+    rng = np.random.default_rng(0)
+    for group in range(len(sizes)):  # one expert for each group alone, then noise
+        for trial in range(20):
+            used = np.where(codes == group, 90, 5) + rng.integers(0, 3 if trial else 1, len(codes))
+            test = permutation_test(np.stack([used, 100 - used], 1), tokens, codes, draws=10**4)
+            assert test.exact and (test.p >= test.least - 1e-12).all()
+            best[group] = min(best[group], test.p[group].min())
+    np.testing.assert_allclose(best, least_deal(np.array(sizes)))
+    assert test.decisive == (benjamini_hochberg(np.repeat(best, 2)).min() <= 0.05)
+
+
+def test_three_and_three_documents_can_never_tell_four_and_four_can() -> None:
+    assert least_deal(np.array([3, 3])).tolist() == [0.1, 0.1] and least_deal(np.array([4, 4])).tolist() == [2 / 70] * 2
+    tokens, codes = np.full(8, 100), np.arange(8) % 2
+    used = np.where(codes == 0, 90, 10)
+    found = [permutation_test(np.stack([used[:n], 100 - used[:n]], 1), tokens[:n], codes[:n]).decisive for n in (2, 6, 8)]
+    assert found == [False, False, True]
+
+
+def test_the_least_p_of_flips_is_reached_from_the_fewest_units_on() -> None:
+    assert least_flips() == 6 and least_flips(0.01) == 8
+    for n in (1, 2, 5, 6, 9):
+        test = sign_flip_test(np.ones((n, 2)))
+        assert test.least.tolist() == [2.0 ** (1 - n)] * 2 and test.decisive == (n >= 6)
+        assert np.isnan(test.p).all() if n < 2 else test.p.tolist() == test.least.tolist()
+    half = np.concatenate([np.ones((3, 1)), np.zeros((5, 1))])
+    assert sign_flip_test(half).least[0] == sign_flip_test(half).p[0] == 0.25  # units without any excess say nothing

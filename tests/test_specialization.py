@@ -217,6 +217,39 @@ def test_what_cannot_be_tested_is_said() -> None:
     assert np.isnan(single.low).all() and single.p.min() == 1  # two documents can be dealt in one way only
 
 
+def test_too_few_documents_are_said_with_how_many_could_tell() -> None:
+    few = by_label(random_trace(0, [60] * 6, labels=("a", "b")), 0)
+    assert few.missing == (
+        "Too few documents to tell: with 3 and 3 the smallest possible p is 0.10. Effects are shown, none can be tested; record at least 4 per label."
+    )
+    assert few.p.min() >= 0.1 and np.isfinite(few.lift).all()
+    assert by_label(random_trace(0, [60] * 8, labels=("a", "b")), 0).missing == "" == by_label(planted_trace(), 1).missing
+    assert "record at least 3 per label" in by_label(random_trace(0, [60] * 3, labels=("a", "b", "c")), 0).missing
+    assert (
+        "of another" in by_label(random_trace(0, labels=("a",)), 0).missing
+        and "of another" in by_label(random_trace(0, labels=(None,)), 0).missing
+    )
+    for n, p in ((1, "1 document the smallest possible p is 1.00"), (5, "5 documents the smallest possible p is 0.06"), (6, "")):
+        trace = random_trace(0, [60] * n)
+        found = by_group(trace, 0, "kind", "xy", np.arange(60 * n) % 2).missing
+        assert p in found and bool(p) == bool(found) and (not p or "at least 6 in which it occurs" in found)
+    assert "counts without documents" in by_position(replace(trace, source=None, load_tokens=None), 0).missing
+
+
+def test_p_corrected_for_the_family_is_kept_for_the_file() -> None:
+    found = by_label(planted_trace(), 1)
+    units = labelled_documents(planted_trace(), 1)
+    assert np.array_equal(found.family_p, permutation_test(units.counts, units.tokens, units.codes).family)
+    assert (found.family_p >= found.p).all() and found.table()["family_p"].to_numpy().tolist() == found.family_p.ravel().tolist()
+
+
+def test_joined_documents_are_named_for_kinds_of_token_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = random_trace(0, [5, 9] * 20)
+    assert by_position(trace, 0).method.startswith("signs of whole documents flipped")
+    monkeypatch.setattr(specialization, "MOST_UNITS", 15)
+    assert by_position(trace, 0).method.startswith("signs of 15 groups of whole documents (40 in all) flipped")
+
+
 def test_unlabelled_documents_are_left_out() -> None:
     found = by_label(random_trace(0, labels=("a", None, "b")), 0, draws=99)
     assert found.groups == ("a", "b") and found.tokens.tolist() == [480, 480] and found.documents.tolist() == [8, 8]
@@ -225,8 +258,9 @@ def test_unlabelled_documents_are_left_out() -> None:
 def test_label_information_of_random_and_planted_routing() -> None:
     random, planted = label_information(random_trace(3), 0), label_information(planted_trace(3), 1)
     assert random.p > 0.05 and abs(random.above_floor) < 0.01
+    assert random.low <= random.plug_in <= random.high and random.low < random.floor < random.high < planted.low + 0.05 < planted.plug_in
     assert planted.p == 0.005 and planted.above_floor > 0.05 and planted.n == 24 * 60 * 2
-    assert planted.entropy_x == pytest.approx(2) and planted.share_of(planted.entropy_x) == pytest.approx(planted.above_floor / 2)
+    assert planted.entropy_x == pytest.approx(2) and planted.ceiling == min(2, planted.entropy_y - 1) == planted.entropy_y - 1 < 2
     assert np.isnan(label_information(random_trace(0, labels=("a",)), 0).p)
     two = label_information(random_trace(3, labels=("a", "b")), 0)
     assert 0.005 <= two.p <= 1 and two.floor > 0 and two.entropy_x == 1

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from analysis import jackknife, vocabulary
 from analysis.capture import capture
+from analysis.cards import passages
 from analysis.glossary import TERMS, search
 from analysis.jackknife import vocabulary_interval
 from analysis.metrics import METRICS
@@ -429,6 +431,9 @@ def test_two_runs_are_compared_where_they_are_over_the_same_tokens(checkpoints: 
     assert any(said in m.value for m in test.markdown) and not test.exception
     offered = [t.segmented_control(key="by").options for t in (test, shown("specialization", "elsewhere"))]
     assert ["two runs" in str(o) for o in offered] == [True, False]
+    alone = shown("specialization", "elsewhere")
+    alone.query_params["by"] = "runs"
+    assert "No other run here is over the same tokens" in alone.run().error[0].value and not alone.exception
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -438,9 +443,11 @@ def test_specialization_by_token_is_that_of_the_token_asked_for(runs: Path, vari
     test.query_params.update({"by": "token", "token_is": variant, "layer": "layer 5"})
     test.run()
     alone = context_independence(VARIANTS[variant](trace, 5))
-    share = plain(f"alone explains {alone.share_of(alone.entropy_y):.0%} of which")
+    share = plain(f"accounts for {alone.share:.0%} of what it could")
     assert any(share in m.value for m in test.markdown) and not test.exception
-    assert len({round(context_independence(f(trace, 5)).share_of(alone.entropy_y), 2) for f in VARIANTS.values()}) == 3
+    bits = plain(f"{alone.plug_in:.2f} of at most {alone.ceiling:.2f} bits; {alone.floor:.2f} when")
+    assert any(bits in c.value for c in test.caption)
+    assert len({round(context_independence(f(trace, 5)).plug_in, 2) for f in VARIANTS.values()}) == 3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -451,9 +458,9 @@ def test_vocabulary_specialization_has_an_interval_over_documents(runs: Path, va
     test = shown("specialization", "demo-run")
     test.query_params.update({"by": "token", "token_is": variant, "layer": "layer 3"})
     test.run()
-    said = plain(f"specialization {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}")
+    said = plain(f": {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}")
     assert not test.exception and found.low < found.value < found.high
-    assert any(said in c.value and "Each of 75 documents" in c.value for c in test.caption)
+    assert any(said in c.value and "Each of 75 documents" in c.proto.help for c in test.caption)
     monkeypatch.setattr(jackknife, "blocks", None)  # a second view reads nothing
     assert not test.run().exception and any(said in c.value for c in test.caption)
 
@@ -503,7 +510,7 @@ def test_what_reads_every_decision_waits_until_its_part_is_opened(runs: Path, mo
     test.query_params["follow"] = "open"
     test.run()
     assert not test.exception and asked == [[i] for i in range(len(open_run(ROOT / "data" / "demo-run").layers))]
-    assert any("names the token that a layer" in c.value for c in test.caption)
+    assert any("different ids" in c.value for c in test.caption)
     test.run()
     assert len(asked) == len(set(map(tuple, asked)))  # kept
 
@@ -549,6 +556,33 @@ def test_weights_are_compared_where_the_model_of_the_run_is_here(runs: Path, tmp
     monkeypatch.setenv("ROUTERSCOPE_MODELS", f"changed={other}")
     test.run()
     assert any("is not among the models of this machine" in c.value for c in test.caption) and not test.exception
+
+
+def test_what_was_clicked_is_marked_and_its_passages_are_offered(runs: Path) -> None:
+    trace = open_run(ROOT / "data" / "demo-run")
+    test = shown("expert", "demo-run")
+    test.query_params.update({"layer": "layer 5", "expert": "15", "of": "label-chinese"})
+    test.run()
+    found = passages(trace, 5, 15, label="chinese")
+    assert not test.exception and found and any("documents of chinese where it weighs most" in c.value for c in test.caption)
+    width = json.loads(test.get("plotly_chart")[0].proto.spec)["data"][0]
+    assert [y for y, w in zip(width["y"], width["marker"]["line"]["width"], strict=True) if w] == ["chinese"]
+    links = [x.proto for x in test.main if x.type == "page_link"]
+    assert [parse_qs(x.query_string) for x in links if x.label.startswith("See it")] == [
+        {"run": ["demo-run"], "layer": ["layer 5"], "doc": [str(p.document + 1)], "token": [str(p.position)]} for p in found
+    ]
+
+
+def test_too_few_documents_are_a_headline_without_crosses_and_faded_bars(runs: Path) -> None:
+    with RunWriter.open(runs / "few", card(PLAIN), {}) as writer:
+        writer.write(make_part(PLAIN, [60] * 6, labels=("a", "b")))
+        writer.commit()
+    said = plain("Too few documents to tell: with 3 and 3 the smallest possible p is 0.10.")
+    for page in ("specialization", "expert"):
+        test = shown(page, "few")
+        assert not test.exception and any(said in m.value for m in (*test.markdown, *test.caption))
+        drawn = json.loads(test.get("plotly_chart")[0].proto.spec)["data"]
+        assert len(drawn[1]["x"]) == 0 if page == "specialization" else set(drawn[0]["marker"]["opacity"]) == {1}
 
 
 @pytest.mark.parametrize("page", ["load", "specialization", "expert"])

@@ -1,38 +1,33 @@
-"""Token classes one by one; counts by id against loops; what token ids explain, in noise and where they explain all."""
+"""Counts by id against loops; what token ids explain, in noise and where they explain all."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from math import comb
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 
-from analysis import vocabulary
+from analysis import token_use, vocabulary
 from analysis.specialization import blocks, label_information
+from analysis.token_use import document_use
 from analysis.trace import SiteRouting, Trace, TraceError
 from analysis.vocabulary import (
     VARIANTS,
     TokenCounts,
     context_independence,
-    document_use,
     input_tokens,
     label_information_given_token,
-    leading_ids,
     predicted_tokens,
     predicts,
     token_texts,
-    top_tokens,
-    top_tokens_of,
     vocabulary_specialization,
     vocabulary_table,
 )
 from tests.counters import read_counters
-from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace, site, zipf_parts
+from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace
 from tests.test_token_classes import of_text
 
 
@@ -97,7 +92,24 @@ def test_context_independence_at_its_two_ends() -> None:
     assert alone.plug_in == pytest.approx(alone.entropy_y - 1, abs=1e-9)  # two experts for each id, equally often: 1 bit is left
     assert alone.n == random.n == 4000 and alone.p == pytest.approx(1 / 6)
     assert random.plug_in > 0.03 and abs(random.corrected) < 0.02 and abs(random.above_floor) < 0.02
-    assert abs(random.share_of(random.entropy_y)) < 0.01 < 0.5 < alone.share_of(alone.entropy_y)
+    assert alone.ceiling == pytest.approx(alone.plug_in) and alone.share == pytest.approx(
+        1
+    )  # a token's other expert is left open by no router
+    assert random.ceiling == pytest.approx(random.entropy_y - 1) and abs(random.share) < 0.01
+
+
+def test_tokens_that_differ_in_their_number_of_experts_have_no_bits_left_open_for_sure() -> None:
+    part = make_part(PLAIN, [200] * 10)
+    experts = part.routing[0].experts.copy()
+    experts[part.tokens["token_id"].to_numpy() % 3 == 0, 1] = -1
+    trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
+    for site_, each in ((0, 1), (1, 2)):
+        for count in VARIANTS.values():
+            counts = count(trace, site_)
+            alone = context_independence(counts)
+            assert counts.each == each and alone.ceiling == min(alone.entropy_x, alone.entropy_y - np.log2(each))
+        for found in (label_information(trace, site_), label_information_given_token(trace, site_)):
+            assert found.ceiling == min(found.entropy_x, found.entropy_y - np.log2(each)) < found.entropy_y
 
 
 def spoken(by_token: bool) -> Trace:
@@ -169,7 +181,7 @@ def test_tables_too_large_to_count_whole_are_sorted_to_the_same(kind: str, monke
     assert [x.tolist() for x in (pieces.row, pieces.expert, pieces.count)] == [x.tolist() for x in (whole.row, whole.expert, whole.count)]
     monkeypatch.undo()
     use = document_use(trace, whole)
-    monkeypatch.setattr(vocabulary, "blocks", partial(blocks, rows=7))
+    monkeypatch.setattr(token_use, "blocks", partial(blocks, rows=7))
     cut = document_use(trace, whole)
     assert use is not None and cut is not None and use.leaning.sum() > 0 and (cut.leaning == use.leaning).all()
 
@@ -196,107 +208,3 @@ def test_vocabulary_specialization_of_olmoe_on_github(real: Path) -> None:
     found = vocabulary_specialization(TokenCounts(0, "input token", 64, ids, total // 8, row, cells[:, 1], cells[:, 2]))
     assert [round(100 * x, 1) for x in (found.every, found.frequent, found.weighted)] == [98.4, 95.1, 90.8]
     assert found.n_tokens == 208896 and found.chance_every > 0.8
-
-
-def test_top_tokens_of_an_expert_that_serves_two_ids() -> None:
-    part = make_part(PLAIN, [200] * 10)
-    ids = part.tokens["token_id"].to_numpy()
-    experts = part.routing[0].experts.copy()
-    experts[experts == 5] = -1
-    served = np.isin(ids, [3, 17])
-    experts[served] = [5, 1]
-    experts[:40:4] = np.where(served[:40:4, None], experts[:40:4], [5, 2])  # and a few others
-    trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
-    counts = input_tokens(trace, 0)
-    found = top_tokens(trace, counts, 5, use=document_use(trace, counts))
-    assert all((u.documents, u.leaning) == (10, 10) for u in found[:2]) and top_tokens(trace, counts, 5)[0].leaning is None
-    assert {found[0].token_id, found[1].token_id} == {3, 17}
-    for use in found[:2]:
-        n = int((ids == use.token_id).sum())
-        assert (use.count, use.tokens, use.share, use.text) == (n, n, 1, f"t{use.token_id}")
-        assert use.lift == pytest.approx(2000 / (experts == 5).sum()) and use.p == 0.005
-    assert all(use.lift > 1 and use.tokens >= 10 for use in found) and [u.lift for u in found] == sorted(
-        (u.lift for u in found), reverse=True
-    )
-    assert len(top_tokens(trace, input_tokens(trace, 0), 5, most=1)) == 1
-
-
-def test_top_tokens_of_random_routing_are_no_more_than_chance() -> None:
-    """40 experts of random runs: p corrected for all ids is below 0.05 in 2 of them by chance; 8 or more has odds of 1 : 1,000."""
-    claims = 0
-    for seed in range(5):
-        counts = input_tokens(make_trace(PLAIN, [make_part(PLAIN, [200] * 10, seed)]), 0)
-        claims += sum(any(use.p <= 0.05 for use in top_tokens(make_trace(), counts, e)) for e in range(8))
-    assert claims < 8
-
-
-@pytest.mark.parametrize("layers", [PLAIN, TWO_STREAMS], ids=["plain", "streams"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_documents_that_lean_by_hand(layers: tuple, variant: str) -> None:
-    trace = make_trace(layers, [make_part(layers, [60, 30, 40], seed=3, n_ids=6)])
-    counts = VARIANTS[variant](trace, 0)
-    found = document_use(trace, counts)
-    table, experts = trace.stream_tokens(layers[0].stream).to_pandas(), trace.experts(0)
-    key = {"input": table.token_id, "next": table.token_id.shift(-1).where(table.document.eq(table.document.shift(-1))),
-           "predicted": table.predicted}[variant]  # fmt: skip
-    for row, token in enumerate(counts.ids):
-        holding = [d for d in range(3) if ((key == token) & (table.document == d)).any()]
-        assert found.documents[row] == len(holding)
-        for expert in range(layers[0].n_classes):
-            uses = pd.Series((experts == expert).any(1))
-            rate = [
-                (uses[(key == token) & (table.document == d)].mean(), uses[key.notna() & (table.document == d)].mean()) for d in holding
-            ]
-            assert found.leaning[row, expert] == sum(here > there + 1e-12 for here, there in rate)
-    assert document_use(replace(trace, load_tokens=None, source=None), counts) is None
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_documents_of_the_leading_ids_alone_are_those_of_all(variant: str) -> None:
-    trace = make_trace(PLAIN, [make_part(PLAIN, [200] * 10)])
-    counts = VARIANTS[variant](trace, 0)
-    led = leading_ids(counts, range(counts.classes), most=2)
-    whole, part = document_use(trace, counts), document_use(trace, counts, led)
-    at = np.searchsorted(counts.ids, led)
-    assert 0 < len(led) < len(counts.ids) and part.ids.tolist() == led.tolist()
-    assert part.leaning.sum() > 0 and (part.leaning == whole.leaning[at]).all() and (part.documents == whole.documents[at]).all()
-    named = [top_tokens_of(trace, counts, range(counts.classes), most=2, use=use) for use in (whole, part)]
-    assert named[0] == named[1] and {t.token_id for uses in named[0] for t in uses} == set(led.tolist())
-
-
-def test_top_tokens_of_an_unused_expert() -> None:
-    trace = by_id()
-    assert top_tokens(trace, input_tokens(trace, 0), 5, least=10**6) == ()
-    counts = input_tokens(trace, 0)
-    assert top_tokens(trace, replace(counts, classes=9), 8) == ()
-
-
-def test_what_is_certain_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where tokens stand far above chance, p is the same drawn or not; random routing is always drawn."""
-    layers, reached = (site(0, 64, 1),), []
-    trace = make_trace(layers, list(zipf_parts(layers, 20_000)))
-    counts, bound = input_tokens(trace, 0), vocabulary._reached
-    monkeypatch.setattr(vocabulary, "_reached", lambda *x: reached.append(bound(*x)) or reached[-1])
-    found = top_tokens_of(trace, counts, range(64), most=1)
-    certain = sum(vocabulary.DRAWS * x < vocabulary.CERTAIN for x in reached)
-    assert all(found) and 5 < certain < 64
-    monkeypatch.setattr(vocabulary, "_reached", lambda *x: 1.0)
-    assert top_tokens_of(trace, counts, range(64), most=1) == found
-    random = make_trace(PLAIN, [make_part(PLAIN, [200] * 10)])
-    reached.clear()
-    monkeypatch.setattr(vocabulary, "_reached", lambda *x: reached.append(bound(*x)) or reached[-1])
-    top_tokens_of(random, input_tokens(random, 0), range(8))
-    assert reached and min(reached) > 0.01
-
-
-@pytest.mark.parametrize(("dealt", "rate"), [([8], 0.1), ([8, 8, 30], 0.1), ([40, 5], 0.6), ([3], 0.9)])
-def test_the_bound_is_one(dealt: list[int], rate: float) -> None:
-    """Against the binomial's exact tails, which those without return lie below."""
-    for standing in (0.0, 0.2, 0.5, 1.0, 1.5, 2.5):
-        exact = 0.0
-        for n in dealt:
-            least = int(np.ceil(rate * n + standing * (1 - 1e-6) * np.sqrt(n)))
-            exact += sum(comb(n, x) * rate**x * (1 - rate) ** (n - x) for x in range(least, n + 1))
-        bound = vocabulary._reached(np.array(dealt), rate, standing)
-        assert exact <= bound * (1 + 1e-9) and bound <= len(dealt)
-        assert bound > 0 or exact == 0

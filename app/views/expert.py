@@ -14,8 +14,9 @@ from analysis.cards import GroupUse, Neighbour, Passage, SiteEvidence, expert_ca
 from analysis.checkpoints import weights_digest
 from analysis.glossary import GLOSSARY
 from analysis.neighbours import Similarities, WeightsError, expert_similarities
+from analysis.specialization import Preferences
+from analysis.token_use import DRAWS
 from analysis.trace import LayerInfo, Trace
-from analysis.vocabulary import DRAWS
 from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
@@ -34,19 +35,23 @@ def evidence(_trace: Trace, run: str, site: int) -> SiteEvidence:
 
 
 @st.cache_resource(max_entries=64, show_spinner="Looking for passages …")
-def examples(_trace: Trace, run: str, site: int, expert: int) -> tuple[Passage, ...]:
-    """The stretches of text with most gate weight on the expert."""
-    return passages(_trace, site, expert)
+def examples(_trace: Trace, run: str, site: int, expert: int, label: str | None) -> tuple[Passage, ...]:
+    """The stretches of text with most gate weight on the expert; of one label alone, or of all texts."""
+    return passages(_trace, site, expert, label=label)
 
 
-def uses(rows: Sequence[GroupUse], what: str, test: str) -> None:
+def uses(rows: Sequence[GroupUse], what: str, found: Preferences | None) -> None:
     """Groups by lift, with interval and whether they are more than chance."""
+    if missing := found.missing if found is not None else "":
+        text.show_note(missing)
     show_figure(
-        trace, charts.enrichment_bars([text.axis_name(u.group) for u in rows], rows), f"{trace.layers[site].title}-expert-{expert}-by-{what}",
+        trace, charts.enrichment_bars([text.axis_name(u.group) for u in rows], rows, of[len(what) + 1 :] if of.startswith(f"{what}-") else None), f"{trace.layers[site].title}-expert-{expert}-by-{what}",
         key=f"uses-{what}", alt=f"Bars of log2 enrichment by {what}, with intervals.",
         definition=f"Expert {expert} of {trace.layers[site].title}: the share of the {what}'s tokens that use it over that of all others;"
-        f" 1× is no preference. Bars: 95% interval over documents. Faded: no more than chance after correction.{test}",
+        f" 1× is no preference. {'No bar can be tested.' if missing else 'Faded: not distinguishable from chance at a false discovery rate of 5%.'}",
         n=f"{card.n:,} tokens in {len(rows):,} groups",
+        how="Intervals (95%, over documents) are for one bar alone, not corrected; a bar may clear 1× and still be faded."
+        + (f" Test: {found.method}; corrected for the cells of this layer and this look only." if found is not None and not missing else ""),
     )  # fmt: skip
 
 
@@ -96,8 +101,8 @@ def show_weights() -> pa.Table | None:
     if not others:
         text.show_note("Not known: the layer has no other expert.")
         return None
-    nearest = found.whole[expert, others[0]]
-    verdict = "more than random weights would show" if nearest > found.most_by_chance else "no more than random weights would show"
+    nearest, most = found.whole[expert, others[0]], found.most_by_chance
+    verdict = f"{'above' if nearest > most else 'below'} {most:.4f}, which no pair of experts reaches in 19 of 20 layers of random weights"
     text.show_text(f"The nearest is expert {others[0]}, with a cosine similarity of {nearest:.4f}: {verdict}.")
     table = pa.Table.from_pylist([{"expert": e, "cosine": found.whole[expert, e], **{m: found.each[i, expert, e] for i, m in enumerate(found.matrices)},
                                    "parameters": sum(found.parameters), "chance_sd": found.chance, "layer_mean": found.mean} for e in others])  # fmt: skip
@@ -105,13 +110,11 @@ def show_weights() -> pa.Table | None:
     st.dataframe(shown.rename(columns={"cosine": "all its weights"}), hide_index=True, column_config={
         c: st.column_config.NumberColumn(format="%.4f") for c in ("all its weights", *found.matrices)})  # fmt: skip
     text.show_note(
-        f"Cosine similarity of the weights, the {len(shown):,} nearest of {len(others):,}; n = {sum(found.parameters):,} numbers per expert"
-        f" ({', '.join(found.matrices)}). Mean over all pairs of {layer.title}: {found.mean:.4f}. Independent random weights give 0 with standard"
-        f" deviation 1 / sqrt n = {found.chance:.4f}; the largest of an expert's {len(others):,} then stays below {found.most_by_chance:.4f} in 19 of 20 cases."
-    )
-    st.caption(
-        "This says little of what experts do: the neurons of an expert can stand in any order, so two experts that compute the same may show 0. "
-        "High values tell of a common origin, such as experts copied from one dense layer before training."
+        f"Cosine similarity of the weights, the {len(shown):,} nearest of {len(others):,}; mean over all pairs of {layer.title}: {found.mean:.4f}."
+        f" n = {sum(found.parameters):,} numbers per expert. It says little of what experts do.",
+        f"Of {', '.join(found.matrices)}. Independent random weights give 0 with standard deviation 1 / sqrt n = {found.chance:.4f}. The neurons of an"
+        " expert can stand in any order, so two experts that compute the same may show 0; high values tell of a common origin, such as experts copied"
+        " from one dense layer before training.",
     )
     return table
 
@@ -119,7 +122,9 @@ def show_weights() -> pa.Table | None:
 def show_passages() -> None:
     """Passages with the expert's tokens marked by gate weight."""
     layer = trace.layers[site]
-    for i, p in enumerate(examples(trace, run, site, expert)):
+    label = of.removeprefix("label-") if of.startswith("label-") else None
+    found = examples(trace, run, site, expert, label)
+    for i, p in enumerate(found):
         rows = trace.stream_tokens(layer.stream, p.start, p.stop, ["token", "token_bytes"])
         weights = np.array(p.weights, np.float32)[:, None]
         token_strip(text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist()),
@@ -130,7 +135,13 @@ def show_passages() -> None:
             + (f", {p.label}" if p.label else "")
             + f": {p.used} of {len(p.texts)} tokens use it, gate weights sum to {p.mass:.1f}"
         )
-    st.caption("The five documents where it weighs most, 24 tokens of each: its strongest moments, not its usual ones.")
+        st.page_link("views/tokens.py", label="See it on the Tokens page →", query_params={
+            "run": trace.name, "layer": layer.title, "doc": str(p.document + 1), "token": str(p.position)})  # fmt: skip
+    if not found:
+        text.show_note(f"No token of {'these texts' if label is not None else 'this run'} uses it.")
+    text.show_note(
+        f"The {len(found):,} documents{'' if label is None else f' of {label}'} where it weighs most, 24 tokens of each: its strongest moments, not its usual ones."
+    )
 
 
 trace = current_trace()
@@ -143,7 +154,9 @@ with st.container(horizontal=True):
     busiest = int(np.argmax(trace.stats.load(site)[: layer.n_experts]))
     expert = int(choice("expert", "Expert", names, str(busiest), width=160))
     expert_search(trace)
-known = evidence(trace, run, site)
+    known = evidence(trace, run, site)
+    kinds = {f"{p.kind}-{g}": text.visible_name(g) for p in (known.labels, known.classes) if p is not None for g in p.groups}
+    of = choice("of", "Looking at", {"all": "all tokens", **kinds}, "all", width=180) if kinds else "all"
 card = expert_card(trace, site, expert, known)
 text.show_heading(f"{card.title[:1].upper()}{card.title[1:]}: {card.description}")
 numbers = st.container(horizontal=True, key="numbers")
@@ -164,10 +177,10 @@ if not card.assignments:
     st.stop()
 if card.labels:
     st.header("Which texts use it?")
-    uses(card.labels, "label", f" Test: {known.labels.method}.")
+    uses(card.labels, "label", known.labels)
 if card.classes:
     st.header("Which kinds of token?")
-    uses(card.classes, "class", f" Test: {known.classes.method}." if known.classes is not None else "")
+    uses(card.classes, "class", known.classes)
 if card.tokens:
     st.header("Which tokens, most of all?")
     st.dataframe(
@@ -176,11 +189,11 @@ if card.tokens:
         hide_index=True, column_config={"share": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1),
                                         "lift": st.column_config.NumberColumn(format="%.1f"), "p (by token)": st.column_config.NumberColumn(format="%.3f")},
     )  # fmt: skip
-    st.caption(
-        f"By lift: the token's share over the expert's share of all {card.n:,} tokens. Leaning documents: those that hold the token and in which it "
-        "uses the expert more often than the document's tokens do; by chance about half or fewer. p: that any token stands out as much when "
-        f"assignments are dealt at random, {DRAWS:,} times; less than {1 / (DRAWS + 1):.3f} cannot show. The unit of this p is the token, not the "
-        "document: repeats within one text count as independent, so a word of one document can look certain."
+    text.show_note(
+        f"By lift, then by documents: the token's share over the expert's share of all n = {card.n:,} tokens. Leaning documents: by chance about half or fewer.",
+        "Leaning documents: those that hold the token and in which it uses the expert more often than the document's tokens do. p: that any token stands"
+        f" out as much when assignments are dealt at random, {DRAWS:,} times; less than {1 / (DRAWS + 1):.3f} cannot show. The unit of this p is the token, not"
+        " the document: repeats within one text count as independent, so a word of one document can look certain.",
     )
 if trace.load_tokens is not None:
     st.header("Where in the text?")

@@ -18,21 +18,18 @@ from analysis.jackknife import DocumentInterval, vocabulary_interval
 from analysis.paths import PairCounts, coactivation, flow, repetition, saturation
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
 from analysis.token_classes import by_class
+from analysis.token_use import TokenUse, document_use, leading_ids, top_tokens_of
 from analysis.trace import Trace
 from analysis.vocabulary import (
     PREDICTED_NEXT,
     VARIANTS,
-    TokenUse,
     VocabularySpecialization,
     context_independence,
-    document_use,
-    leading_ids,
     predicts,
-    top_tokens_of,
     vocabulary_specialization,
     vocabulary_table,
 )
-from app import charts, text
+from app import captions, charts, text
 from app.downloads import computed_downloads
 from app.figures import show_figure
 from app.layers import kept, layer_by_layer, one_layer
@@ -52,9 +49,14 @@ MEANT = {"label": (*_TESTED, "label_information"), "class": _TESTED, "position":
          "token": ("token_information", "vocabulary_specialization", "predicted_next_token", "lift", "leaning_documents"),
          "runs": ("router_saturation",)}  # fmt: skip
 TOKEN = {"input": "it reads", "next": "that follows", "predicted": "the model predicts next"}
-SUBJECT = {"input": "the token", "next": "the token that follows", "predicted": "the token the model predicts next"}
+SUBJECT = {
+    "input": "the token's id",
+    "next": "the id of the token that follows",
+    "predicted": "the id of the token the model predicts next",
+}
+NO_RUNS = "No other run here is over the same tokens; record or open one to compare."
+EQ_8 = "Mean of the largest share any expert has of an id's tokens (OLMoE eq. 8); by chance: assignments dealt again to the tokens."
 SHOWN = 8  # tokens per expert
-CLEAR = 1.5  # lift from which a significant preference is called one in the headline
 
 
 @st.cache_resource(max_entries=64, show_spinner="Testing every cell against shuffled labels …")
@@ -76,14 +78,11 @@ def show_preferences(found: Preferences, site: int) -> None:
     layer = trace.layers[site]
     rows = trace.documents.filter(pc.equal(trace.documents["stack"], layer.stream))
     documents = pc.count(rows["label"]).as_py() if found.kind == "label" else len(rows)
-    named = int((found.significant & (found.lift >= CLEAR)).any(0).sum())
-    chance = layer.top_k / layer.n_classes
-    text.show_heading(f"{named} of {layer.n_classes} experts of {layer.title} prefer at least one {found.kind} beyond chance.")
-    text.show_note(
-        f"n = {int(found.tokens.sum()):,} tokens of {documents:,} documents. Beyond chance: used at least {CLEAR:g} times as"
-        f" often as overall, and significant after correction for all {found.count.size:,} cells (false discovery rate 5%). Uniform routing"
-        f" would use each expert for {chance:.1%} of every {found.kind}. Test: {found.method}."
-    )
+    text.show_heading(captions.preferences_headline(found, layer))
+    if found.missing:
+        st.page_link("views/runs.py", label="Record more text →")
+    text.show_note(f"An expert's number means nothing without its layer: expert 3 of {layer.title} is unrelated to expert 3 of any other.",
+                   captions.preferences_how(found, layer))  # fmt: skip
     groups, experts = (
         seriation(found.enrichment) if found.kind != "position" else (np.arange(len(found.groups)), np.arange(found.count.shape[1]))
     )
@@ -92,26 +91,28 @@ def show_preferences(found: Preferences, site: int) -> None:
         trace, charts.enrichment_map(found, names, groups, experts, theme()), f"enrichment-by-{found.kind}-{layer.title}",
         key=f"cells-{found.kind}", on_select="rerun", selection_mode="points",
         alt=f"Heatmap of {len(groups)} groups by {len(experts)} experts: log2 enrichment.",
-        definition=f"Experts of {layer.title}. Colour: the share of the group's tokens that use the expert over the share of all other tokens;"
-        f" orange more, blue less. A small cross marks a cell that is no more than chance after correction (false discovery rate 5%; {found.method});"
-        f" experts used by fewer than {charts.LEAST_USES:,} tokens have no colour. Rows and columns are ordered so that structure shows.",
+        definition=captions.enrichment_definition(found, layer),
         n=f"{int(found.tokens.sum()):,} tokens of {documents:,} documents",
+        how=f"{'' if found.kind == 'position' else 'Rows and columns are ordered so that structure shows. '}Experts used by fewer than {charts.LEAST_USES:,}"
+        f" tokens have no colour. {captions.preferences_how(found, layer)}",
     )  # fmt: skip
-    st.caption("Click a cell for its expert.")
-    open_expert(trace, event, layer.title)
+    text.show_note(
+        "Click a cell for its expert." if found.kind == "position" else "Click a cell for its expert, where what you clicked is marked."
+    )
+    open_expert(
+        trace, event, layer.title, [f"{found.kind}-{found.groups[g]}" for g in groups for _ in experts] if found.kind != "position" else ()
+    )
 
 
 def show_layers() -> None:
     """How much label and expert tell about each other, layer by layer, beside what shuffled labels give."""
     found = informations(trace, run)
     st.header("In which layers do experts follow the labels?")
-    show_figure(
-        trace, charts.information_bars([x.title for x in trace.layers], np.array([i.corrected for i in found]), np.array([i.floor for i in found])),
-        "label-information", key="information", alt="Bars of the mutual information of expert and label per layer.",
-        definition="Mutual information of expert and label in bits, bias-corrected; 0 = the label says nothing about the expert, at most"
-        f" {found[0].entropy_y:.2f} here. Grey: what remains when labels are moved between whole documents.",
-        n=f"{found[0].n:,} assignments per layer",
-    )  # fmt: skip
+    definition, n, how = captions.information_caption(found)
+    bits, ceiling = (np.array([getattr(i, x) for i in found]) for x in ("plug_in", "ceiling"))
+    chance = np.array([[i.floor, i.low, i.high] for i in found]).T
+    show_figure(trace, charts.information_bars([x.title for x in trace.layers], bits, chance, ceiling), "label-information", key="information",
+                alt="Bars of the mutual information of expert and label per layer.", definition=definition, n=n, how=how)  # fmt: skip
 
 
 @st.cache_resource(max_entries=32, show_spinner="Dealing every expert's assignments to the tokens again …")
@@ -135,12 +136,15 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     variants = {k: v for k, v in TOKEN.items() if k != "predicted" or predicts(trace, here.stream)}
     asked = choice("token_is", "The token", variants, "input", draw=st.segmented_control)
     alone, words, found = vocabulary(trace, run, site, asked)
-    share = alone.share_of(alone.entropy_y)
-    text.show_heading(f"At {here.title}, {SUBJECT[asked]} alone explains {share:.0%} of which expert is used.")
+    if np.isfinite(alone.share):
+        text.show_heading(f"At {here.title}, {SUBJECT[asked]} accounts for {alone.share:.0%} of what it could.")
+    else:
+        text.show_heading(f"At {here.title}, chance alone reaches all that a token's id could tell: there are too few tokens.")
     text.show_note(
-        f"I(expert; token id) = {alone.plug_in:.2f} of {alone.entropy_y:.2f} bits; dealt at random to the tokens, the same assignments give"
-        f" {alone.floor:.2f}. n = {alone.n:,} assignments of {words.n_ids:,} ids. Vocabulary specialization (OLMoE eq. 8) over ids seen at least"
-        f" {words.least} times: {words.frequent:.2f}, by chance {words.chance_frequent:.2f}."
+        f"{alone.plug_in:.2f} of at most {alone.ceiling:.2f} bits; {alone.floor:.2f} when assignments are dealt at random. n = {alone.n:,} assignments"
+        f" of {words.n_ids:,} ids.",
+        "I(expert; token id) over assignments. At most: a token's experts all differ, so even who knows its id cannot tell which of them an assignment is:"
+        " min(H(token id), H(expert) - log2 k) where every token has k experts. The share is (measured - by chance) / (at most - by chance). Dealt at random, a token may get one expert twice: with few tokens, chance can exceed what is possible.",
     )
     beside = st.container()
     if "predicted" not in variants:
@@ -148,29 +152,28 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     by_expert = {
         e: [f"{text.visible_token(shown(t))} {t.lift:.1f}x ({t.leaning} of {t.documents})" for t in uses] for e, uses in enumerate(found)
     }
-    st.dataframe(
-        pd.DataFrame([{"expert": e, "tokens it is used for most, by lift": "   ".join(t)} for e, t in by_expert.items()]),
-        hide_index=True,
-        column_config={"expert": st.column_config.NumberColumn(width="small")},
-    )
-    st.caption(
-        f"Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
-        " are left out. In brackets: in how many of the documents that hold the token it uses the expert more often than the rest of the document"
-        " does; by chance in about half or fewer. A token of one document may be that document's habit."
-    )
+    if words.n_frequent:
+        st.dataframe(pd.DataFrame({"tokens it is used for most, by lift": ["   ".join(t) for t in by_expert.values()]},
+                                  index=pd.Index(list(by_expert), name="expert")))  # fmt: skip
+        text.show_note(
+            "By lift, then by documents. In brackets: in how many of the documents that hold the token it uses the expert more often than the rest of the"
+            " document does; by chance in about half or fewer.",
+            f"Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
+            " are left out. Where an expert takes every occurrence, all lifts tie at the highest. A token of one document may be that document's habit.",
+        )
     tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in enumerate(found) for t in uses])
     tables = {"tokens by expert": ("one row per expert and token; p takes each occurrence for independent", tokens)}
     with beside:
-        tables["interval"] = "one row: vocabulary specialization of the layer with its interval over documents", show_interval(asked)
+        tables["interval"] = "one row: vocabulary specialization of the layer with its interval over documents", show_interval(asked, words)
     follow = section("follow", "Which token do the layers follow? Reads every decision of the run")
     if follow.open:
         with follow:
-            tables["vocabulary specialization"] = "one row per layer and kind of token", show_followed(variants, words.least, alone.n)
+            tables["vocabulary specialization"] = "one row per layer and kind of token", show_followed(variants, words.least)
     return tables
 
 
-def show_interval(asked: str) -> pa.Table:
-    """Between which values the layer's vocabulary specialization lies, or why that is not known."""
+def show_interval(asked: str, words: VocabularySpecialization) -> pa.Table:
+    """The layer's vocabulary specialization, and between which values it lies, or why that is not known."""
 
     def make(progress: Callable[[int, int], None]) -> pa.Table:
         found = vocabulary_interval(trace, VARIANTS[asked](trace, site), progress=progress)
@@ -179,20 +182,25 @@ def show_interval(asked: str) -> pa.Table:
     table = one_layer(site, kept(run, ("vocabulary interval", asked)), make)
     row = table.to_pylist()[0]
     found = DocumentInterval(**{k: v for k, v in row.items() if k not in ("site", "token_is")})
+    if not words.n_frequent:
+        text.show_note(f"No token id occurs {words.least} times: nothing can be told token by token.")
+        return table
+    value = f"Vocabulary specialization of the n = {words.n_frequent:,} ids seen {words.least} times or more: {found.value:.3f}"
     if found.missing:
-        text.show_note(f"Vocabulary specialization has no interval here: {found.missing}.")
+        text.show_note(f"{value}, by chance {words.chance_frequent:.3f}; there is no interval here: {found.missing}.", EQ_8)
         return table
     each = text.counted(found.documents, "document") if found.left_out == found.documents else (
         f"{found.left_out:,} runs of documents ({found.documents:,} in all)")  # fmt: skip
     text.show_note(
-        f"Vocabulary specialization {found.value:.3f}, 95% interval {found.low:.3f} to {found.high:.3f}: its mean over other collections of as many"
-        f" documents like these. Each of {each} is left out in turn (jackknife): documents drawn again (bootstrap) bring no other text, which raises"
-        " this figure, and their interval misses. It errs on the wide side; what rare ids add is in the chance too."
+        f"{value}, 95% interval {found.low:.3f} to {found.high:.3f}, by chance {words.chance_frequent:.3f}.",
+        f"{EQ_8} The interval is for its mean over other collections of as many documents like these. Each of {each} is left out in turn (jackknife):"
+        " documents drawn again (bootstrap) bring no other text, which raises this figure, and their interval misses. It errs on the wide side; what rare"
+        " ids add is in the chance too.",
     )
     return table
 
 
-def show_followed(variants: Mapping[str, str], least: int, n: int) -> pa.Table:
+def show_followed(variants: Mapping[str, str], least: int) -> pa.Table:
     """Vocabulary specialization of every layer by each kind of token of ``variants``."""
     table = layer_by_layer(trace, kept(run, ("vocabulary",)), lambda layers: ((i, vocabulary_table(trace, layers=[i])) for i in layers))
     titles = [x.title for x in trace.layers]
@@ -204,10 +212,15 @@ def show_followed(variants: Mapping[str, str], least: int, n: int) -> pa.Table:
         trace, charts.layer_lines(titles, [*lines, ("by chance (input token)", chance, None)], "vocabulary specialization"),
         "vocabulary-specialization", key="vocabulary", alt="Vocabulary specialization per layer by input, next and predicted next token, with chance.",
         definition=f"Mean over ids seen at least {least:,} times of the largest share any expert has of the id's tokens (OLMoE eq. 8); by chance:"
-        " the same assignments dealt again to the tokens. A line above the others names the token that a layer's routing follows most.",
-        n=f"{n:,} assignments per layer",
+        " the same assignments dealt again to the tokens. Lines are over different ids; small differences mean nothing.",
+        n=", ".join(f"{spread(frame[frame.token == v].n_frequent)} ids ({TOKEN[v]})" for v in variants),
     )  # fmt: skip
     return table
+
+
+def spread(n: pd.Series[int]) -> str:
+    """A number that layers agree on, or the least and the most."""
+    return f"{n.min():,}" if n.min() == n.max() else f"{n.min():,} to {n.max():,}"
 
 
 def shown(use: TokenUse) -> str:
@@ -225,11 +238,13 @@ def show_pairs(pairs: PairCounts, kind: str) -> pa.Table:
     lift = np.where(np.isfinite(pairs.lift), pairs.lift, np.nan)
     best = np.unravel_index(np.nanargmax(np.where(pairs.observed >= 50, lift, -1)), lift.shape) if (pairs.observed >= 50).any() else None
     if best is not None:
-        a, b = int(best[0]), int(best[1])
-        said = f"Experts {a} and {b} of {here} work together" if kind == "pairs" else f"Tokens of expert {a} at {here} go on to expert {b}"
-        text.show_heading(f"{said} {lift[best]:.1f} times as often as their loads alone would give.")
-    text.show_note(f"n = {pairs.n:,} pairs. Uniform routing would give each partner {pairs.chance_share:.1%}. Pairs are not tested one by one:"
-                   " tokens of one document are not independent.")  # fmt: skip
+        a, b, asked = int(best[0]), int(best[1]), int((pairs.observed >= 50).sum()) // (2 if kind == "pairs" else 1)
+        said = f"experts {a} and {b} of {here} work together" if kind == "pairs" else f"tokens of expert {a} at {here} go on to expert {b},"
+        text.show_heading(
+            f"The strongest of {asked:,} pairs, untested: {said} {lift[best]:.1f} times as often as their loads alone would give."
+        )
+    text.show_note(f"n = {pairs.n:,} pairs. Uniform routing would give each partner {pairs.chance_share:.1%}.",
+                   "Pairs seen 50 times or more. They are not tested one by one: tokens of one document are not independent.")  # fmt: skip
     show_figure(
         trace, charts.lift_map(lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer", theme()),
         f"{kind}-{here}", key=f"lift-{kind}", alt="Heatmap of observed over expected pairs of experts.",
@@ -284,7 +299,7 @@ offered = {
 }
 with st.container(horizontal=True, vertical_alignment="bottom"):
     site = layer_picker(trace)
-    kind = choice("by", "Look", offered, next(iter(offered)), draw=st.segmented_control)
+    kind = choice("by", "Look", offered, next(iter(offered)), draw=st.segmented_control, absent={"runs": NO_RUNS})
 tables: dict[str, tuple[str, pa.Table]] = {}
 if kind in ("label", "class", "position"):
     found = preferences(trace, run, site, kind)

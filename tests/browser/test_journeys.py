@@ -302,15 +302,18 @@ def test_a_paper_author_takes_a_figure_its_numbers_its_definition_and_the_report
     """The same figure twice, exact, with definition, n and version on it; and the whole run as a file for the appendix."""
     page.goto(f"{address}/specialization?run=demo-run&layer=layer+5")
     found = by_label(run, 5)
-    named = int((found.significant & (found.lift >= 1.5)).any(0).sum())
-    expect(page.get_by_role("heading", name=f"{named} of 16 experts of layer 5 prefer at least one label beyond chance.")).to_be_visible()
+    gap = np.where(found.significant, found.share - found.elsewhere, 0)
+    first = gap.max(1).argmax()
+    expect(
+        page.get_by_role("heading", name=f"At layer 5, {found.groups[first]} goes above all to expert {gap[first].argmax()}, ")
+    ).to_be_visible()
     open_figures(page, "single column, 3.3 in")
     name, svg = save(page, "SVG")
     root = ElementTree.fromstring(svg)
     about = json.loads(root.findtext(f"{SVG}metadata") or "")
     assert name == "demo-run-enrichment-by-label-layer_5.svg" and root.get("width") == "3.3in"
     n = f"{found.tokens.sum():,} tokens of {len(run.documents):,} documents"
-    assert about["definition"].startswith("Experts of layer 5. Colour: log2 of the share") and about["n"] == n
+    assert about["definition"].startswith("Experts of layer 5. Colour: the share") and about["n"] == n
     assert (about["run"], about["routerscope"], about["settings"]["layer"]) == ("demo-run", __version__, "layer 5")
     name, png = save(page, "PNG")
     assert name.endswith("layer_5.png") and int.from_bytes(chunks(png)[b"IHDR"][0][:4], "big") == 990  # 3.3 in at 300 dots per inch

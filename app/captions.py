@@ -1,0 +1,70 @@
+"""Sentences that a page and the report share, made of what was computed. They hold data text: whoever shows them escapes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from analysis.information import Information
+from analysis.specialization import Preferences
+from analysis.trace import LayerInfo
+
+from .charts import LEAST_USES
+
+CLEAR = 1.5  # lift from which a significant preference is called one in the headline
+NAMED = 3  # groups that the headline names
+CROSS = "Cross: not distinguishable from chance at a false discovery rate of 5%."
+KIND = {"label": "label", "class": "kind of token", "position": "position"}
+
+
+def preferences_headline(found: Preferences, layer: LayerInfo) -> str:
+    """The groups whose use of an expert stands out most, one expert each, and how many experts prefer any; or why nothing can be told."""
+    if found.missing:
+        return found.missing
+    clear = found.significant & (found.lift >= CLEAR)
+    named, what = int(clear.any(0).sum()), KIND[found.kind]
+    if not named:
+        return f"At {layer.title}, no expert can be said to prefer a {what}."
+    gap = np.where(clear & (found.count >= LEAST_USES), found.share - found.elsewhere, 0.0)
+    leading = [int(g) for g in np.argsort(-gap.max(1), kind="stable")[:NAMED] if gap[g].max() > 0]
+    verb = "goes" if found.kind == "label" else "go"
+    said = [f"{'tokens at ' if found.kind == 'position' and not i else ''}{found.groups[g]}{f' {verb} above all' if not i else ''} to expert"
+            f" {gap[g].argmax()}" for i, g in enumerate(leading)]  # fmt: skip
+    every = f"all {layer.n_classes:,} experts prefer" if named == layer.n_classes else (
+        f"{named:,} of {layer.n_classes:,} experts {'prefers' if named == 1 else 'prefer'}")  # fmt: skip
+    return f"At {layer.title}, {', '.join(said)}{'; ' if said else ''}{every} some {what} beyond chance."
+
+
+def preferences_how(found: Preferences, layer: LayerInfo) -> str:
+    """What the headline and the crosses rest on."""
+    tested = "" if found.missing else (
+        f" Test: {found.method}; corrected for the {found.count.size:,} cells of this layer and this look only, not for other layers looked at.")  # fmt: skip
+    within = " Colour compares all tokens of the run; the cross tests within documents, so that a kind that is common in one language is not mistaken"
+    within += " for a preference; significant also asks that both point the same way."
+    chance = layer.top_k / layer.n_classes
+    return (f"Beyond chance: used at least {CLEAR:g} times as often as overall, and significant. Named: the groups with the largest share less the share of"
+            f" all others, the clearest expert of each.{tested}{'' if found.kind == 'label' or found.missing else within} Uniform routing would use each"
+            f" expert for {chance:.1%} of every {KIND[found.kind]}.")  # fmt: skip
+
+
+def enrichment_definition(found: Preferences, layer: LayerInfo) -> str:
+    """Under the heatmap."""
+    return (f"Experts of {layer.title}. Colour: the share of the group's tokens that use the expert over the share of all others."
+            f" {'No cell can be tested.' if found.missing else CROSS}")  # fmt: skip
+
+
+def information_caption(found: Sequence[Information]) -> tuple[str, str, str]:
+    """(definition, n, how) of the bars of label_information, one of each layer."""
+    n, p = [x.n for x in found], np.array([x.p for x in found])
+    chance = " Nothing to hold it against: too few labelled documents."
+    if np.isfinite(p).any():
+        low, high = f"{np.nanmin(p):.3f}", f"{np.nanmax(p):.3f}"
+        chance = (
+            f" Grey: by chance, with its 95% range; so much or more comes by chance with p = {low if low == high else f'{low} to {high}'}."
+        )
+    counted = f"{n[0]:,}" if len(set(n)) == 1 else f"{min(n):,} to {max(n):,}"
+    return (f"Mutual information of expert and label in bits; 0 = the label says nothing about the expert, tick: the most possible.{chance}",
+            f"{counted} assignments per layer",
+            f"Both are plug-in values, biased alike. By chance: {found[0].null}. The most possible: min(H(label), H(expert) - log2 k) where every token has k"
+            " experts, since a token's experts all differ.")  # fmt: skip
