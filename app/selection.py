@@ -102,13 +102,11 @@ def typed(key: str, label: str) -> str:
 def section(key: str, label: str, expanded: bool = False) -> Any:
     """A part of the page that opens on a click: an expander whose ``open`` stands in the URL as ``?key=open``, Back included.
 
-    Where the URL says neither ``open`` nor ``closed``, it is as ``expanded`` says.
+    Where the URL says neither ``open`` nor ``closed``, it is as ``expanded`` says. With another ``label`` it is another expander to the
+    browser, which takes the keyboard's focus from what is in it.
     """
-    link = st.session_state["_link"] is not None
-    # Set on every run: to Streamlit an expander with another label is another expander.
-    st.session_state[key] = (
-        {"open": True, "closed": False}.get(st.query_params.get(key, ""), expanded) if link else st.session_state.get(key, expanded)
-    )
+    if st.session_state["_link"] is not None:
+        st.session_state[key] = {"open": True, "closed": False}.get(st.query_params.get(key, ""), expanded)
     part = st.expander(plain(label), key=key, on_change=acted)
     if part.open or expanded:
         st.session_state["_chosen"][key] = "open" if part.open else "closed"

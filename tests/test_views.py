@@ -184,8 +184,8 @@ def test_capacity_is_told_over_shuffles_and_one_shuffle_can_be_chosen(runs: Path
     assert any(plain(f"drops {one['dropped_share']:.1%} of assignments over all layers") in m.value for m in test.markdown)
     said = f"Lost with them: {one['gate_mass_lost_share']:.1%} of the gate weight and {one['top1_dropped_share']:.1%} of first choices."
     assert any(plain(said) in c.value and "shuffles" not in c.value for c in test.caption) and test.query_params["mix"] in ("7", ["7"])
-    label = plain("Assumptions: Megatron-LM, served by probability, 16 documents per batch, documents shuffled (seed 7)")
-    assert label in [e.label for e in test.expander]
+    said = plain("Assumptions: Megatron-LM, served by probability, 16 documents per batch, documents shuffled (seed 7).")
+    assert said in [c.value for c in test.caption]
 
 
 @pytest.mark.parametrize(
@@ -203,8 +203,8 @@ def test_the_assumptions_are_told_in_a_line_and_open_where_one_is_set(runs: Path
     test = shown("capacity", "demo-run")
     test.query_params.update(link)
     test.run()
-    part = next(e for e in test.expander if e.label.startswith("Assumptions"))
-    assert (part.label, part.proto.expanded) == (plain(f"Assumptions: {said}"), opened)
+    part = next(e for e in test.expander if e.label == "Change the assumptions")
+    assert part.proto.expanded == opened and plain(f"Assumptions: {said}.") in [c.value for c in test.caption]
     assert any("which is not here" in e.value for e in part.error) == (link.get("policy") == "luck")
     assert all(test.query_params[k] in (v, [v]) for k, v in link.items() if v != "luck")
 

@@ -286,10 +286,10 @@ text.show_note(
 )
 if not exact:
     text.show_note(f"The curves below are those of first come, first served: {policy} has no threshold per assignment.")
-batch = (
-    f"{size:,} {scope} per batch, {f'mean of {len(shuffles)} shuffles' if len(shuffles) > 1 else orders[order]}" if size else SCOPES[scope]
-)
-folded_choices("assumptions", f"Assumptions: {PRESETS[preset].title}, served by {policy.replace('_', ' ')}, {batch}", asked)
+batch = f"{size:,} {scope} per batch" if size else SCOPES[scope]
+shuffled = f", {f'mean of {len(shuffles)} shuffles' if len(shuffles) > 1 else orders[order]}" if size else ""
+text.show_note(f"Assumptions: {PRESETS[preset].title}, served by {policy.replace('_', ' ')}, {batch}{shuffled}.")
+folded_choices("assumptions", "Change the assumptions", asked)
 
 st.header("Drops against idle slots")
 spread = "shuffle" if len(named) == 1 and len(shuffles) > 1 else "layer"
