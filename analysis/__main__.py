@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from .arguments import parser
 from .checkpoints import ModelError, find_checkpoint
-from .export import ExportError, describe, export_table
+from .export import ExportError, describe, export_bytes, export_table
 from .glossary import GLOSSARY
 from .metrics import METRICS, balance_table
 from .paths import saturation
@@ -214,7 +214,13 @@ def _stats(arguments: argparse.Namespace) -> int:
 
         if not same_counts(trace.stats, statistics_on_cluster(arguments.run, Cluster(arguments.cluster))):
             raise RunError(f"{trace.name}: its statistics are not those of its decisions, counted again: try python -m analysis verify")
-        _say("counted again from the recorded decisions on the cluster: equal to the stored statistics\n")
+        _say(
+            "counted again from the recorded decisions on the cluster: equal to the stored statistics\n",
+            sys.stderr if arguments.json else None,
+        )
+    if arguments.json:
+        print(export_bytes(trace, "balance", "json").decode(), end="")
+        return 0
     table = balance_table(trace).to_pandas()
     table.insert(0, "", [x.title for x in trace.layers])
     _say(f"{trace.name}: {trace.model.name} ({trace.model.family}), one column per routed layer, n = tokens\n")
@@ -260,10 +266,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     trace = open_run(arguments.run)
+    settings = {n: v for n in ("batch_tokens", "order", "preset", "policy", "scope", "size") if (v := getattr(arguments, n)) is not None}
     if arguments.describe:
-        print(json.dumps(describe(trace, arguments.table), indent=1))
+        print(json.dumps(describe(trace, arguments.table, settings), indent=1))
         return 0
-    rows = export_table(trace, arguments.table, arguments.format, arguments.output)
+    rows = export_table(trace, arguments.table, arguments.format, arguments.output, settings)
     _say(f"{arguments.output}: {rows:,} rows")
     return 0
 

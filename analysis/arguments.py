@@ -57,10 +57,12 @@ def parser() -> argparse.ArgumentParser:
     for command in (stats, verify, export, report):
         command.add_argument("run", type=Path, help="folder of the run")
     _add_cluster_options(stats)
+    stats.add_argument("--json", action="store_true", help="print the table, n and the definitions as JSON")
     export.add_argument(
         "--table", choices=sorted(TABLES), required=True, help="; ".join(f"{t.name}: {t.definition}" for t in TABLES.values())
     )
     export.add_argument("--format", choices=FORMATS, default="parquet")
+    _add_table_settings(export)
     to = export.add_mutually_exclusive_group(required=True)
     to.add_argument("-o", "--output", type=Path, help="the file to write")
     to.add_argument("--describe", action="store_true", help="print what the table means, as JSON, and write nothing")
@@ -93,6 +95,19 @@ def _add_capture_options(capture: argparse.ArgumentParser) -> None:
     _add_cluster_options(capture)
     capture.add_argument("--workers", type=_at_least_one, help="with --cluster: copies of the model (default: as many as have room)")
     capture.add_argument("--gpus", type=_at_least_none, default=0, help="with --cluster: GPUs per copy (default 0)")
+
+
+def _add_table_settings(export: argparse.ArgumentParser) -> None:
+    """What the tables of batches and of capacity depend on; None: as on the page where nothing is chosen."""
+    told = export.add_argument_group("settings of a table")
+    told.add_argument("--batch-tokens", type=_at_least_one, help="batches: tokens that fill one (default 1024; 1: each document)")
+    told.add_argument("--order", choices=("mixed", "recorded"),
+                      help="batches, capacity: documents shuffled with seed 0 (default), or as recorded")  # fmt: skip
+    told.add_argument("--preset", help="capacity: whose arithmetic (default megatron)")
+    told.add_argument("--policy", help="capacity: who is served first (default: as the preset has it)")
+    told.add_argument("--scope", choices=("document", "documents", "tokens", "run"),
+                      help="capacity: what is routed together (default documents)")  # fmt: skip
+    told.add_argument("--size", type=_at_least_one, help="capacity: documents or tokens per batch (default 16 or 4096)")
 
 
 def _add_cluster_options(command: argparse.ArgumentParser) -> None:

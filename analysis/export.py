@@ -1,8 +1,8 @@
 """The only writer of files for people: tables of a run as CSV, Parquet or JSON.
 
 Parquet and JSON are lossless and carry the run, its n and the definitions. In JSON, bytes are base64, NaN is null and
-infinities are the strings "inf" and "-inf". CSV holds visible text: text is JSON-escaped, every field is quoted, and a
-cell that a spreadsheet would run as a formula starts with an apostrophe (``csv_text`` and ``csv_original`` are
+infinities are the strings "inf" and "-inf". CSV holds visible text: text is JSON-escaped and quoted, numbers are bare,
+and a cell that a spreadsheet would run as a formula starts with an apostrophe (``csv_text`` and ``csv_original`` are
 inverse); missing values and NaN are empty, ``token_bytes`` is left out. Comment lines would break CSV readers, so what
 the other formats carry along comes from ``describe`` (``python -m analysis export RUN --table T --describe``).
 """
@@ -15,8 +15,8 @@ import itertools
 import json
 import math
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 
 from .files import write_atomically
 from .metrics import METRICS, balance_table, load_table
-from .trace import NO_EXPERT, SCHEMA_VERSION, Trace
+from .stability import label_balance, maxvio_table, position_balance
+from .trace import NO_EXPERT, SCHEMA_VERSION, LayerInfo, Trace
 
 FORMATS = ("csv", "parquet", "json")
 BATCH = 65_536
@@ -37,16 +38,21 @@ _FORMULA = frozenset("=+-@|%'")
 
 
 class ExportError(ValueError):
-    """A table or format that does not exist, or a table this run cannot give."""
+    """A table, format or setting that does not exist, or a table this run cannot give."""
 
 
 @dataclass(frozen=True)
 class ExportTable:
-    """A table people can take away: its name, what a row is, and a reader that yields it in pieces."""
+    """A table people can take away: its name, what a row is, a reader that yields it in pieces, and what its columns mean.
+
+    ``settings`` are what the reader takes by name, with what it uses where nothing is said: the same as on the page.
+    """
 
     name: str
     definition: str
-    read: Callable[[Trace], Iterator[pa.Table]]
+    read: Callable[..., Iterator[pa.Table]]
+    columns: Mapping[str, str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _decisions(trace: Trace) -> Iterator[pa.Table]:
@@ -91,25 +97,108 @@ def _tokens(trace: Trace) -> Iterator[pa.Table]:
             yield pa.table({n: _plain(rows[n]) for n in rows.column_names})
 
 
+def _per_layer(trace: Trace, tables: Iterable[tuple[LayerInfo, pa.Table]]) -> Iterator[pa.Table]:
+    for layer, table in tables:
+        place = {"site": pa.array([layer.index] * len(table), pa.int16()), "layer": pa.array([layer.layer] * len(table), pa.int32()),
+                 "stack": pa.array([layer.stack] * len(table), pa.string())}  # fmt: skip
+        yield pa.table({**place, **{n: table[n] for n in table.column_names if n != "site"}})
+
+
+def _batches(trace: Trace, batch_tokens: int, order: str) -> Iterator[pa.Table]:
+    rows = maxvio_table(trace, batch_tokens, 0 if order == "mixed" else None)
+    return _per_layer(trace, ((x, rows.slice(i, 1)) for i, x in enumerate(trace.layers)))
+
+
+def _capacity(trace: Trace, preset: str, policy: str, scope: str, size: int | None, order: str) -> Iterator[pa.Table]:
+    from .capacity import MissingScores, site_curves  # numba is slow to import, and no other table needs it
+    from .slots import CapacityError
+
+    try:
+        for _, table in site_curves(trace, policy=policy, scope=scope, size=size, mixed=0 if order == "mixed" else None, preset=preset):
+            yield table
+    except MissingScores as error:
+        raise ExportError(f"{error}: give another policy, such as position") from error
+    except CapacityError as error:
+        raise ExportError(str(error)) from error
+
+
+def _metric(name: str) -> str:
+    m = METRICS[name]
+    return f"{m.definition} [{m.unit}]; by chance: {m.chance} ({m.source})"
+
+
+_PLACE = {
+    "site": "place of the routed layer in the run, from 0",
+    "layer": "number of the block in its stack",
+    "stack": "encoder or decoder",
+}
+_PIECE = {**_PLACE, "n": "tokens of the piece that passed the layer", "dead": "experts with no assignment in the piece",
+          **{m: _metric(m) for m in ("max_over_mean", "cv", "normalised_entropy", "chance_max_over_mean", "chance_cv")}}  # fmt: skip
+_TOKEN = {"stack": _PLACE["stack"], "document": "number of the document in the run, from 0", "position": "place in the document; 0 is its first recorded token",
+          "token_id": "the tokenizer's id", "token": "its text; bytes that are not UTF-8 on their own as \\xNN", "token_bytes": "its bytes, exactly; missing where the tokenizer cannot say",
+          "label": "the document's label", "loss": "nats of predicting the next token; missing where there is none", "phase": "prefill (text given) or decode (text generated)",
+          "predicted": "id of the largest logit: the next token as the model would have it"}  # fmt: skip
+_LOAD = {**_PLACE, "expert": "its number in the layer; unrelated between layers", "assignments": "tokens sent to the expert, as executed", "share": "of the layer's assignments; uniform routing gives every class the same",
+         "relative": "assignments over the mean of the layer's experts; 1 is even", "gate_mass": "sum of the gate weights of its assignments", "first_choices": "tokens for which it has the largest gate weight",
+         "n": "tokens that passed the layer", "special": "true for a class without weights (skip, zero-compute)"}  # fmt: skip
+_DECISION = {**_TOKEN, **_PLACE, "expert_i": "an expert that executed the token (slot order is not rank); missing: none", "weight_i": "its gate weight; gate_weights says whether exact or rounded",
+             "chosen_i": "what the router chose, before any native drop", "entropy": "of the token's router probabilities, nats", "margin": "score of the last chosen less that of the best not chosen",
+             "logsumexp": "of the router's logits"}  # fmt: skip
+_DOCUMENT = {"document": _TOKEN["document"], "stack": _PLACE["stack"], "name": "as given at capture", "label": "as given at capture", "first_row": "of the document in the table of tokens, within its stack",
+             "n_tokens": "recorded tokens", "digest": "SHA-256 of its token ids as little-endian int32"}  # fmt: skip
+_BATCH = {**_PLACE, "n": "tokens that passed the layer", "batches": "of whole documents, each closed once it holds batch_tokens", "batch_n": "tokens of a batch, mean", "run": "MaxVio over the whole run: (largest load - mean) / mean",
+          "chance_run": "upper bound of run expected under uniform routing", "batch": "MaxVio per batch, mean over batches", "least": "of any batch", "p95": "95th percentile over batches", "most": "of any batch", "spread": "standard deviation of MaxVio over batches", "chance_spread": "the same if batches were drawn at random from the run: an upper bound",
+          "chance_batch": "upper bound of batch expected under uniform routing"}  # fmt: skip
+_CURVE = {**_PLACE, "factor": "capacity factor", "tokens": "that passed the layer", "assignments": "chosen by the router", "dropped": "assignments above the expert capacity", "kept": "assignments executed",
+          "fully_dropped": "tokens that lose all experts", "partly_dropped": "tokens that lose some, not all", "top1_dropped": "tokens that lose the expert of largest gate weight", "partly_dropped_share": "partly_dropped / tokens", "top1_dropped_share": "top1_dropped / tokens", "slots": "computed, over experts and batches", "idle": "slots without a token", "gate_mass": "sum of gate weights", "gate_mass_lost": "of dropped assignments",
+          "chance_dropped": "expected under uniform routing in the same batches", "dropped_share": "dropped / assignments", "fully_dropped_share": "fully_dropped / tokens",
+          "gate_mass_lost_share": "gate_mass_lost / gate_mass", "slot_use": "kept / slots", "chance_dropped_share": "chance_dropped / assignments"}  # fmt: skip
+_SETTINGS = MappingProxyType({"preset": "megatron", "policy": None, "scope": "documents", "size": None, "order": "mixed"})
+
 TABLES: Mapping[str, ExportTable] = MappingProxyType(
     {
         t.name: t
         for t in (
             ExportTable("load", "one row per layer and expert: assignments, share of the layer's, relative to an even share of the experts (special: a class without weights)",
-                        lambda trace: iter([load_table(trace)])),
-            ExportTable("balance", "one row per layer: every balance metric", lambda trace: iter([balance_table(trace)])),
+                        lambda trace: iter([load_table(trace)]), _LOAD),
+            ExportTable("balance", "one row per layer: every balance metric", lambda trace: iter([balance_table(trace)]), {**_PLACE, "n": _LOAD["n"], **{m: _metric(m) for m in METRICS}}),
             ExportTable("decisions", "one row per token and layer: experts and gate weights as executed (slot order is not rank), and router scores",
-                        _decisions),
-            ExportTable("tokens", "one row per token", _tokens),
-            ExportTable("documents", "one row per document and token stream", lambda trace: iter([trace.documents])),
+                        _decisions, _DECISION),
+            ExportTable("tokens", "one row per token", _tokens, _TOKEN),
+            ExportTable("documents", "one row per document and token stream", lambda trace: iter([trace.documents]), _DOCUMENT),
+            ExportTable("labels", "one row per layer and label: balance", lambda trace: _per_layer(trace, ((x, label_balance(trace, x.index)) for x in trace.layers)),
+                        {**_PIECE, "label": "of the documents", "documents": "that carry the label; missing where the run has counts alone"}),
+            ExportTable("positions", "one row per layer and stretch of positions: balance", lambda trace: _per_layer(trace, ((x, position_balance(trace, x.index)) for x in trace.layers)),
+                        {**_PIECE, "first": "position of the stretch, from 0", "last": "position of the stretch", "documents": "that reach the stretch; missing where the run has counts alone"}),
+            ExportTable("batches", "one row per layer: MaxVio over the run and per batch, with chance", _batches, _BATCH, {"batch_tokens": 1_024, "order": "mixed"}),
+            ExportTable("capacity", "one row per layer and capacity factor: what overflows and what idles", _capacity, _CURVE, _SETTINGS),
         )
     }
 )  # fmt: skip
 
 
-def describe(trace: Trace, table: str) -> dict[str, Any]:
-    """What a reader of an export must know: the run, its model, n, what a row is, and the metrics' definitions."""
-    return _about(trace) | {"table": table, "row": TABLES[table].definition, "definitions": _definitions(METRICS)}
+def describe(trace: Trace, table: str, settings: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """What a reader of an export must know: the run, its model, n, what a row is and depends on, and what the columns mean."""
+    one = TABLES[table]
+    about = _about(trace) | {"table": table, "row": one.definition, "definitions": dict(one.columns)}
+    return about | ({"settings": settled} if (settled := _settled(table, settings)) else {})
+
+
+def _settled(table: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a table as its reader takes it: what was not chosen is as on the page. Raises ExportError."""
+    known = TABLES[table].settings
+    if unknown := settings.keys() - known.keys():
+        takes = f": it takes {', '.join(known)}" if known else ""
+        raise ExportError(f"the table {table} takes no {', '.join(sorted(unknown))}{takes}")
+    settled = {**known, **settings}
+    if table == "capacity":
+        from .slots import PRESETS
+
+        if settled["preset"] not in PRESETS:
+            raise ExportError(f"no preset {settled['preset']!r}: choose one of {', '.join(PRESETS)}")
+        settled["policy"] = settled["policy"] or PRESETS[settled["preset"]].policy
+        settled["size"] = settled["size"] or {"documents": 16, "tokens": 4_096}.get(settled["scope"])
+    return settled
 
 
 def describe_computed(trace: Trace | None, what: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,9 +206,10 @@ def describe_computed(trace: Trace | None, what: str, settings: Mapping[str, Any
     return ({} if trace is None else _about(trace)) | {"row": what, "settings": dict(settings)}
 
 
-def _definitions(names: Iterable[str]) -> dict[str, str]:
-    found = (METRICS[n] for n in names if n in METRICS)
-    return {m.name: f"{m.definition} [{m.unit}]; by chance: {m.chance} ({m.source})" for m in found}
+def _definitions(names: Sequence[str]) -> dict[str, str]:
+    """Of a page's columns: those of the table of TABLES that has them all, else of the metrics among them."""
+    same = next((t.columns for t in TABLES.values() if t.columns.keys() >= set(names)), {})
+    return {n: same[n] if same else _metric(n) for n in names if same or n in METRICS}
 
 
 def _about(trace: Trace) -> dict[str, Any]:
@@ -137,22 +227,27 @@ def _about(trace: Trace) -> dict[str, Any]:
     }
 
 
-def export_table(trace: Trace, table: str, format: str, target: Path | BinaryIO) -> int:
-    """Write a table to a path (atomically) or an open binary file; returns the rows written. Raises ExportError."""
+def export_table(trace: Trace, table: str, format: str, target: Path | BinaryIO, settings: Mapping[str, Any] = MappingProxyType({})) -> int:
+    """Write a table to a path (atomically) or an open binary file; returns the rows written. ``settings``: of TABLES. Raises ExportError."""
     if table not in TABLES or format not in FORMATS:
         raise ExportError(f"no table {table!r} as {format!r}: tables are {', '.join(TABLES)}; formats {', '.join(FORMATS)}")
-    without = trace.load_tokens is None or (table == "decisions" and trace.source is None)
-    if table in ("decisions", "tokens") and without:
+    without = trace.load_tokens is None or (table in ("decisions", "capacity") and trace.source is None)
+    if table in ("decisions", "tokens", "capacity") and without:
         raise ExportError(f"run {trace.name!r} holds statistics only, no {table}: capture it again with tokens")
+    settled = _settled(table, settings)
     writer = {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format]
+
+    def written(file: BinaryIO) -> int:
+        return writer(TABLES[table].read(trace, **settled), describe(trace, table, settings), file)
+
     if not isinstance(target, Path):
-        return writer(TABLES[table].read(trace), describe(trace, table), target)
+        return written(target)
     rows = 0
 
     def write(path: Path) -> None:
         nonlocal rows
         with path.open("wb") as file:
-            rows = writer(TABLES[table].read(trace), describe(trace, table), file)
+            rows = written(file)
 
     write_atomically(target, write)
     return rows
@@ -169,7 +264,7 @@ def computed_bytes(trace: Trace | None, rows: pa.Table, what: str, settings: Map
     """A table computed for a page, as the bytes of a file; ``what`` says what a row is, ``settings`` what it depends on; no run, no ``trace``."""
     if format not in FORMATS:
         raise ExportError(f"no format {format!r}: formats are {', '.join(FORMATS)}")
-    named = METRICS if "metric" in rows.column_names else rows.column_names
+    named = list(METRICS) if "metric" in rows.column_names else rows.column_names
     about = describe_computed(trace, what, settings) | {"definitions": _definitions(named)}
     buffer = io.BytesIO()
     {"csv": _write_csv, "parquet": _write_parquet, "json": _write_json}[format](iter([rows]), about, buffer)
@@ -197,7 +292,7 @@ def _escape(character: str) -> str:
 def _write_csv(tables: Iterator[pa.Table], about: Mapping[str, Any], file: BinaryIO) -> int:
     first = _visible(next(tables))
     rows = 0
-    options = pa_csv.WriteOptions(quoting_style="all_valid")
+    options = pa_csv.WriteOptions(quoting_style="needed")
     with pa_csv.CSVWriter(file, first.schema, write_options=options) as writer:
         for table in itertools.chain([first], map(_visible, tables)):
             writer.write_table(table)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 
 from .specialization import Preferences, by_group
-from .trace import Trace
+from .trace import Trace, TraceError
 
 CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
            "special tokens", "empty tokens")  # fmt: skip
 _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:pad|unk|bos|eos|mask)>|\[(?:CLS|SEP|PAD|MASK|UNK)\]", re.I)
+PROSE = ("english", "prose", "en")  # labels of running text
+EXAMPLE_DOCUMENTS, EXAMPLE_TOKENS = 64, 256  # read in the search for prose
 _LETTER = re.compile("[A-Za-z]")
 _RAW_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
 
@@ -55,3 +58,31 @@ def by_class(trace: Trace, site: int, codes: np.ndarray | None = None) -> Prefer
     place = np.full(len(CLASSES) + 1, -1)
     place[present] = np.arange(len(present))
     return by_group(trace, site, "class", [CLASSES[i] for i in present], place[codes])
+
+
+def whole_words(texts: Sequence[str]) -> np.ndarray:
+    """bool [n]: tokens of some following each other that are a word with the space before it, and not only its beginning."""
+    kinds = [token_class(t) for t in texts]
+    return np.array([k == "word starts" and t.strip().isalpha() and after != "word parts"
+                     for t, k, after in zip(texts, kinds, [*kinds[1:], ""], strict=True)], bool)  # fmt: skip
+
+
+def prose_example(trace: Trace, stream: str = "decoder") -> tuple[int, int]:
+    """(document, position) of a word in running text, to show a newcomer: the first whole word of four letters or more.
+
+    The document is the first labelled as one of PROSE, else, of the first EXAMPLE_DOCUMENTS, the one with the largest share of whole
+    words; of each the first EXAMPLE_TOKENS tokens are read. Position 0 where there is no such word. Raises TraceError without tokens.
+    """
+    rows = [r for r in trace.documents.to_pylist() if r["stack"] == stream and r["n_tokens"]]
+    named = [r for r in rows if (r["label"] or "").lower() in PROSE][:1]
+    read = []
+    for row in named or rows[:EXAMPLE_DOCUMENTS]:
+        start = row["first_row"]
+        tokens = trace.stream_tokens(stream, start, start + min(row["n_tokens"], EXAMPLE_TOKENS), ["token"])
+        texts = [t or "" for t in tokens["token"].to_pylist()]
+        read.append((row["document"], texts, whole_words(texts)))
+    if not read:
+        raise TraceError(f"stream {stream!r} of run {trace.name!r} holds no token")
+    document, texts, whole = max(read, key=lambda r: r[2].mean())
+    long = np.array([len(t.strip()) >= 4 for t in texts])
+    return document, int(np.argmax(whole & long if (whole & long).any() else whole))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -54,6 +55,14 @@ def read_prompts(data: bytes, filename: str, limits: Limits = Limits()) -> tuple
     if not prompts or blank is not None:
         raise UploadError("the file is empty" if len(prompts) < 2 else f"prompt {blank} is empty: remove it or fill it in")
     return tuple(prompts)
+
+
+def paragraphs(text: str, limits: Limits = Limits()) -> tuple[Prompt, ...]:
+    """Every stretch of a text between blank lines as a prompt of its own, letter by letter. Raises UploadError where there are too many."""
+    found = [p for p in re.split(r"\n(?:[^\S\n]*\n)+", text) if p.strip()]
+    if len(found) > limits.prompts:
+        raise UploadError(f"the pasted text has {len(found):,} paragraphs; at most {limits.prompts:,} are taken at once")
+    return tuple(Prompt(p, None, f"paragraph {i}") for i, p in enumerate(found, 1))
 
 
 def _decoded(data: bytes) -> str:

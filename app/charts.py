@@ -24,8 +24,11 @@ UNSEEN = "unseen"  # a trace's name: it is there for the mouse, and is not print
 BAR: Mapping[str, Any] = MappingProxyType({"displaylogo": False, "modeBarButtonsToRemove": ["toImage", "select2d", "lasso2d"]})
 OCTAVES = 3
 CLICKABLE = 15_000  # cells of a map; more markers over them would hold up the browser
+NUMBERED = 80  # tokens of a map whose cells hold their expert's number; text over more holds up the browser
 LEAST_USES = 20  # tokens an expert must have for its row of effects to be coloured
-_TIMES = ["⅛×", "¼×", "½×", "1×", "2×", "4×", "8×"]
+OVER = 78  # pixels above a map for its colour bar
+LABELLED = 32  # experts on an axis that each keep their number, however narrow; above, Plotly thins the numbers
+_WHOLE = frozenset({"expert", "other", "place", "tokens", "group_tokens", "documents", "count", "n", "assignments"})  # columns of integers
 _ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
@@ -49,14 +52,17 @@ def printed(figure: go.Figure) -> str:
     """A figure as JSON for paper: colours of the light theme whatever it was drawn for, nothing that only the mouse sees."""
     paper = go.Figure(data=[t for t in figure.data if t.name != UNSEEN], layout=figure.layout)
     light = {tuple(palette.scale(by["dark"])): palette.scale(by["light"]) for by in (palette.LOAD, palette.AMOUNT)}
-    for trace in paper.select_traces({"type": "heatmap"}):
-        trace.colorscale = light.get(tuple(map(tuple, trace.colorscale)), trace.colorscale)
+    light[tuple(palette.ink(palette.LOAD["dark"]))] = palette.ink(palette.LOAD["light"])
+    for trace in paper.data:
+        coloured: Any = trace if trace.type == "heatmap" else trace.marker.line if trace.type == "scatter" else None
+        if coloured is not None and coloured.colorscale:
+            coloured.colorscale = light.get(tuple(map(tuple, coloured.colorscale)), coloured.colorscale)
     paper.layout.template = None
     return str(paper.to_json())
 
 
 def rows(figure: go.Figure) -> pa.Table:
-    """What a figure shows, one row per mark. A trace's ``meta`` names the columns of its x, y, z and customdata.
+    """What a figure shows, one row per mark. A trace's ``meta`` names the columns of its x, y, z, text and customdata; None is left out.
 
     Text is what stands on the axes, where long names end in an ellipsis; bounds of a whisker are columns ``low`` and ``high``;
     ``series`` is the trace's name, where there are several. Not a number is missing.
@@ -66,13 +72,13 @@ def rows(figure: go.Figure) -> pa.Table:
     for trace in told:
         if trace.x is not None and not len(trace.x):
             continue
-        table = pa.table({k: _cells(v) for k, v in _columns(trace).items()})
+        table = pa.table({k: _cells(v, k) for k, v in _columns(trace).items() if k is not None})
         series = pa.array([html.unescape(trace.name or "")] * len(table), pa.string())
         tables.append(table.add_column(0, "series", series) if len(told) > 1 else table)
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _columns(trace: Any) -> dict[str, np.ndarray]:
+def _columns(trace: Any) -> dict[str | None, np.ndarray]:
     """The columns of one trace, each of one length."""
     meta, found, custom = trace.meta or {}, {}, None if trace.customdata is None else np.asarray(trace.customdata)
     if trace.type == "heatmap":
@@ -82,7 +88,7 @@ def _columns(trace: Any) -> dict[str, np.ndarray]:
         found = {meta.get(n, n): v for n, v in place.items()} | {meta.get("z", "z"): z.ravel()}
         custom = None if custom is None else custom.reshape(z.size, *custom.shape[2:])
     else:
-        found = {meta.get(n, n): np.asarray(getattr(trace, n)) for n in ("x", "y")}
+        found = {meta.get(n, n): np.asarray(getattr(trace, n)) for n in ("x", "y", *(["text"] if "text" in meta else []))}
         for n in ("x", "y"):
             if (bar := trace[f"error_{n}"]).array is not None:
                 value = np.asarray(trace[n], float)
@@ -94,12 +100,14 @@ def _columns(trace: Any) -> dict[str, np.ndarray]:
     return found
 
 
-def _cells(values: np.ndarray) -> pa.Array:
-    return (
-        pa.array(values, from_pandas=True)
-        if values.dtype.kind in "iufb"
-        else pa.array([html.unescape(str(v)) for v in values], pa.string())
-    )
+def _cells(values: np.ndarray, name: str) -> pa.Array:
+    """A column: numbers as they were computed, ids and counts as integers, ``significant`` as what it is; text as it stands on the axis."""
+    if values.dtype.kind not in "iufb":
+        told = [html.unescape(str(v)) for v in values]
+        whole = name in _WHOLE and all(t.isdecimal() for t in told)
+        return pa.array([int(t) for t in told], pa.int64()) if whole else pa.array(told, pa.string())
+    column = pa.array(values, from_pandas=True)
+    return column.cast(pa.int64() if name in _WHOLE else pa.bool_() if name == "significant" else column.type)
 
 
 def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, mark: tuple[int, int] | None = None,
@@ -112,21 +120,20 @@ def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, ma
     """
     width = max(len(r) for r in relative)
     orders = [np.argsort(-r, kind="stable") if by_load else np.arange(len(r)) for r in relative]
-    shown, experts = np.full((2, len(relative), width), np.nan, np.float32)
+    shown, experts = np.full((2, len(relative), width), np.nan)
     for i, (row, order) in enumerate(zip(relative, orders, strict=True)):
         shown[i, : len(row)], experts[i, : len(row)] = row[order], order
     with np.errstate(divide="ignore"):
-        z = np.clip(np.log2(shown), -OCTAVES, OCTAVES)
+        z = np.clip(np.log2(shown), -OCTAVES, OCTAVES).astype(np.float32)
     figure = go.Figure(
         go.Heatmap(
             z=z, x=np.arange(width), y=list(rows), customdata=np.stack([shown, experts], -1).tolist(),
-            meta={"x": "place", "y": "layer", "z": "log2_relative_load_drawn", "customdata": ["relative_load", "expert"]},
+            meta={"x": "place" if by_load else None, "y": "layer", "z": None, "customdata": ["relative_load", "expert"]},
             colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES, xgap=1, ygap=1, hoverongaps=False,
-            colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES,
-                      "title": {"text": "× even share"}, "thickness": 12},
             hovertemplate="%{y}, expert %{customdata[1]:.0f}<br>%{customdata[0]:.2f} × its even share<extra></extra>",
         )
     )  # fmt: skip
+    _times_bar(figure, "× even share")
     places = [(int(p), i) for i in range(len(relative)) for p in np.flatnonzero(shown[i] == 0)]
     if places:
         figure.add_scatter(x=[p for p, _ in places], y=[rows[i] for _, i in places], mode="markers", name="dead", meta=AGAIN,
@@ -142,20 +149,20 @@ def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, ma
         line, at = mark[0], int(np.flatnonzero(orders[mark[0]] == mark[1])[0])
         figure.add_shape(type="rect", x0=at - 0.5, x1=at + 0.5, y0=line - 0.5, y1=line + 0.5, line={"width": 3, "color": palette.DEAD})
     figure.update_xaxes(title="rank in its layer, busiest first" if by_load else "expert", range=[-0.5, width - 0.5], constrain="domain",
-                        dtick=1 if width <= 16 else max(1, width // 16))  # fmt: skip
-    figure.update_yaxes(autorange="reversed", type="category")
-    return _sized(figure, max(240, 26 * len(rows) + 90))
+                        **_numbers(width, max(1, width // 16)))  # fmt: skip
+    figure.update_yaxes(range=[len(rows) - 0.5, -0.5], type="category")
+    return _sized(figure, max(260, 26 * len(rows) + 130), OVER)
 
 
 def sorted_load(relative: np.ndarray, theme: str) -> go.Figure:
     """Bars of one layer's loads relative to an even share, largest first, with the even line."""
     order = np.argsort(-relative, kind="stable")
     figure = go.Figure(
-        go.Bar(x=[str(e) for e in order], y=relative[order].astype(np.float32), marker_color=palette.AMOUNT["light"][3],
+        go.Bar(x=[str(e) for e in order], y=relative[order], marker_color=palette.AMOUNT["light"][3],
                meta={"x": "expert", "y": "relative_load"}, hovertemplate="expert %{x}: %{y:.2f} × its even share<extra></extra>")
     )  # fmt: skip
     figure.add_hline(y=1, line={"color": "#888", "dash": "dot"}, annotation_text="even share", annotation_font_color="#888")
-    figure.update_xaxes(title="expert, busiest first", type="category")
+    figure.update_xaxes(title="expert, busiest first", type="category", **_numbers(len(order)))
     figure.update_yaxes(title="× even share", rangemode="tozero")
     return _sized(figure, 300)
 
@@ -203,7 +210,7 @@ def document_scatter(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, cha
     """Max / mean over tokens, a dot per document [n]; the line is what chance stays below for so many tokens. customdata[0] is the place."""
     order = np.argsort(n, kind="stable")
     figure = go.Figure(go.Scatter(x=n, y=ratio, text=list(names), customdata=np.arange(len(n))[:, None], mode="markers", name="a document",
-                                  meta={"x": "tokens", "y": "max_over_mean", "customdata": ["place"]},
+                                  meta={"x": "tokens", "y": "max_over_mean", "text": "document", "customdata": ["place"]},
                                   marker={"size": 8, "color": palette.AMOUNT["light"][3], "opacity": 0.75},
                                   hovertemplate="%{text}<br>%{y:.2f} × the mean load, n = %{x:,} tokens<extra></extra>"))  # fmt: skip
     figure.add_scatter(x=n[order], y=chance[order], mode="lines", name="by chance, at most about", line={"color": "#9a9a9a", "dash": "dot", "width": 2},
@@ -272,28 +279,32 @@ def piece_bars(
     return _sized(figure, 320)
 
 
-def busiest_hues(experts: np.ndarray) -> np.ndarray:
-    """The hue of each token's expert at one layer: experts [n], -1 = none -> float32 [n], 0 for the busiest of these tokens.
+def busiest_hues(experts: np.ndarray, hued: Sequence[int]) -> np.ndarray:
+    """The hue of each token's expert at one layer: experts [n], -1 = none -> float32 [n], the expert's place in ``hued``.
 
-    Only the first len(palette.EXPERTS) get a hue of their own, as in the token strip; all others share the next number, and
-    a token without an expert is NaN. Equal counts rank by expert id.
+    Every expert that is not in ``hued`` shares the number len(palette.EXPERTS), and a token without an expert is NaN.
     """
-    ids, counts = np.unique(experts[experts >= 0], return_counts=True)
-    rank = np.full(int(experts.max(initial=-1)) + 2, np.nan, np.float32)  # the last entry serves -1
-    rank[ids[np.lexsort((ids, -counts))]] = np.minimum(np.arange(len(ids)), len(palette.EXPERTS))
-    return rank[experts]
+    place = np.full(max(int(experts.max(initial=-1)), *hued, -1) + 2, len(palette.EXPERTS), np.float32)
+    place[list(hued)], place[-1] = np.arange(len(hued)), np.nan  # the last entry serves -1
+    return place[experts]
 
 
-def token_map(values: np.ndarray, tokens: Sequence[str], rows: Sequence[str], what: str, theme: str, discrete: bool) -> go.Figure:
-    """Layers x tokens. ``discrete`` values are expert ids, coloured as ``busiest_hues`` says; else an amount."""
+def token_map(
+    values: np.ndarray, tokens: Sequence[str], rows: Sequence[str], what: str, theme: str, hued: Sequence[Sequence[int]] | None = None
+) -> go.Figure:
+    """Layers x tokens: an amount, or, where ``hued`` gives the experts with a hue per layer, expert ids, coloured as ``busiest_hues`` says.
+
+    The ids stand in the cells of up to NUMBERED tokens.
+    """
     x = [f"{i} {t}" for i, t in enumerate(tokens)]  # the number keeps repeated tokens apart
+    discrete = hued is not None
     colours, shown, top = palette.scale(palette.AMOUNT[theme]), values.astype(np.float32), None
-    if discrete:
-        hues = (*palette.EXPERTS, palette.OTHER)
-        top = len(hues)
-        shown = np.stack([busiest_hues(v) for v in values])
+    if hued is not None:
+        inks = (*palette.EXPERTS, palette.OTHER)
+        top = len(inks)
+        shown = np.stack([busiest_hues(v, h) for v, h in zip(values, hued, strict=True)])
         shown = shown if np.isnan(shown).any() else shown.astype(np.uint8)  # a quarter of the bytes
-        colours = [(s, c) for i, c in enumerate(hues) for s in (i / top, (i + 1) / top)]
+        colours = [(s, c) for i, c in enumerate(inks) for s in (i / top, (i + 1) / top)]
     figure = go.Figure(
         go.Heatmap(
             z=shown, x=x, y=list(rows), customdata=values if discrete else shown, colorscale=colours, showscale=not discrete,
@@ -302,6 +313,8 @@ def token_map(values: np.ndarray, tokens: Sequence[str], rows: Sequence[str], wh
             hovertemplate="%{y}, token %{x}<br>" + what + " %{customdata:" + (".0f" if discrete else ".3f") + "}<extra></extra>",
         )
     )  # fmt: skip
+    if discrete and len(x) <= NUMBERED:
+        figure.update_traces(text=np.where(values < 0, "", values.astype(int).astype(str)), texttemplate="%{text}")
     figure.update_xaxes(type="category", showticklabels=len(x) <= 60, title="token, in order")
     figure.update_yaxes(autorange="reversed", type="category")
     return _sized(figure, max(240, 26 * len(rows) + 110))
@@ -328,7 +341,7 @@ def slot_bars(kept: np.ndarray, dropped: np.ndarray, idle: np.ndarray, slots: np
     figure.add_scatter(x=x, y=slots[order], name="expert capacity", mode="lines", meta={"x": "expert", "y": "assignments"}, line={"shape": "hvh", "color": "#888", "dash": "dot"},
                        hovertemplate="%{y:,} slots<extra></extra>")  # fmt: skip
     figure.update_layout(barmode="stack", legend=_ABOVE)
-    figure.update_xaxes(title="expert, busiest first", type="category")
+    figure.update_xaxes(title="expert, busiest first", type="category", **_numbers(len(order)))
     figure.update_yaxes(title="assignments", rangemode="tozero")
     return _sized(figure, 360)
 
@@ -401,29 +414,19 @@ def share_bars(
 ) -> go.Figure:
     """Bars of lost shares [n] by group with the share over all as a line; ``counts`` [n] of what is lost, ``unit``, stand in the hover."""
     told = np.stack([counts, np.full(len(counts), mean)], -1)
-    figure = go.Figure(go.Bar(x=list(names), y=shares, customdata=told, marker_color=palette.DEAD,
+    figure = go.Figure(go.Bar(x=list(names), y=shares, customdata=told, marker_color=palette.DEAD, showlegend=False,
                               meta={"x": "group", "y": "dropped_share", "customdata": [unit.replace(" ", "_"), "dropped_share_of_the_layer"]},
                               hovertemplate=f"%{{x}}: %{{y:.1%}} of %{{customdata[0]:,.0f}} {unit} lost<extra></extra>"))  # fmt: skip
-    line = {
-        "type": "line",
-        "x0": 0,
-        "x1": 1,
-        "xref": "x domain",
-        "y0": mean,
-        "y1": mean,
-        "yref": "y",
-        "line": {"color": "#888", "dash": "dot"},
-    }
-    name = {"text": "whole layer", "font": {"color": "#888"}, "x": 1, "xref": "x domain", "xanchor": "right", "y": mean, "yref": "y",
-            "yanchor": "bottom", "showarrow": False}  # fmt: skip
-    figure.update_layout(shapes=[line], annotations=[name])
+    line = {"type": "line", "x0": 0, "x1": 1, "xref": "x domain", "y0": mean, "y1": mean, "yref": "y", "line": {"color": "#888", "dash": "dot"},
+            "name": "whole layer", "showlegend": True}  # fmt: skip  # a word at the line would lie on a bar
+    figure.update_layout(legend=_ABOVE, showlegend=True, shapes=[line])
     figure.update_xaxes(title=what, type="category")
     figure.update_yaxes(title=f"share of {unit} lost", tickformat=".0%", rangemode="tozero")
     return _sized(figure, 300)
 
 
 def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray, experts: np.ndarray, theme: str) -> go.Figure:
-    """Groups x experts in the orders given: log2 enrichment, fixed at +-3; cells that are not significant carry a small cross.
+    """Groups x experts in the orders given: log2 enrichment, drawn within +-3; cells that are not significant carry a small cross.
 
     Transparent markers over the cells take hover and clicks, which Plotly heatmaps do not pass on; customdata[0] is the expert.
     """
@@ -433,25 +436,59 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
     x = [str(e) for e in experts]
     figure = go.Figure(
         go.Heatmap(z=z.astype(np.float32), x=x, y=list(names), colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
-                   xgap=1, ygap=1, hoverinfo="skip", meta=AGAIN, colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES,
-                                                              "title": {"text": "over others"}, "thickness": 12})
+                   xgap=1, ygap=1, hoverinfo="skip", meta=AGAIN)
     )  # fmt: skip
+    _times_bar(figure, "times as often as elsewhere")
     row, column = (a.ravel() for a in np.indices(z.shape))
     weak = ~found.significant[cell].ravel()
     figure.add_scatter(x=[x[c] for c in column[weak]], y=[names[r] for r in row[weak]], mode="markers", hoverinfo="skip", showlegend=False, meta=AGAIN,
-                       marker={"symbol": "x-thin", "size": 5, "line": {"width": 1, "color": "#888"}})  # fmt: skip
+                       marker={"symbol": "x-thin", "size": 5, "line": {"width": 1.25, "color": np.nan_to_num(z).ravel()[weak].astype(np.float32), "cmin": -OCTAVES,
+                                                                       "cmax": OCTAVES, "colorscale": palette.ink(palette.LOAD[theme])}})  # fmt: skip
     told = np.stack([np.broadcast_to(experts, z.shape), *(getattr(found, n)[cell] for n in ("share", "elsewhere", "lift", "low", "high", "q")),
-                     np.broadcast_to(found.tokens[groups][:, None], z.shape), found.enrichment[cell], found.significant[cell], z], -1).reshape(-1, 11)  # fmt: skip
+                     *(np.broadcast_to(n[groups][:, None], z.shape) for n in (found.tokens, found.documents)),
+                     *(getattr(found, n)[cell] for n in ("count", "enrichment", "p", "significant"))], -1).reshape(z.size, -1)  # fmt: skip
     _cells_over(
         figure, [x[c] for c in column], [names[r] for r in row], told,
         "%{y}, expert %{customdata[0]:.0f}<br>used for %{customdata[1]:.1%} of its %{customdata[7]:,} tokens, %{customdata[2]:.1%}"
         " elsewhere<br>lift %{customdata[3]:.2f}, log2 enrichment %{customdata[4]:.1f} to %{customdata[5]:.1f}, q = %{customdata[6]:.2g}<extra></extra>",
-        {"x": "column", "y": "group", "customdata": ["expert", "share", "elsewhere", "lift", "log2_enrichment_low", "log2_enrichment_high", "q",
-                                                     "group_tokens", "log2_enrichment", "significant", "log2_enrichment_drawn"]},
+        {"x": None, "y": "group", "customdata": ["expert", "share", "elsewhere", "lift", "log2_enrichment_low", "log2_enrichment_high", "q",
+                                                 "group_tokens", "documents", "count", "log2_enrichment", "p", "significant"]},
     )  # fmt: skip
-    figure.update_xaxes(title="expert", type="category", categoryorder="array", categoryarray=x, constrain="domain")
-    figure.update_yaxes(autorange="reversed", type="category", categoryorder="array", categoryarray=list(names))
-    return _sized(figure, max(260, 28 * len(names) + 100))
+    figure.update_xaxes(
+        title="expert",
+        type="category",
+        categoryorder="array",
+        categoryarray=x,
+        range=[-0.5, len(x) - 0.5],
+        constrain="domain",
+        **_numbers(len(x)),
+    )
+    figure.update_yaxes(range=[len(names) - 0.5, -0.5], type="category", categoryorder="array", categoryarray=list(names))
+    return _sized(figure, max(280, 28 * len(names) + 130), OVER)
+
+
+def _times_bar(figure: go.Figure, title: str) -> None:
+    """The colour bar of a map of log2, above it, so that a narrow page is left to the cells; what lies beyond either end has the end's colour.
+
+    Its title is a text of its own: Plotly sets that of a bar which hangs from the top of the figure onto the bar, and the axis'
+    title onto the axis' numbers if the bar stands on the plot instead.
+    """
+    words, ends = [_times(o) for o in range(-OCTAVES, OCTAVES + 1)], list(range(-OCTAVES, OCTAVES + 1))
+    figure.data[0].colorbar = {"tickvals": ends, "ticktext": [f"≤{words[0]}", *words[1:-1], f"≥{words[-1]}"], "orientation": "h", "thickness": 10,
+                               "lenmode": "pixels", "len": 220, "x": 0, "xanchor": "left", "yref": "container", "y": 1, "yanchor": "top", "ypad": 22}  # fmt: skip
+    figure.add_annotation(
+        text=title, showarrow=False, xref="paper", x=0, xanchor="left", yref="paper", y=1, yanchor="bottom", yshift=OVER - 20
+    )
+
+
+def _times(octaves: int) -> str:
+    """2 to the power of ``octaves`` as a reader says it: ⅛×, 1×, 16×."""
+    return {-3: "⅛×", -2: "¼×", -1: "½×"}.get(octaves, f"{2**octaves:,}×" if octaves >= 0 else f"1/{2**-octaves:,}×")
+
+
+def _numbers(n: int, step: int | None = None) -> dict[str, Any]:
+    """An axis of n experts: up to LABELLED every one has its number, upright or on its side, since the order need not tell it; above, every ``step``."""
+    return {"dtick": 1 if n <= LABELLED else step, "autotickangles": [0, 90], "tickfont": {"size": 12 if n <= LABELLED // 2 else 9}}
 
 
 def _cells_over(figure: go.Figure, x: Any, y: Sequence[str], told: np.ndarray, hover: str, meta: Any) -> None:
@@ -463,19 +500,24 @@ def _cells_over(figure: go.Figure, x: Any, y: Sequence[str], told: np.ndarray, h
 
 
 def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse]) -> go.Figure:
-    """log2 enrichment of one expert by group with 95% intervals; bars that are not significant are faded."""
+    """Enrichment of one expert by group, on an axis in octaves, with 95% intervals; bars that are not significant are faded."""
     value, low, high = (np.array([getattr(u, n) for u in uses], float) for n in ("enrichment", "low", "high"))
     figure = go.Figure(
         go.Bar(y=list(names), x=value, orientation="h",
-               customdata=np.array([[u.share, u.elsewhere, u.count, u.n, u.q, u.significant] for u in uses]),
-               meta={"x": "log2_enrichment", "y": "group", "customdata": ["share", "elsewhere", "count", "n", "q", "significant"]},
+               customdata=np.array([[u.share, u.elsewhere, u.count, u.n, u.q, u.significant, u.documents, u.lift, u.low, u.high] for u in uses]),
+               meta={"x": "log2_enrichment", "y": "group", "customdata": ["share", "elsewhere", "count", "n", "q", "significant", "documents", "lift", "low", "high"]},
                error_x={"type": "data", "symmetric": False, "array": np.nan_to_num(high - value), "arrayminus": np.nan_to_num(value - low),
                         "color": "#888", "thickness": 1},
                marker={"color": palette.AMOUNT["light"][3], "opacity": [1.0 if u.significant else 0.25 for u in uses]},
                hovertemplate="%{y}: used for %{customdata[0]:.1%} (%{customdata[2]:,} of %{customdata[3]:,} tokens), %{customdata[1]:.1%} elsewhere,"
                              " q = %{customdata[4]:.2g}<extra></extra>")
     )  # fmt: skip
-    figure.update_xaxes(title="log2 enrichment", zeroline=True, zerolinecolor="#888")
+    reach = [x for x in (value, low, high) for x in x[np.isfinite(x)]]
+    first, last = int(np.floor(min(reach, default=0.0))), int(np.ceil(max(reach, default=0.0)))
+    octaves = [o for o in range(min(first, 0), max(last, 0) + 1) if last - first <= 10 or o % 2 == 0]
+    figure.update_xaxes(
+        title="times as often as elsewhere", zeroline=True, zerolinecolor="#888", tickvals=octaves, ticktext=[_times(o) for o in octaves]
+    )
     figure.update_yaxes(autorange="reversed", type="category")
     return _sized(figure, max(200, 26 * len(names) + 80))
 
@@ -510,17 +552,18 @@ def lift_map(lift: np.ndarray, rows: str, columns: str, theme: str) -> go.Figure
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.clip(np.log2(lift), -OCTAVES, OCTAVES).astype(np.float32)
     figure = go.Figure(
-        go.Heatmap(z=z, customdata=lift.astype(np.float32), meta={"x": "other", "y": "expert", "z": "log2_lift_drawn", "customdata": ["lift"]}, colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
-                   hoverongaps=False, colorbar={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": _TIMES, "thickness": 12},
+        go.Heatmap(z=z, x=np.arange(z.shape[1]), y=np.arange(len(z)), customdata=lift, colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
+                   meta={"x": "other", "y": "expert", "z": None, "customdata": ["lift"]}, hoverongaps=False,
                    hovertemplate="%{y} and %{x}: %{customdata:.2f} × expected<extra></extra>")
     )  # fmt: skip
-    figure.update_xaxes(title=columns, constrain="domain")
-    figure.update_yaxes(title=rows, autorange="reversed", scaleanchor="x", constrain="domain")
-    return _sized(figure, 480)
+    _times_bar(figure, "times as often as by load alone")
+    figure.update_xaxes(title=columns, constrain="domain", **_numbers(z.shape[1]))
+    figure.update_yaxes(title=rows, autorange="reversed", scaleanchor="x", constrain="domain", **_numbers(len(z)))
+    return _sized(figure, 540, OVER)
 
 
-def _sized(figure: go.Figure, height: int) -> go.Figure:
+def _sized(figure: go.Figure, height: int, top: int = 16) -> go.Figure:
     figure.update_layout(
-        height=height, margin={"l": 8, "r": 8, "t": 16, "b": 8}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)"
+        height=height, margin={"l": 8, "r": 8, "t": top, "b": 8}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)"
     )
     return figure

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import streamlit as st
 
 from analysis.export import FORMATS, TABLES, computed_bytes, export_bytes
@@ -17,15 +18,16 @@ from . import charts
 
 _ABOUT = MappingProxyType(
     {
-        "csv": "For spreadsheets: text is escaped so that no cell runs as a formula.",
-        "parquet": "Exact, and smallest: best for the decisions of a long run.",
+        "csv": "For spreadsheets: text is escaped so that no cell runs as a formula. The numbers alone, without run, settings or definitions.",
+        "parquet": "Exact, and smallest: best for the decisions of a long run. Carries the run, the settings and the definitions.",
         "json": "Exact; carries the run, the settings and the definitions.",
     }
 )
 
 
-def downloads(trace: Trace, tables: Sequence[str] = tuple(TABLES)) -> None:
-    """Choose a table and a format and take the file, which is made on the click."""
+def downloads(trace: Trace) -> None:
+    """Choose a table of the run and a format and take the file, which is made on the click; what takes settings has its page."""
+    tables = [n for n, t in TABLES.items() if not t.settings]
     row = st.container(horizontal=True, vertical_alignment="bottom")
     table = row.selectbox("Table", tables, key="table", width=180, help="; ".join(f"{n}: {TABLES[n].definition}" for n in tables))
     buttons(row, lambda kind: partial(export_bytes, trace, table, kind), charts.file_name(trace.name, table))
@@ -38,9 +40,14 @@ def computed_downloads(
     row = st.container(horizontal=True, vertical_alignment="bottom")
     table = row.selectbox("Table", list(tables), key="table", width=220, help="; ".join(f"{n}: {what}" for n, (what, _) in tables.items()))
     what, rows = tables[table]
-    made = rows if callable(rows) else lambda: rows
-    buttons(row, lambda kind: lambda: computed_bytes(trace, made(), what, settings, kind),
-            charts.file_name(trace.name, table.replace(" ", "-")))  # fmt: skip
+
+    def file(kind: str) -> bytes:
+        made = rows() if callable(rows) else rows
+        # A table that names its layers, or is over all of them, is not of the layer chosen on the page.
+        every = "metric" in made.column_names or ("site" in made.column_names and pc.count_distinct(made["site"]).as_py() > 1)
+        return computed_bytes(trace, made, what, {k: v for k, v in settings.items() if k != "layer" or not every}, kind)
+
+    buttons(row, lambda kind: partial(file, kind), charts.file_name(trace.name, table.replace(" ", "-")))
 
 
 def table_downloads(name: str, what: str, rows: pa.Table) -> None:

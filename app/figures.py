@@ -103,6 +103,7 @@ def take_figures() -> None:
     with row:
         figure_files(_order(chosen, size, captioned, settings))
     what = f"one row per mark of the figure. {chosen.told}"
+    box.caption("SVG, PNG and Parquet carry definition, n, run, settings and version. CSV holds the numbers alone.")
     buttons(
         row, lambda kind: partial(_rows, chosen, what, settings | {"figure": name, "n": chosen.n}, kind), name, ("csv", "parquet"), "take"
     )

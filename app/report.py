@@ -46,7 +46,7 @@ from analysis.trace import Trace
 
 from . import charts, palette
 from .model_card import facts, origin, router_rows
-from .strip_data import first_text, strip_data
+from .strip_data import HUES, first_text, strip_data
 from .text import axis_label, markup, visible_name
 
 _HERE = Path(__file__).parent
@@ -140,11 +140,11 @@ def _opening(draft: _Draft, finding: Finding | None) -> None:
     body = ""
     if trace.load_tokens is not None:
         first = first_text(trace, finding)
-        draft.strip.append(strip_data(first.texts, first.breaks, first.experts, first.weights, first.layers, id="report",
+        draft.strip.append(strip_data(first.texts, first.breaks, first.experts, first.weights, first.layers, first.hues, id="report",
                                       layer=first.layer, spotlight=finding.expert))  # fmt: skip
         told = (f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; the stronger the"
                 f" colour, the larger the gate weight of expert {finding.expert}. Press its button for all experts, ◀ and ▶ for other"
-                " layers. · is a space, ⏎ a line end.")  # fmt: skip
+                f" layers. {HUES} · is a space, ⏎ a line end.")  # fmt: skip
         body = f'<div id="strip"><div class="strip"></div></div>\n<p class="caption">{draft.told(told)}</p>'
     draft.add(finding.claim, finding.evidence, body)
 

@@ -259,7 +259,8 @@ def expert_search(trace: Trace) -> None:
 def document_picker(trace: Trace, stream: str) -> int:
     """Choose a document (``?doc=``, counted from 1), shown with its name and label; returns the document id."""
     rows = [r for r in trace.documents.to_pylist() if r["stack"] == stream]
-    names = {f"{r['document'] + 1}": f"{r['document'] + 1} · {r['name']}" + (f" · {r['label']}" if r["label"] else "") for r in rows}
+    labels = {r["document"]: f" · {r['label']}" if r["label"] and r["label"] not in r["name"] else "" for r in rows}
+    names = {f"{r['document'] + 1}": f"{r['document'] + 1} · {r['name']}{labels[r['document']]}" for r in rows}
     return int(choice("doc", "Document", names, next(iter(names)), width=320)) - 1
 
 

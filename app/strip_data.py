@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 
 from analysis.findings import Finding
-from analysis.trace import Trace
+from analysis.trace import LayerInfo, Trace
 
 from . import palette, text
 
 FIRST_TOKENS = 160
+HUES = (
+    "Hues belong to the run's 8 busiest experts of each layer, green to another one shown alone; experts of different layers are unrelated."
+)
 
 
 @dataclass(frozen=True)
 class StripText:
-    """Tokens of one text through the layers of its stream: visible texts, line ends, experts and weights [n, k] per layer."""
+    """Tokens of one text through the layers of its stream: visible texts, line ends, experts and weights [n, k], ``hues`` per layer."""
 
     texts: list[str]
     breaks: list[bool]
@@ -28,6 +31,12 @@ class StripText:
     layers: list[str]
     layer: int
     document: dict[str, Any]
+    hues: list[list[int]]
+
+
+def hues(trace: Trace, layers: Sequence[LayerInfo]) -> list[list[int]]:
+    """Per layer, the experts that have a hue wherever the run is shown: its busiest ones over the whole run."""
+    return [palette.hued(trace.stats.load(x.index)) for x in layers]
 
 
 def first_text(trace: Trace, finding: Finding) -> StripText:
@@ -43,22 +52,23 @@ def first_text(trace: Trace, finding: Finding) -> StripText:
     read = [trace.routing(x.index, start, stop) for x in sites]
     tokens = rows["token"].to_pylist()
     return StripText(text.token_texts(tokens, rows["token_bytes"].to_pylist()), ["\n" in (t or "") for t in tokens],
-                     [r.experts for r in read], [r.weights for r in read], [x.title for x in sites], sites.index(site), document)  # fmt: skip
+                     [r.experts for r in read], [r.weights for r in read], [x.title for x in sites], sites.index(site), document, hues(trace, sites))  # fmt: skip
 
 
 def strip_data(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[np.ndarray], weights: Sequence[np.ndarray],
-               layers: Sequence[str], **state: Any) -> dict[str, Any]:  # fmt: skip
-    """What strip.js reads. Ids are int16 and weights float16, in base64; ``state`` is what the strip starts with."""
+               layers: Sequence[str], hues: Sequence[Sequence[int]], **state: Any) -> dict[str, Any]:  # fmt: skip
+    """What strip.js reads. ``hues`` are experts per layer in the order of palette.EXPERTS; all others are grey. Ids are int16 and weights float16, in base64; ``state`` is what the strip starts with."""
     plain = {"layer": 0, "token": -1, "spotlight": None, "compact": False, "lost": None, "tells": False}
     return plain | state | {
         "texts": list(texts),
         "breaks": [int(b) for b in breaks],
         "layers": [
-            {"title": t, "k": e.shape[1], "experts": _packed(e.astype("<i2")), "weights": _packed(w.astype("<f2").view("<u2"))}
-            for t, e, w in zip(layers, experts, weights, strict=True)
+            {"title": t, "k": e.shape[1], "hues": [int(x) for x in h], "experts": _packed(e.astype("<i2")), "weights": _packed(w.astype("<f2").view("<u2"))}
+            for t, h, e, w in zip(layers, hues, experts, weights, strict=True)
         ],
         "colours": list(palette.EXPERTS),
         "other": palette.OTHER,
+        "picked": palette.PICKED,
     }  # fmt: skip
 
 

@@ -13,12 +13,13 @@ import streamlit as st
 
 from analysis.metrics import METRICS
 from analysis.slots import expert_capacity
+from analysis.token_classes import prose_example
 from analysis.trace import Trace
 
 from . import text
 from .selection import acted, current_trace, found_first, recording_id
 
-BATCH, FACTOR = 1_024, 1.25  # the batch step 4 speaks of
+BATCH, FACTOR, PRESET = 1_024, 1.25, "megatron"  # what step 4 speaks of and sets on its page
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,41 @@ class Step:
     choices: Callable[[Trace], dict[str, str]] = lambda _: {}
 
 
+@st.cache_resource(max_entries=32, show_spinner="Looking for a sentence …")
+def example(_trace: Trace, run: str) -> tuple[int, int]:
+    """Document and position of the word that the first step speaks of; ``run`` names the trace with its date."""
+    return prose_example(_trace, _trace.layers[-1].stream)
+
+
+def _shows_text(trace: Trace) -> bool:
+    return trace.load_tokens is not None and bool(trace.n_tokens(trace.layers[-1].stream))
+
+
 def _router(trace: Trace) -> str:
     layer = trace.layers[-1]
-    said = f"At {layer.title} a small network, the router, scores {layer.n_experts:,} experts for every token and sends it to {layer.top_k:,} of them."
-    if trace.load_tokens is None or not trace.n_tokens(layer.stream):
+    alike = {(x.n_experts, x.top_k) for x in trace.layers if x.stream == layer.stream}
+    where = text.counted(sum(x.stream == layer.stream for x in trace.layers), "layer") if len(alike) == 1 else ""
+    said = (f"A token is a word or a piece of one. {f'At each of {where}' if where else f'At {layer.title}'} the router scores"
+            f" {layer.n_experts:,} small networks (experts) for it and sends it to {layer.top_k:,} of them.")  # fmt: skip
+    if not _shows_text(trace):
         return f"{said} This run holds counts alone, so there is no text to show it on."
-    row, routing = trace.stream_tokens(layer.stream, 0, 1, ["token", "token_bytes"]), trace.routing(layer.index, 0, 1)
-    [shown] = text.token_texts(row["token"].to_pylist(), row["token_bytes"].to_pylist())
-    pairs = sorted(zip(routing.weights[0].tolist(), routing.experts[0].tolist(), strict=True), reverse=True)
-    went = " and ".join(f"expert {e} (gate weight {w:.2f})" for w, e in pairs if e >= 0) or "no expert"
-    return f"{said} The first token below, “{shown}”, went to {went}. Click a token to follow it; the arrows beside the layer's name step through the layers."
+    document, position = example(trace, recording_id(trace))
+    at = trace.document_range(document, layer.stream)[0] + position
+    token, routing = trace.stream_tokens(layer.stream, at, at + 1, ["token"])["token"][0].as_py(), trace.routing(layer.index, at, at + 1)
+    shown = text.visible_name(token or "") or "⟨empty⟩"
+    pairs = sorted(((w, e) for w, e in zip(routing.weights[0].tolist(), routing.experts[0].tolist(), strict=True) if e >= 0), reverse=True)
+    went = " and ".join(f"expert {e}" for _, e in pairs) or "no expert"
+    parts = abs(sum(w for w, _ in pairs) - 1) < 0.01  # not every router's weights add up to one
+    count = " and ".join(f"{w:.0%}" if parts else f"{w:.2f}" for w, _ in pairs)
+    counted = ("", f", which counts {count} (gate weight)", f", which count {count} (gate weights)")[min(len(pairs), 2)]
+    return f"{said} At {layer.title} “{shown}” went to {went}{counted}. Click another token to follow it; the arrows beside the layer's name step through the layers."
+
+
+def _its_word(trace: Trace) -> dict[str, str]:
+    if not _shows_text(trace):
+        return {"layer": trace.layers[-1].title}
+    document, position = example(trace, recording_id(trace))
+    return {"doc": str(document + 1), "layer": trace.layers[-1].title, "token": str(position)}
 
 
 def _load(trace: Trace) -> str:
@@ -63,27 +89,39 @@ def _its_expert(trace: Trace) -> dict[str, str]:
     return {"layer": trace.layers[found.site].title, "expert": str(found.expert)} if found else {}
 
 
+def _batch(trace: Trace) -> int:
+    """The batch that the step speaks of; a shorter run is one batch."""
+    return min(BATCH, trace.n_tokens(trace.layers[-1].stream))
+
+
 def _capacity(trace: Trace) -> str:
-    layer = trace.layers[-1]
-    even, slots = (expert_capacity(tokens=BATCH, n_experts=layer.n_experts, top_k=layer.top_k, factor=f) for f in (1.0, FACTOR))
-    return (
-        f"Hardware likes fixed sizes, so an expert may get a fixed number of slots. In a batch of {BATCH:,} tokens an even share at {layer.title}"
-        f" is {even:,} slots; a capacity factor of {FACTOR:g} gives {slots:,}. What comes after they are full is dropped. Move the capacity"
-        " factor and watch drops turn into idle slots; the headline has both for this run, beside what chance would drop."
+    layer, batch = trace.layers[-1], _batch(trace)
+    even, slots = (
+        expert_capacity(tokens=batch, n_experts=layer.n_experts, top_k=layer.top_k, factor=f, preset=PRESET) for f in (1.0, FACTOR)
     )
+    return (
+        f"Hardware likes fixed sizes, so an expert may get a fixed number of slots; what comes after they are full is dropped. The six tokens below"
+        f" show how. In batches of {batch:,} tokens, as chosen below, an even share at {layer.title} is {even:,} slots and a capacity factor of"
+        f" {FACTOR:g} gives {slots:,}. Move the factor and watch drops turn into idle slots."
+    )
+
+
+def _its_batches(trace: Trace) -> dict[str, str]:
+    return {"lesson": "open", "at": trace.layers[-1].title, "scope": "tokens", "tokens": str(BATCH), "cf": f"{FACTOR:g}",
+            "preset": PRESET, "policy": "preset"}  # fmt: skip
 
 
 def _own(trace: Trace) -> str:
     said = f"All this was read off {text.counted(sum(trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in trace.layers)), 'token')}"
-    return (f"{said} of {text.counted(len(trace.documents), 'document')}. Now yours: paste a few sentences of different kinds, press Record, and open"
-            " the run on the Tokens page. A short text is a small sample: every page says what chance alone would give.")  # fmt: skip
+    return (f"{said} of {text.counted(len(trace.documents), 'document')}. Now yours: paste a few paragraphs of different kinds, an empty line between"
+            " them, press Record, and open the run on the Tokens page. A short text is a small sample: every page says what chance alone would give.")  # fmt: skip
 
 
 STEPS = (
-    Step("tokens", "What does a router do with a sentence?", _router, lambda t: {"doc": "1", "layer": t.layers[-1].title}),
+    Step("tokens", "What does a router do with a sentence?", _router, _its_word),
     Step("load", "Who carries the load?", _load),
     Step("expert", "What is an expert for, and is that more than chance?", _expert, _its_expert),
-    Step("capacity", "What overflows?", _capacity),
+    Step("capacity", "What overflows?", _capacity, _its_batches),
     Step("runs", "What does it do with your own text?", _own),
 )
 
@@ -98,32 +136,35 @@ def show(page: str) -> None:
         return
     st.session_state["_tour"] = st.session_state["_chosen"]["tour"] = str(step)
     trace, told = current_trace(), STEPS[step - 1]
+    if st.session_state.pop("_tour_next", False):
+        st.switch_page(_page(step + 1), query_params=_query(trace, step + 1))
     with st.container(border=True, key="tour"):
-        text.show_text(f"Tour, {step} of {len(STEPS)}: {told.title}")
-        text.show_note(told.told(trace))
-        with st.container(horizontal=True):
-            if step > 1:
-                _link(trace, step - 1, back=True)
+        text.show_note(f"Tour, {step} of {len(STEPS)}: {told.title}")
+        text.show_text(told.told(trace))
+        with st.container(horizontal=True, vertical_alignment="center"):
             if step < len(STEPS):
-                _link(trace, step + 1)
-            st.button("Close the tour", key="close-tour", on_click=_close)
+                st.button("Next →", key="tour-next", type="primary", on_click=_next)
+            if step > 1:
+                st.page_link(_page(step - 1), label="← Back", query_params=_query(trace, step - 1), width="content")
+            st.button("Close the tour", key="close-tour", type="tertiary", on_click=_close)
+
+
+def _page(step: int) -> str:
+    return f"views/{STEPS[step - 1].page}.py"
 
 
 def _query(trace: Trace, step: int) -> dict[str, str]:
     return {"run": trace.name, "tour": str(step), **STEPS[step - 1].choices(trace)}
 
 
-def _link(trace: Trace, step: int, back: bool = False) -> None:
-    target, query = f"views/{STEPS[step - 1].page}.py", _query(trace, step)
-    if back:
-        st.page_link(target, label="← Back", query_params=query, width="content")
-    else:
-        st.page_link(target, label="Next →", query_params=query, width="content")
-
-
 def start_link(trace: Trace) -> None:
     """The way in: a link to the first step."""
-    st.page_link(f"views/{STEPS[0].page}.py", label="New here? Take the tour: five steps →", query_params=_query(trace, 1), width="content")
+    st.page_link(_page(1), label="New here? Take the tour: five steps →", query_params=_query(trace, 1), width="content")
+
+
+def _next() -> None:
+    """A callback runs whatever else reruns the page at that moment; a clicked button's value may be lost."""
+    st.session_state["_tour_next"] = True
 
 
 def _close() -> None:

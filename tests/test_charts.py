@@ -1,9 +1,12 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from analysis.cards import GroupUse
+from analysis.specialization import Preferences, effects
 from app import charts, palette
 
 
@@ -17,19 +20,28 @@ def test_load_map_is_log2_and_marks_the_dead(theme: str) -> None:
 
 
 def test_token_map_keeps_repeated_tokens_apart() -> None:
-    figure = charts.token_map(np.array([[0, 9, 0]]), ["a", "a", "&lt;s&gt;"], ["layer 0"], "expert", "light", True)
+    figure = charts.token_map(np.array([[0, 9, 0]]), ["a", "a", "&lt;s&gt;"], ["layer 0"], "expert", "light", [[0, 9]])
     assert list(figure.data[0].x) == ["0 a", "1 a", "2 &lt;s&gt;"]
     assert np.asarray(figure.data[0].z).tolist() == [[0, 1, 0]] and np.asarray(figure.data[0].customdata).tolist() == [[0, 9, 0]]
 
 
-def test_the_busiest_experts_take_the_hues_and_no_expert_takes_none() -> None:
-    experts = np.array([30, 12, 12, -1, 7, 30, 30, *range(100, 107)])
-    hues = charts.busiest_hues(experts)
-    assert hues[[0, 5, 6]].tolist() == [0, 0, 0] and hues[[1, 2]].tolist() == [1, 1] and hues[4] == 2  # ties by number
-    assert hues[7:].tolist() == [3, 4, 5, 6, 7, 8, 8] and np.isnan(hues[3])  # the ninth and tenth share the grey
-    heat = charts.token_map(experts[None], [str(i) for i in range(14)], ["layer 0"], "expert", "light", True).data[0]
-    assert heat.zmax == 9 and heat.colorscale[-1] == (1.0, palette.OTHER) and np.asarray(heat.customdata)[0, 0] == 30
-    assert np.isnan(charts.busiest_hues(np.array([-1, -1]))).all()
+def test_a_hue_is_the_experts_in_its_run_whatever_tokens_are_shown() -> None:
+    load = np.array([5, 90, 0, 7, 7, 1, 2, 3, 4, 6, 8])
+    assert palette.hued(load) == [1, 10, 3, 4, 9, 0, 8, 7]  # ties by number; the ninth has none
+    assert palette.hued(np.array([0, 3, 0])) == [1] and palette.hued(np.zeros(4, int)) == []
+    hues = charts.busiest_hues(np.array([6, 6, 6, 4, -1, 1, 2]), palette.hued(load))
+    assert hues[[0, 1, 2, 3, 5, 6]].tolist() == [8, 8, 8, 3, 0, 8] and np.isnan(hues[4])  # the busiest here is grey in the run
+    [heat] = charts.token_map(np.array([[6, -1, 1], [6, 6, 1]]), list("abc"), ["l0", "l1"], "expert", "light", [[1, 6], [6]]).data
+    assert heat.text.tolist() == [["6", "", "1"], ["6", "6", "1"]]
+    assert np.asarray(heat.z)[:, [0, 2]].tolist() == [[1, 0], [0, 8]] and np.isnan(np.asarray(heat.z)[0, 1])
+    assert heat.zmax == 9 and heat.colorscale[-1] == (1.0, palette.OTHER) and np.asarray(heat.customdata)[0, 0] == 6
+    assert np.isnan(charts.busiest_hues(np.array([-1, -1]), [])).all()
+
+
+def test_cells_of_a_short_map_hold_their_experts_number() -> None:
+    drawn = [charts.token_map(np.zeros((1, n), int), ["t"] * n, ["layer 0"], "expert", "light", [[0]]).data[0] for n in (80, 81)]
+    assert drawn[0].texttemplate == "%{text}" and drawn[1].texttemplate is None
+    assert charts.token_map(np.zeros((1, 3)), ["t"] * 3, ["layer 0"], "margin", "light").data[0].texttemplate is None
 
 
 def test_map_by_load_names_the_experts_it_moved() -> None:
@@ -124,8 +136,15 @@ def test_rows_are_what_is_drawn() -> None:
     rows = charts.rows(charts.maxvio_lines(["layer 0", "a &lt;b&gt;"], run, batch, least, most, chance)).to_pylist()
     assert rows[0] == {"series": "mean of the batches", "layer": "layer 0", "maxvio": 0.5, "low": 0.25, "high": 1.5}
     assert rows[-1] == {"series": "by chance in a batch", "layer": "a <b>", "maxvio": 0.2, "low": None, "high": None} and len(rows) == 6
-    tokens = charts.rows(charts.token_map(np.array([[0, 9, -1]]), ["a", "b", "c"], ["layer 0"], "expert", "light", True)).to_pydict()
+    tokens = charts.rows(charts.token_map(np.array([[0, 9, -1]]), ["a", "b", "c"], ["layer 0"], "expert", "light", [[0, 9]])).to_pydict()
     assert tokens == {"layer": ["layer 0"] * 3, "token": ["0 a", "1 b", "2 c"], "hue": [0, 1, None], "expert": [0, 9, -1]}
+    numbered = charts.rows(charts.load_map([np.array([1 / 3, 2.0])], ["l0"], "light"))
+    assert numbered.to_pydict() == {
+        "layer": ["l0"] * 2,
+        "relative_load": [1 / 3, 2.0],
+        "expert": [0, 1],
+    }  # to the last digit, and an integer
+    assert str(numbered["expert"].type) == "int64" == str(charts.rows(charts.sorted_load(np.array([1.0, 3.0]), "light"))["expert"].type)
     ranked = charts.rows(charts.load_map([np.array([0.5, 2.5]), np.array([1.0])], ["l0", "l1"], "light", by_load=True)).to_pydict()
     assert ranked["expert"] == [1, 0, 0, None] and ranked["relative_load"] == [2.5, 0.5, 1, None] and ranked["place"] == [0, 1, 0, 1]
     grid = charts.rows(charts.slot_grid(("a", "b"), np.array([0, 1]), np.array([0, 0]), 1, 2)).to_pylist()
@@ -138,3 +157,73 @@ def test_a_printed_figure_is_light_and_without_what_only_the_mouse_sees() -> Non
     heat, *others = json.loads(charts.printed(figure))["data"]
     assert heat["colorscale"] == [list(stop) for stop in palette.scale(palette.LOAD["light"])] and others == []
     assert figure.data[0].colorscale[0][1] == palette.LOAD["dark"][0]  # the one on screen stays as it is
+
+
+def preferences(groups: int = 2, experts: int = 32) -> Preferences:
+    counts = np.random.default_rng(3).integers(5, 400, (groups, experts))
+    return effects(0, "label", tuple("abcdefgh"[:groups]), counts.sum(1), counts)
+
+
+def enrichment(found: Preferences, theme: str = "light") -> charts.go.Figure:
+    g, e = found.count.shape
+    return charts.enrichment_map(found, list(found.groups), np.arange(g), np.arange(e)[::-1], theme)
+
+
+def test_every_expert_of_a_map_keeps_its_number_up_to_32() -> None:
+    maps = {n: (enrichment(preferences(2, n)), charts.lift_map(np.ones((n, n)), "expert", "expert", "light"), charts.sorted_load(np.ones(n), "light"),
+                charts.load_map([np.ones(n)], ["layer 0"], "light"), charts.slot_bars(*np.ones((4, n), int))) for n in (16, 32, 33)}  # fmt: skip
+    assert [f.layout.xaxis.dtick for n in (16, 32) for f in maps[n]] == [1] * 10
+    assert all(f.layout.xaxis.dtick != 1 for f in maps[33]) and maps[32][1].layout.yaxis.dtick == 1
+
+
+def test_a_colour_bar_says_of_what_and_that_its_ends_are_open() -> None:
+    maps = {"times as often as elsewhere": enrichment(preferences()), "× even share": charts.load_map([np.ones(4)], ["layer 0"], "light"),
+            "times as often as by load alone": charts.lift_map(np.full((3, 3), 62.0), "expert", "expert", "dark")}  # fmt: skip
+    for title, figure in maps.items():
+        bar = figure.data[0].colorbar
+        assert [a.text for a in figure.layout.annotations] == [title]
+        assert (bar.ticktext[0], bar.ticktext[3], bar.ticktext[-1]) == ("≤⅛×", "1×", "≥8×") and bar.tickvals == tuple(range(-3, 4))
+    assert np.asarray(figure.data[0].z).max() == 3 and charts.rows(figure)["lift"].to_pylist() == [62.0] * 9
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_cross_stands_out_from_every_colour_of_a_cell(theme: str) -> None:
+    stops, colours = palette.ink(palette.LOAD[theme]), palette.LOAD[theme]
+    for (left, mark), (right, same) in zip(stops[::2], stops[1::2], strict=True):
+        assert mark == same and left < right
+        assert min(palette.contrast(palette.rgb(mark), palette.between(colours, at)) for at in (left, right)) >= 3
+    assert palette.contrast(palette.rgb("#000000"), palette.rgb("#ffffff")) == pytest.approx(21) and {c for _, c in stops} == set(
+        palette.INKS
+    )
+    crosses = enrichment(preferences(), theme).data[1].marker.line
+    assert (crosses.cmin, crosses.cmax) == (-3, 3) and crosses.colorscale == tuple(stops)
+    printed = json.loads(charts.printed(enrichment(preferences(), theme)))["data"][1]["marker"]["line"]["colorscale"]
+    assert printed == [list(stop) for stop in palette.ink(palette.LOAD["light"])]
+
+
+def test_numbers_of_an_enrichment_map_are_enough_to_test_again() -> None:
+    found = preferences(2, 4)
+    table = charts.rows(enrichment(found))
+    assert table.column_names == ["group", "expert", "share", "elsewhere", "lift", "log2_enrichment_low", "log2_enrichment_high", "q",
+                                  "group_tokens", "documents", "count", "log2_enrichment", "p", "significant"]  # fmt: skip
+    assert table["expert"].to_pylist() == [3, 2, 1, 0] * 2 and table["count"].to_pylist() == found.count[:, ::-1].ravel().tolist()
+    assert table["share"].to_pylist() == found.share[:, ::-1].ravel().tolist()
+    integers = [f.name for f in table.schema if f.type == pa.int64()]
+    assert integers == ["expert", "group_tokens", "documents", "count"] and table.schema.field("significant").type == pa.bool_()
+
+
+def test_bars_of_enrichment_are_read_in_times() -> None:
+    use = {"group": "a", "count": 3, "n": 9, "documents": 2, "share": 1 / 3, "elsewhere": 0.1, "lift": 2.0, "q": 0.01, "significant": True}
+    figure = charts.enrichment_bars(["a", "b"], [GroupUse(**use, enrichment=5.9, low=-0.4, high=np.nan), GroupUse(**use, enrichment=-4.2, low=-4.5, high=-4)])  # fmt: skip
+    axis = figure.layout.xaxis
+    told = dict(zip(axis.tickvals, axis.ticktext, strict=True))
+    assert (told[-4], told[-2], told[0], told[6]) == ("1/16×", "¼×", "1×", "64×") and axis.title.text == "times as often as elsewhere"
+    assert list(figure.data[0].x) == [5.9, -4.2]
+    told = charts.rows(figure)
+    assert told["high"].to_pylist() == [None, -4] and told["low"].to_pylist() == [-0.4, -4.5]  # unknown, not zero
+
+
+def test_the_share_of_all_stands_in_the_legend_and_on_no_bar() -> None:
+    figure = charts.share_bars(["a"], np.array([0.9]), np.array([7]), 0.4, "label")
+    assert not figure.layout.annotations and figure.layout.shapes[0].y0 == 0.4
+    assert (figure.layout.shapes[0].name, figure.layout.shapes[0].showlegend, figure.layout.showlegend) == ("whole layer", True, True)

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import re
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from analysis import __version__, export
+from analysis.capacity import capacity_curves
 from analysis.export import FORMATS, TABLES, ExportError, computed_bytes, csv_original, csv_text, describe, export_bytes, export_table
-from analysis.metrics import METRICS, balance_table, percentile_table
+from analysis.metrics import METRICS, balance_table, load_table, percentile_table
+from analysis.overflow import FACTORS
+from analysis.stability import label_balance, maxvio_table
 from analysis.trace import SCHEMA_VERSION, Trace
 from tests.nasty import NASTY
 from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace, site
@@ -35,8 +39,10 @@ MIXED = (site(0, 4, 1), site(1, 8, 3))  # sites with different k
 TRACES = {"plain": PLAIN, "two streams, dropping": TWO_STREAMS, "300 experts": MANY, "different k": MIXED}
 
 
-def rows_of(trace: Trace, table: str, format: str) -> list[dict]:
-    data = export_bytes(trace, table, format)
+def rows_of(trace: Trace, table: str, format: str, settings: dict | None = None) -> list[dict]:
+    buffer = io.BytesIO()
+    export_table(trace, table, format, buffer, settings or {})
+    data = buffer.getvalue()
     if format == "csv":
         return list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""), strict=True))
     return pq.read_table(io.BytesIO(data)).to_pylist() if format == "parquet" else json.loads(data)["rows"]
@@ -59,10 +65,16 @@ def test_every_table_in_every_format_has_every_row(table: str, format: str, laye
         "decisions": sum(trace.n_tokens(x.stream) for x in layers),
         "tokens": sum(trace.n_tokens(s) for s in {x.stream for x in layers}),
         "documents": len(trace.documents),
+        "labels": sum(len(trace.stats.label_load(x.index)[0]) for x in layers),
+        "positions": sum(len(trace.stats.position_load(x.index)) for x in layers),
+        "batches": len(layers),
+        "capacity": len(layers) * len(FACTORS),
     }
-    buffer = io.BytesIO()
-    assert export_table(trace, table, format, buffer) == expected[table] > 0
-    assert len(rows_of(trace, table, format)) == expected[table]
+    buffer, asked = io.BytesIO(), {"policy": "position"} if table == "capacity" else {}  # of native drops the weights are not known
+    assert export_table(trace, table, format, buffer, asked) == expected[table] > 0
+    rows = rows_of(trace, table, format, asked)
+    assert len(rows) == expected[table]
+    assert {re.sub(r"(?<=_)\d+$", "i", n) for n in rows[0]} - set(TABLES[table].columns) == set()  # not a column without a definition
 
 
 @pytest.mark.parametrize("layers", TRACES.values(), ids=TRACES)
@@ -150,7 +162,9 @@ def test_metadata_travels_with_the_table(table: str) -> None:
     about = describe(trace, table)
     assert (about["run"], about["model"], about["tokens"]) == ("named", "made up", {"decoder": trace.n_tokens()})
     assert (about["schema_version"], about["routerscope"], about["table"]) == (SCHEMA_VERSION, __version__, table)
-    assert about["row"] == TABLES[table].definition and "MaxVio" not in about["definitions"] and "maxvio" in about["definitions"]
+    assert about["row"] == TABLES[table].definition and about["definitions"] == TABLES[table].columns
+    usual = {"policy": "probability", "size": 16} if table == "capacity" else {}
+    assert about.get("settings", {}) == {**TABLES[table].settings, **usual} and ("maxvio" in about["definitions"]) == (table == "balance")
     in_parquet = pq.read_schema(io.BytesIO(export_bytes(trace, table, "parquet"))).metadata[b"routerscope"]
     assert json.loads(in_parquet) == json.loads(export_bytes(trace, table, "json"))["about"] == about
 
@@ -158,10 +172,57 @@ def test_metadata_travels_with_the_table(table: str) -> None:
 def test_computed_tables_carry_the_definitions_of_their_metrics() -> None:
     trace = make_trace()
     table = balance_table(trace)
-    for rows, names in ((table.select(["layer", "cv", "gini"]), ["cv", "gini"]), (percentile_table(trace, table), list(METRICS))):
+    for rows, names in ((table.select(["layer", "cv", "gini"]), ["layer", "cv", "gini"]), (percentile_table(trace, table), list(METRICS))):
         about = json.loads(computed_bytes(trace, rows, "one row per thing", {"batch": 7}, "json"))["about"]
         assert list(about["definitions"]) == names and about["settings"] == {"batch": 7} and about["row"] == "one row per thing"
         assert METRICS["cv"].definition in about["definitions"]["cv"] and METRICS["cv"].chance in about["definitions"]["cv"]
+
+
+def test_a_page_s_table_is_defined_as_the_run_s_own() -> None:
+    trace = make_trace()
+    about = json.loads(computed_bytes(trace, load_table(trace), "", {}, "json"))["about"]
+    assert list(about["definitions"]) == load_table(trace).column_names and "even" in about["definitions"]["relative"]
+    other = json.loads(computed_bytes(trace, pa.table({"share": [0.5], "partner": [1]}), "", {}, "json"))["about"]
+    assert other["definitions"] == {}  # another share than the load's, perhaps
+
+
+def test_numbers_of_a_csv_are_bare_and_text_is_quoted(hostile: Trace) -> None:
+    for table in ("load", "tokens"):
+        lines = export_bytes(hostile, table, "csv").decode().splitlines()
+        names = next(csv.reader(lines[:1]))
+        for line, row in zip(lines[1:50], csv.DictReader(lines), strict=False):
+            told = dict(zip(names, re.findall(r'("(?:[^"]|"")*"|[^,]*)(?:,|$)', line), strict=False))
+            text = {n for n in row if told[n].startswith('"')}
+            assert text <= {"stack", "token", "label", "phase"} and "stack" in text
+    total = sum(float(line.split(",")[4]) for line in export_bytes(hostile, "load", "csv").decode().splitlines()[1:])
+    assert total == sum(int(hostile.stats.load(x.index).sum()) for x in PLAIN)  # what awk -F, would add up
+
+
+def test_what_a_table_depends_on_is_chosen_and_told() -> None:
+    trace = make_trace(PLAIN, [make_part(PLAIN, [300, 40, 500])])
+    chosen = {"scope": "documents", "size": 2, "preset": "switch", "policy": "position", "order": "recorded"}
+    buffer = io.BytesIO()
+    export_table(trace, "capacity", "parquet", buffer, chosen)
+    table = pq.read_table(buffer)
+    assert json.loads(table.schema.metadata[b"routerscope"])["settings"] == chosen
+    asked = capacity_curves(trace, policy="position", scope="documents", size=2, preset="switch")
+    assert (
+        table.replace_schema_metadata() == asked
+        and asked["dropped"] != capacity_curves(trace, scope="documents", size=16, mixed=0)["dropped"]
+    )
+    batches = pq.read_table(io.BytesIO(export_bytes(trace, "batches", "parquet")))
+    assert batches["batch"].to_pylist() == maxvio_table(trace, 1_024, 0)["batch"].to_pylist()
+    labels = pq.read_table(io.BytesIO(export_bytes(trace, "labels", "parquet"))).to_pylist()
+    assert [r["cv"] for r in labels if r["site"] == 1] == label_balance(trace, 1)["cv"].to_pylist()
+
+
+@pytest.mark.parametrize(("table", "settings", "said"), [
+    ("load", {"policy": "position"}, "takes no policy"), ("batches", {"size": 3}, "it takes batch_tokens, order"),
+    ("capacity", {"preset": "none"}, "none"), ("capacity", {"policy": "none"}, "no policy 'none'"), ("capacity", {"policy": "reroute"}, "reroute"),
+])  # fmt: skip
+def test_a_setting_without_meaning_is_an_error(table: str, settings: dict, said: str) -> None:
+    with pytest.raises(ExportError, match=said):
+        export_table(make_trace(PLAIN), table, "csv", io.BytesIO(), settings)
 
 
 def test_missing_and_infinite_numbers() -> None:
@@ -174,11 +235,11 @@ def test_missing_and_infinite_numbers() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("table", ["load", "balance", "documents"])
+@pytest.mark.parametrize("table", ["load", "balance", "documents", "labels", "positions"])
 def test_a_run_of_statistics_alone(table: str, format: str) -> None:
     bare = replace(make_trace(PLAIN), source=None, load_tokens=None)
     assert rows_of(bare, table, format) == rows_of(make_trace(PLAIN), table, format)
-    for gone in ("tokens", "decisions"):
+    for gone in ("tokens", "decisions", "capacity"):
         with pytest.raises(ExportError, match="statistics only"):
             export_bytes(bare, gone, format)
 

@@ -81,6 +81,5 @@ def test_numbers_go_out_with_definition_run_and_n() -> None:
     table = pq.read_table(io.BytesIO(data))
     about = json.loads(table.schema.metadata[b"routerscope"])
     assert about["run"] == "mine" and about["row"].endswith("Load of mine.") and about["settings"] == {"n": "7 tokens"}
-    assert table.to_pydict() == {"layer": ["layer 0"] * 3, "place": [0, 1, 2], "log2_relative_load_drawn": [1, -3, 0],
-                                 "relative_load": [2, 0, 1], "expert": [0, 1, 2]}  # fmt: skip
+    assert table.to_pydict() == {"layer": ["layer 0"] * 3, "relative_load": [2, 0, 1], "expert": [0, 1, 2]}
     assert len(figures._rows(shown(), "", {}, "csv").splitlines()) == 4

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis.token_classes import CLASSES, by_class, class_codes, token_class
+from analysis.token_classes import CLASSES, by_class, class_codes, prose_example, token_class, whole_words
 from analysis.trace import Trace
 from tests.synthetic import PLAIN, make_part, make_trace
 
@@ -72,3 +72,17 @@ def test_tokens_of_unknown_text_have_no_class() -> None:
 def test_random_routing_prefers_no_class() -> None:
     """30 random runs: 1.5 false claims expected, 7 or more has odds of 1 : 1,000."""
     assert sum(bool(by_class(of_text(seed=s), 0).significant.any()) for s in range(30)) < 7
+
+
+def test_a_newcomer_is_shown_a_whole_word_of_prose() -> None:
+    assert whole_words([" str", "ength", " of", " the", ".", " x1", "word"]).tolist() == [False, False, True, True, False, False, False]
+    lengths, texts = [6, 6, 6], ["**", " the", " str", "ength", " city", "\n"]
+    part = make_part(PLAIN, lengths, texts=["x"])
+    words = ["**", "#", "ing", "7", " of", "(", *texts, *[" word"] * 6]
+    tokens = part.tokens.set_column(part.tokens.schema.get_field_index("token"), part.tokens.schema.field("token"),
+                                    pa.array(words).dictionary_encode().cast(part.tokens.schema.field("token").type))  # fmt: skip
+    trace = make_trace(PLAIN, [replace(part, tokens=tokens)])
+    assert prose_example(trace) == (2, 0)  # by the share of whole words
+    labels = pa.array(["sql", "English", "english"])
+    documents = trace.documents.set_column(trace.documents.schema.get_field_index("label"), "label", labels)
+    assert prose_example(replace(trace, documents=documents)) == (1, 4)  # by label; " the" is short, " str" only begins a word

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.untrusted import Limits, Prompt, UploadError, read_prompts
+from analysis.untrusted import Limits, Prompt, UploadError, paragraphs, read_prompts
 
 
 def test_each_kind_of_file() -> None:
@@ -97,3 +97,12 @@ def test_errors_never_repeat_the_text(name: str, data: bytes) -> None:
     with pytest.raises(UploadError) as caught:
         read_prompts(data, name)
     assert "canary" not in str(caught.value)
+
+
+def test_paragraphs_are_prompts_letter_by_letter() -> None:
+    text = "\n One.\nStill one.\n\n    def f():\n\t\n \n\u4e09\u3002\n"
+    found = paragraphs(text)
+    assert [p.text for p in found] == ["\n One.\nStill one.", "    def f():", "\u4e09\u3002\n"]
+    assert [(p.name, p.label) for p in found[1:]] == [("paragraph 2", None), ("paragraph 3", None)] and paragraphs(" \n\n ") == ()
+    with pytest.raises(UploadError, match="3 paragraphs; at most 2"):
+        paragraphs(text, Limits(prompts=2))

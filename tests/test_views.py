@@ -57,8 +57,8 @@ def shown(page: str, run: str) -> AppTest:
     return test
 
 
-@pytest.mark.parametrize("query", [{"doc": "1"}, {"doc": "1", "tour": "1"}])
-def test_a_document_is_shown_where_the_tokens_of_the_other_parts_cannot_be_read(runs: Path, query: dict[str, str]) -> None:
+def test_a_document_is_shown_where_the_tokens_of_the_other_parts_cannot_be_read(runs: Path) -> None:
+    """And one of theirs is an error that names the file."""
     with RunWriter.open(runs / "two", card(PLAIN), {}) as writer:
         for part in make_parts(PLAIN):
             writer.write(part)
@@ -66,14 +66,14 @@ def test_a_document_is_shown_where_the_tokens_of_the_other_parts_cannot_be_read(
     for path in sorted((runs / "two" / "tokens").iterdir())[1:]:
         path.write_bytes(bytes(path.stat().st_size))
     test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
-    for key, value in (query | {"run": "two"}).items():
+    for key, value in {"doc": "1", "run": "two"}.items():
         test.query_params[key] = value
     test.switch_page("views/tokens.py")
     test.run()
-    assert not test.exception and test.title[0].value == "Which expert does each token go to?"
+    assert not test.exception and not test.error and test.title[0].value == "Which expert does each token go to?"
     test.query_params["doc"] = "4"
     test.run()
-    assert test.exception
+    assert not test.exception and plain("two/tokens/part-00001.parquet is damaged") in test.error[0].value
 
 
 @pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs", "glossary"])
@@ -86,6 +86,28 @@ def test_every_page_over_every_kind_of_run(runs: Path, page: str, kind: str, len
     if page == "overview":
         assert test.metric[0].value == f"{sum(lengths) * len({x.stream for x in KINDS[kind]}):,}"
     assert_harmless(test)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tour_over_every_kind_of_run(runs: Path, kind: str) -> None:
+    store(runs / kind, KINDS[kind], [1, *[20] * len(NASTY)])
+    test = shown("overview", kind)
+    for step, page in enumerate(("tokens", "load", "expert", "capacity", "runs"), 1):
+        test.query_params["tour"] = str(step)
+        test.switch_page(f"views/{page}.py")
+        test.run()
+        assert not test.exception and any(plain(f"Tour, {step} of 5:") in c.value for c in test.caption)
+        assert_harmless(test)
+    assert test.checkbox(key="paragraphs").value
+
+
+def test_pasted_paragraphs_are_counted_where_they_are_texts_of_their_own(runs: Path) -> None:
+    store(runs / "plain", PLAIN, [3])
+    test = shown("runs", "plain")
+    test.text_area(key="pasted").set_value("One.\n\nTwo.\nStill two.").run()
+    assert not test.checkbox(key="paragraphs").value and not any("pasted" in c.value for c in test.caption)
+    test.checkbox(key="paragraphs").check().run()
+    assert any("2 paragraphs pasted" in c.value for c in test.caption)
 
 
 @pytest.mark.parametrize("link", [{"by": "label"}, {"by": "class"}, {"by": "token"}, {"who": "label"}, {"who": "token"}, {"who": "text"},

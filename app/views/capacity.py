@@ -36,6 +36,7 @@ from app.downloads import computed_downloads
 from app.figures import show_figure
 from app.layers import kept, layer_by_layer
 from app.selection import answered, choice, current_trace, document_picker, folded_choices, recording_id, section
+from app.strip_data import HUES, hues
 
 SCOPES = {"documents": "micro-batches of documents", "document": "each document alone", "tokens": "micro-batches of tokens",
           "run": "the whole run at once"}  # fmt: skip
@@ -164,11 +165,12 @@ def struck_text(trace: Trace, applied: AppliedCapacity, site: int) -> None:
     lost = np.where(~dropped.any(1), 0, np.where((dropped == there).all(1), 2, 1))
     shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())
     settings = "-".join(f"{k}={v}" for k, v in st.session_state["_chosen"].items() if k != "token")
-    token_strip(shown, ["\n" in (t or "") for t in rows["token"].to_pylist()], [routing.chosen], [routing.weights], [layer.title],
+    token_strip(shown, ["\n" in (t or "") for t in rows["token"].to_pylist()], [routing.chosen], [routing.weights], [layer.title], hues(trace, [layer]),
                 f"capacity-{settings}-{recording_id(trace)}", layer=0, lost=lost.tolist())  # fmt: skip
-    st.caption(
+    text.show_note(
         f"The first {stop - start:,} of {end - start:,} tokens. Struck out: dropped by all of its experts ({int((lost == 2).sum()):,}); "
-        f"dotted: by some ({int((lost == 1).sum()):,}). Whether a token is dropped depends on the texts it shares a batch with."
+        f"dotted: by some ({int((lost == 1).sum()):,}). Whether a token is dropped depends on the texts it shares a batch with.",
+        HUES,
     )
 
 

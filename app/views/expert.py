@@ -22,6 +22,7 @@ from app.downloads import computed_downloads
 from app.figures import show_figure
 from app.runs_folder import model_folder
 from app.selection import choice, current_trace, expert_search, layer_picker, recording_id
+from app.strip_data import hues
 
 NEAREST = 8  # neighbours in weights shown
 
@@ -43,8 +44,8 @@ def uses(rows: Sequence[GroupUse], what: str, test: str) -> None:
     show_figure(
         trace, charts.enrichment_bars([text.axis_name(u.group) for u in rows], rows), f"{trace.layers[site].title}-expert-{expert}-by-{what}",
         key=f"uses-{what}", alt=f"Bars of log2 enrichment by {what}, with intervals.",
-        definition=f"Expert {expert} of {trace.layers[site].title}: log2 of the share of the {what}'s tokens that use it over that of all others;"
-        f" 0 is no preference. Bars: 95% interval over documents. Faded: no more than chance after correction.{test}",
+        definition=f"Expert {expert} of {trace.layers[site].title}: the share of the {what}'s tokens that use it over that of all others;"
+        f" 1× is no preference. Bars: 95% interval over documents. Faded: no more than chance after correction.{test}",
         n=f"{card.n:,} tokens in {len(rows):,} groups",
     )  # fmt: skip
 
@@ -122,7 +123,7 @@ def show_passages() -> None:
         rows = trace.stream_tokens(layer.stream, p.start, p.stop, ["token", "token_bytes"])
         weights = np.array(p.weights, np.float32)[:, None]
         token_strip(text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist()),
-                    ["\n" in (t or "") for t in rows["token"].to_pylist()], [np.where(weights > 0, expert, -1)], [weights], [layer.title],
+                    ["\n" in (t or "") for t in rows["token"].to_pylist()], [np.where(weights > 0, expert, -1)], [weights], [layer.title], hues(trace, [layer]),
                     f"passage-{run}-{site}-{expert}-{i}", layer=0, spotlight=expert, slot=f"passage-{i}", compact=True)  # fmt: skip
         text.show_note(
             f"{p.name}"

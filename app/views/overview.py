@@ -18,18 +18,18 @@ from app.figures import show_figure
 from app.model_card import size_in_words
 from app.report import report_bytes
 from app.selection import current_trace, found_first, open_expert, recording_id, theme
-from app.strip_data import first_text
+from app.strip_data import HUES, first_text
 
 
 def first_lines(trace: Trace, finding: Finding) -> None:
     """The beginning of a text that shows the finding, with its expert in the spotlight; a click opens the Tokens page."""
     first = first_text(trace, finding)
-    told = token_strip(first.texts, first.breaks, first.experts, first.weights, first.layers,
+    told = token_strip(first.texts, first.breaks, first.experts, first.weights, first.layers, first.hues,
                        f"overview-{recording_id(trace)}", layer=first.layer, spotlight=finding.expert,
                        on_layer=lambda _: None)  # fmt: skip
     text.show_note(
         f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; the stronger the colour, the larger the"
-        f" gate weight of expert {finding.expert}. Press its button for all experts, click a token to follow it through every layer."
+        f" gate weight of expert {finding.expert}. Press its button for all experts, click a token to follow it through every layer. {HUES}"
     )
     if told.token is not None:
         here = {

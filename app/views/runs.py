@@ -8,7 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis.store import RunError, RunSummary, delete_run, valid_run_name
-from analysis.untrusted import Limits, Prompt, UploadError, read_prompts
+from analysis.untrusted import Limits, Prompt, UploadError, paragraphs, read_prompts
 from app import text
 from app.downloads import downloads
 from app.jobs import Job, QueueFull, session_id, worker
@@ -26,11 +26,11 @@ def new_name(wanted: str) -> str:
     return datetime.now(UTC).strftime("run-%Y%m%d-%H%M%S")
 
 
-def start(model: str, pasted: str, uploads: list, wanted: str) -> None:
+def start(model: str, pasted: str, split: bool, uploads: list, wanted: str) -> None:
     """Check everything that was given and queue the capture; one sentence where something is wrong."""
     if len(pasted.encode()) > LIMITS.bytes:
         raise UploadError(f"the pasted text has {len(pasted.encode()):,} bytes; at most {LIMITS.bytes:,} are taken at once")
-    prompts = [Prompt(pasted, None, "pasted text")] if pasted.strip() else []
+    prompts = list(paragraphs(pasted)) if split else [Prompt(pasted, None, "pasted text")] if pasted.strip() else []
     for upload in uploads:
         try:
             prompts += read_prompts(upload.getvalue(), upload.name)
@@ -47,6 +47,12 @@ def start(model: str, pasted: str, uploads: list, wanted: str) -> None:
 st.title("What does the router do with your own text?")
 models = allowed_models()
 st.text_area("Text to route", height=140, key="pasted", placeholder="Paste any text: prose, code, another language …")
+split = st.checkbox("Each paragraph is a text of its own (an empty line lies between)", value="_tour" in st.session_state, key="paragraphs")
+if split and st.session_state["pasted"]:
+    try:
+        text.show_note(f"{text.counted(len(paragraphs(st.session_state['pasted'])), 'paragraph')} pasted.")
+    except UploadError as error:
+        text.show_error(f"{str(error)[:1].upper()}{str(error)[1:]}.")
 st.file_uploader(
     "or files: .txt (one prompt), .csv or .jsonl (one prompt per row: text, and label if you like)",
     type=["txt", "csv", "jsonl"], accept_multiple_files=True, max_upload_size=10, key="files",
@@ -67,7 +73,7 @@ def record() -> None:
     """A click on Record. A callback runs whatever else reruns the page at that moment; a clicked button's value may be lost."""
     state = st.session_state
     try:
-        start(state["model"], state["pasted"], state["files"], state["run_name"])
+        start(state["model"], state["pasted"], state["paragraphs"], state["files"], state["run_name"])
         state.pop("_refused", None)
     except (UploadError, RunError, QueueFull) as error:
         state["_refused"] = f"Nothing was recorded: {error}."

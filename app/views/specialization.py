@@ -92,7 +92,7 @@ def show_preferences(found: Preferences, site: int) -> None:
         trace, charts.enrichment_map(found, names, groups, experts, theme()), f"enrichment-by-{found.kind}-{layer.title}",
         key=f"cells-{found.kind}", on_select="rerun", selection_mode="points",
         alt=f"Heatmap of {len(groups)} groups by {len(experts)} experts: log2 enrichment.",
-        definition=f"Experts of {layer.title}. Colour: log2 of the share of the group's tokens that use the expert over the share of all other tokens;"
+        definition=f"Experts of {layer.title}. Colour: the share of the group's tokens that use the expert over the share of all other tokens;"
         f" orange more, blue less. A small cross marks a cell that is no more than chance after correction (false discovery rate 5%; {found.method});"
         f" experts used by fewer than {charts.LEAST_USES:,} tokens have no colour. Rows and columns are ordered so that structure shows.",
         n=f"{int(found.tokens.sum()):,} tokens of {documents:,} documents",

@@ -24,11 +24,11 @@ from app.selection import (
     set_choice,
     theme,
 )
+from app.strip_data import HUES, hues
 
 WINDOW = 4_096
 MAPS = {
-    "expert": "Each cell is the expert with the largest gate weight, in the strip's colours: a hue for the 8 busiest of these tokens in each layer,"
-    " grey for the rest. Experts of different layers are unrelated, even in one hue. Empty: no expert.",
+    "expert": f"Each cell is the expert with the largest gate weight, in the strip's colours. {HUES} Empty: no expert.",
     "router entropy": "Entropy of the router's distribution over all experts in nats: 0 is certain, ln E undecided.",
     "margin": "Selection score of the last chosen expert less that of the best rejected one; near 0 means the choice was close.",
 }  # fmt: skip
@@ -63,14 +63,14 @@ def decisions(run: str, stream: str, start: int, stop: int) -> list[tuple[SiteRo
     return [(trace.routing(x.index, start, stop), trace.scores(x.index, start, stop)) for x in sites]
 
 
-read = decisions(recording_id(trace), stream, start, stop)
+read, hued = decisions(recording_id(trace), stream, start, stop), hues(trace, sites)
 shown = text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist())
 breaks = ["\n" in (t or "") for t in rows["token"].to_pylist()]
 titles = [x.title for x in sites]
 here = [x.index for x in sites].index(site)
 text.show_note(
-    f"{text.counted(len(shown), 'token')}. Colour: the expert with the largest gate weight at the layer shown; the 8 busiest have a hue, the rest"
-    " are grey. · is a space, ⏎ a line end; (1/2) marks a character that several tokens share. Arrow keys: ← → tokens, ↑ ↓ layers."
+    f"{text.counted(len(shown), 'token')}. Colour: the expert with the largest gate weight at the layer shown. {HUES}"
+    " · is a space, ⏎ a line end; (1/2) marks a character that several tokens share. Arrow keys: ← → tokens, ↓ next layer, ↑ previous."
 )
 
 
@@ -80,7 +80,7 @@ def follow(at: int) -> None:
 
 
 chosen = token - first if token is not None and first <= token < first + len(shown) else None
-told = token_strip(shown, breaks, [r.experts for r, _ in read], [r.weights for r, _ in read], titles,
+told = token_strip(shown, breaks, [r.experts for r, _ in read], [r.weights for r, _ in read], titles, hued,
                    f"tokens-{recording_id(trace)}-{stream}-{document}-{first}",
                    layer=here, token=chosen, on_layer=follow)  # fmt: skip
 if told.token is not None and told.token != chosen:
@@ -89,9 +89,11 @@ if told.token is not None and told.token != chosen:
 if chosen is not None:
     row = rows.slice(chosen, 1).to_pylist()[0]
     text.show_heading(f"Token {row['position']}: {shown[chosen]}")
-    loss = row["loss"]
+    loss, vocabulary = row["loss"], trace.model.vocab_size
     facts = f"token id {row['token_id']}, {row['phase']}"
     facts += f"; loss of the next token {loss:.3f} nats" if loss is not None and loss == loss else "; no next token to predict"
+    if loss == loss and loss is not None and vocabulary:
+        facts += f" (guessing among all {vocabulary:,} tokens loses {np.log(vocabulary):.3f})"
     text.show_note(facts)
     table = []
     for layer, (routing, scores) in zip(sites, read, strict=True):
@@ -100,14 +102,20 @@ if chosen is not None:
         table.append(
             {
                 "layer": layer.title,
-                "experts, by gate weight": ", ".join(f"{e} ({w:.4f})" for e, w in pairs if e >= 0) or "none (dropped)",
-                "router entropy (nats)": float(scores.entropy[chosen]),
-                "undecided = ln E": float(np.log(layer.n_classes)),
+                "expert (gate weight)": ", ".join(f"{e} ({w:.3f})" for e, w in pairs if e >= 0) or "none (dropped)",
+                "entropy": float(scores.entropy[chosen]),
+                "undecided": float(np.log(layer.n_classes)),
                 "margin": float(scores.margin[chosen]),
             }
         )
-    st.dataframe(pd.DataFrame(table), hide_index=True)
-    st.caption("Margin: selection score of the last chosen expert less that of the best rejected one; near 0 means the choice was close.")
+    meant = {"entropy": "Of the router's distribution over all experts, in nats: 0 is certain.", "undecided": "The entropy of a router without"
+             " any preference: ln of the number of experts, in nats.", "margin": "Selection score of the last chosen expert less that of the best"
+             " rejected one; near 0 means the choice was close."}  # fmt: skip
+    st.dataframe(
+        pd.DataFrame(table),
+        hide_index=True,
+        column_config={c: st.column_config.NumberColumn(help=h, format="%.3f") for c, h in meant.items()},
+    )
 
 st.header("The same document, all layers at once")
 kind = choice(
@@ -121,7 +129,7 @@ values = {
 matrix = np.stack([values(r, s) for r, s in read])
 labels = [text.axis_label(t) for t in shown]
 show_figure(
-    trace, charts.token_map(matrix, labels, titles, kind, theme(), kind == "expert"), f"{kind}-document-{document + 1}", key="token_map",
+    trace, charts.token_map(matrix, labels, titles, kind, theme(), hued if kind == "expert" else None), f"{kind}-document-{document + 1}", key="token_map",
     alt=f"Heatmap of {len(titles)} layers by {len(shown)} tokens showing the {kind}.", definition=MAPS[kind], n=f"{len(shown):,} tokens",
 )  # fmt: skip
 

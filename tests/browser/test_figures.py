@@ -103,6 +103,24 @@ def test_a_slide_without_its_caption_and_the_numbers_it_shows(page: Page, addres
     assert name == "nasty-maxvio-batch-1024.csv" and rows.decode().splitlines()[0] == '"series","layer","maxvio","low","high"'
 
 
+BOXES = """plot => Object.fromEntries(Object.entries({ numbers: '.xtick text', title: '.xtitle', bar: '.cbfills', said: '.annotation-text' })
+    .map(([name, where]) => [name, [...plot.querySelectorAll(where)].map((e) => e.getBoundingClientRect().toJSON())]))"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_map_has_every_number_and_no_word_on_another(page: Page, address: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 1_600})
+    page.goto(f"{address}/specialization?run=demo-run")
+    figure = page.locator(".st-key-cells-label .js-plotly-plot")
+    figure.locator(".xtitle").wait_for()
+    rest(page)
+    page.wait_for_timeout(1_500)  # figures are painted after the script has ended
+    boxes = figure.evaluate(BOXES)
+    numbers, (title,), (bar,), (said,) = boxes["numbers"], boxes["title"], boxes["bar"], boxes["said"]
+    assert len(numbers) == 16 and all(a["right"] <= b["left"] for a, b in zip(numbers, numbers[1:], strict=False))
+    assert title["top"] >= max(n["bottom"] for n in numbers) and said["bottom"] <= bar["top"] + 1 and bar["right"] <= width
+
+
 def test_nothing_of_the_row_is_sent_before_it_is_opened(page: Page, address: str) -> None:
     asked: list[str] = []
     page.on("request", lambda r: asked.append(r.url) if "plotly.min" in r.url else None)

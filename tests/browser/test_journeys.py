@@ -31,6 +31,7 @@ from analysis.slots import PRESETS
 from analysis.specialization import by_label
 from analysis.stability import maxvio_table
 from analysis.store import open_run
+from analysis.token_classes import prose_example
 from analysis.trace import Trace
 from tests.test_report import opened
 
@@ -101,31 +102,44 @@ def test_a_newcomer_takes_the_tour_and_plays_with_capacity(page: Page, address: 
     tour = page.locator(".st-key-tour")
 
     expect(tour).to_contain_text("Tour, 1 of 5")
-    first = run.routing(last.index, 0, 1)
+    document, position = prose_example(run)
+    at = run.document_range(document)[0] + position
+    word = run.tokens["token"][at].as_py()
+    assert run.documents["label"][document].as_py() == "english" and word.strip().isalpha()
+    expect(tour).to_contain_text(f"“{word}” went to")
+    first = run.routing(last.index, at, at + 1)
     for expert, weight in zip(first.experts[0], first.weights[0], strict=True):
-        expect(tour).to_contain_text(f"expert {expert} (gate weight {weight:.2f})")
+        expect(tour).to_contain_text(f"expert {expert}")
+        expect(tour).to_contain_text(f"{weight:.0%}")
+    expect(page.locator(f".token.chosen[data-at='{position}']")).to_have_count(1)
     page.locator(".text .token[data-at='7']").click()
     expect(page.get_by_role("heading", name="Token 7:")).to_be_visible()
-    seventh = run.routing(last.index, 7, 8)
+    start = run.document_range(document)[0]
+    seventh = run.routing(last.index, start + 7, start + 8)
     most = int(seventh.experts[0, seventh.weights[0].argmax()])
     expect(page.locator(".hover")).to_contain_text(f"at {last.title}: expert {most} ({seventh.weights.max():.3f})")
 
-    tour.get_by_role("link", name="Next →").click()
+    tour.get_by_role("button", name="Next →").click()
     expect(tour).to_contain_text("Tour, 2 of 5")
     busiest = max(relative_load(run.stats.load(x.index)).max() for x in run.layers)
     expect(tour).to_contain_text(f"gets {busiest:.2f} times; n = {run.stats.n_tokens(0):,} tokens")
-    tour.get_by_role("link", name="Next →").click()
+    tour.get_by_role("button", name="Next →").click()
     expect(tour).to_contain_text("Tour, 3 of 5")
     expect(tour).to_contain_text(finding.claim)
     card = expert_card(run, finding.site, finding.expert)
     expect(page.get_by_role("heading", name=card.description)).to_be_visible()
-    tour.get_by_role("link", name="Next →").click()
+    tour.get_by_role("button", name="Next →").click()
     expect(tour).to_contain_text("Tour, 4 of 5")
-    expect(tour).to_contain_text(f"gives {expert_capacity(tokens=1_024, n_experts=last.n_experts, top_k=last.top_k, factor=1.25):,}")
-    tour.get_by_role("link", name="Next →").click()
+    slots = expert_capacity(tokens=1_024, n_experts=last.n_experts, top_k=last.top_k, factor=1.25)
+    expect(tour).to_contain_text(f"1.25 gives {slots:,}")
+    expect(page.get_by_role("combobox", name="Tokens per batch")).to_have_value("1,024")  # the page below speaks of the same batches
+    expect(page.get_by_text(f"{slots:,} slots per expert")).to_be_visible()
+    expect(page.get_by_text("each expert gets 2 slots")).to_be_visible()  # the lesson is open
+    tour.get_by_role("button", name="Next →").click()
     expect(tour).to_contain_text("Tour, 5 of 5")
     expect(page.get_by_role("button", name="Record", exact=True)).to_be_visible()
-    expect(tour.get_by_role("link", name="Next →")).to_have_count(0)
+    expect(tour.get_by_role("button", name="Next →")).to_have_count(0)
+    expect(page.get_by_role("checkbox", name="Each paragraph is a text of its own")).to_be_checked()
 
     page.get_by_role("link", name="Capacity", exact=True).click()
     expect(tour).to_have_count(0)
@@ -247,8 +261,8 @@ def test_an_interpretability_researcher_follows_a_token_of_their_own_text(page: 
     assert page.locator(".token.at").first.get_attribute("data-at") == str(found)
     page.locator(".token.at").first.click()
     expect(page.get_by_role("heading", name=f"Token {found}:")).to_be_visible()
-    page.locator(".strip .text").press("ArrowDown")
-    page.locator(".strip .text").press("ArrowDown")
+    page.locator(".strip .text").press("ArrowUp")
+    page.locator(".strip .text").press("ArrowUp")
     layer = run.layers[-3]
     expect(page.locator(".title")).to_have_text(layer.title)
     routed = run.routing(layer.index, found, found + 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from analysis.findings import first_finding
 from analysis.store import open_run
 from analysis.writing import RunWriter
 from app import palette
@@ -17,6 +18,7 @@ from app.text import visible_token
 from tests.nasty import NASTY
 from tests.synthetic import PLAIN, card, make_part
 
+from .acts import rest
 from .conftest import watch
 from .served import served
 
@@ -112,6 +114,62 @@ def test_a_link_opens_the_same_view_and_back_undoes(page: Page, address: str) ->
     page.go_back()
     expect(page.get_by_role("heading", name="Token 9:")).to_be_visible()
     expect(page.locator(".token.chosen[data-at='9']")).to_have_count(1)
+
+
+def test_back_to_another_layer_leaves_one_strip_in_its_place(page: Page, address: str) -> None:
+    page.goto(f"{address}/tokens?run=demo-run&layer=layer+2&doc=4")
+    expect(page.locator(".title")).to_have_text("layer 2")
+    rest(page)
+    page.locator(".strip .text").press("ArrowDown")  # layer 0 is on top of every picture, so down is the next layer
+    page.wait_for_url("**layer=layer+3**")
+    rest(page)
+    page.evaluate("""() => {
+        window.__most = 0;
+        const count = () => document.querySelectorAll("[class*=st-key-strip-room] [data-testid=stBidiComponentIsolated]").length;
+        new MutationObserver(() => { window.__most = Math.max(window.__most, count()); }).observe(document, { childList: true, subtree: true });
+    }""")
+    page.go_back()
+    expect(page.locator(".title")).to_have_text("layer 2")
+    rest(page)
+    page.locator(".strip .text").press("ArrowUp")
+    page.wait_for_url("**layer=layer+1**")
+    expect(page.get_by_role("combobox", name="Layer")).to_have_value("layer 1")
+    rest(page)
+    assert page.evaluate("window.__most") == 1
+
+
+def test_an_expert_has_one_hue_wherever_it_is_shown(page: Page, address: str) -> None:
+    trace = open_run(Path("data/demo-run"))
+    hued = [palette.hued(trace.stats.load(x.index)) for x in trace.layers]
+
+    def hue(layer: int, expert: int) -> str:
+        return palette.EXPERTS[hued[layer].index(expert)] if expert in hued[layer] else palette.OTHER
+
+    def chips(within: str) -> list[list[str]]:
+        return page.locator(within).evaluate_all("all => all.map((e) => [e.textContent, e.style.getPropertyValue('--hue')])")
+
+    for document in (4, 19):
+        page.goto(f"{address}/tokens?run=demo-run&layer=layer+5&doc={document}&token=3")
+        expect(page.locator(".hop")).to_have_count(len(trace.layers))
+        shown = [[int(told.split()[1]), colour] for told, colour in chips(".legend button.chip")]
+        assert len(shown) > 4 and shown == [[e, hue(5, e)] for e, _ in shown]
+        wanted = []
+        row = trace.document_range(document - 1)[0] + 3
+        for layer in trace.layers:
+            routing = trace.routing(layer.index, row, row + 1)
+            pairs = sorted(zip(routing.weights[0].tolist(), routing.experts[0].tolist(), strict=True), reverse=True)
+            wanted += [[f"expert {e} ({w:.0%})", hue(layer.index, e)] for w, e in pairs]
+        assert chips(".path .chip") == wanted
+    page.goto(address)
+    alone = page.locator(".legend button.chip[aria-pressed=true]")
+    expect(alone).to_have_count(1)
+    finding = first_finding(trace)
+    assert finding is not None and finding.expert not in hued[finding.site]
+    assert chips(".legend button.chip[aria-pressed=true]")[0][1] == palette.PICKED
+    alone.click()
+    assert [[int(t.split()[1]), c] for t, c in chips(".legend button.chip") if t.startswith(f"expert {finding.expert} ")] == [
+        [finding.expert, palette.OTHER]
+    ]
 
 
 LAST = "Take the glossary"  # the heading below the entries

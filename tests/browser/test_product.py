@@ -70,7 +70,7 @@ def test_the_tour_goes_through_five_pages_and_closes(browser: Browser, address: 
         page.wait_for_url(lambda url, w=where, s=step: f"/{w}?" in url and f"tour={s}" in url)
         rest(page)
         if step < 5:
-            page.get_by_role("link", name="Next →").click()
+            page.get_by_role("button", name="Next →").click()
     page.get_by_role("link", name="← Back").click()
     expect(page.locator(".st-key-tour")).to_contain_text("Tour, 4 of 5")
     page.get_by_role("button", name="Close the tour").click()

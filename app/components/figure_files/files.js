@@ -65,12 +65,15 @@ async function sharpened(svg, traces) {
 // White paper, dark ink, one size of text; an axis keeps what its figure set.
 function forPaper({ data, layout }, width, height, font) {
   const axis = { automargin: true, gridcolor: "#e2e2e2", zerolinecolor: "#bbbbbb", linecolor: "#777777", ticks: "outside", ticklen: 3, tickcolor: "#777777" };
-  const styled = (own = {}) => ({ ...axis, ...flat, ...own, title: { ...own.title, standoff: font / 2, font: { size: font } } });
+  const scaled = (pixels) => ((pixels ?? 0) * font) / 12; // a figure's 12 is the paper's font
+  const smaller = (own) => (own.tickfont ? { tickfont: { ...own.tickfont, size: scaled(own.tickfont.size) } } : {});
+  const styled = (own = {}) => ({ ...axis, ...flat, ...own, ...smaller(own), title: { ...own.title, standoff: font / 2, font: { size: font } } });
   const flat = data.some((t) => t.type === "heatmap") ? { showgrid: false, zeroline: false } : {}; // a grid would show between the cells
-  const said = (layout.annotations || []).map((a) => ({ ...a, font: { ...a.font, size: font, color: "#555555" } }));
-  const bars = data.map((t) => (t.colorbar ? { ...t, colorbar: { ...t.colorbar, outlinewidth: 0.5, title: { ...t.colorbar.title, font: { size: font } } } } : t));
+  const said = (layout.annotations || []).map((a) => ({ ...a, yshift: scaled(a.yshift), font: { ...a.font, size: font, color: "#555555" } }));
+  const lying = (bar) => (bar.orientation === "h" ? { len: scaled(bar.len), thickness: scaled(bar.thickness), ypad: scaled(bar.ypad) } : {});
+  const bars = data.map((t) => (t.colorbar ? { ...t, colorbar: { ...t.colorbar, ...lying(t.colorbar), outlinewidth: 0.5, title: { ...t.colorbar.title, font: { size: font } } } } : t));
   const page = { ...layout, width, height, autosize: false, annotations: said, paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff", font: { family: FONT, size: font, color: INK },
-    margin: { l: font, r: font, t: font, b: font }, xaxis: styled(layout.xaxis), yaxis: styled(layout.yaxis) };
+    margin: { l: font, r: font, t: data.some((t) => t.colorbar?.orientation === "h") ? scaled(layout.margin.t) : font, b: font }, xaxis: styled(layout.xaxis), yaxis: styled(layout.yaxis) };
   return { data: bars, layout: page };
 }
 

@@ -19,6 +19,8 @@ function element(tag, name, text, parent) {
   return made;
 }
 
+const GREY_CHIPS = 4; // experts without a hue that have a button; the others are counted together
+
 export default function ({ data, parentElement, setStateValue }) {
   const root = parentElement.querySelector(".strip");
   if (root.routerscopeId === data.id) return;
@@ -26,7 +28,7 @@ export default function ({ data, parentElement, setStateValue }) {
   root.replaceChildren();
   root.classList.toggle("compact", data.compact);
   const layers = data.layers.map((l) => ({
-    title: l.title, k: l.k,
+    title: l.title, k: l.k, hues: l.hues,
     experts: new Int16Array(bytes(l.experts)),
     weights: new Uint16Array(bytes(l.weights)),
   }));
@@ -49,9 +51,13 @@ export default function ({ data, parentElement, setStateValue }) {
   const text = element("div", "text", undefined, root);
   text.tabIndex = 0;
   text.setAttribute("role", "listbox");
-  text.setAttribute("aria-label", "tokens: left and right step through tokens, up and down through layers");
+  text.setAttribute("aria-label", "tokens: left and right step through tokens, up goes to the layer before, down to the next");
   const hover = element("div", "hover", "", root);
   hover.setAttribute("aria-live", "polite");
+  const path = element("div", "path", undefined, root);
+  path.setAttribute("role", "group");
+  path.setAttribute("aria-label", "experts of the chosen token, layer by layer");
+  if (layers.length > 8) path.tabIndex = 0; // it scrolls
 
   let line = element("div", "line", undefined, text);
   line.dir = "auto";
@@ -71,10 +77,16 @@ export default function ({ data, parentElement, setStateValue }) {
     });
   });
 
-  function choices(i) {
-    const l = layers[at], out = [];
+  function choices(i, layer = at) {
+    const l = layers[layer], out = [];
     for (let s = 0; s < l.k; s++) out.push([l.experts[i * l.k + s], half(l.weights[i * l.k + s])]);
     return out.filter((c) => c[0] >= 0).sort((a, b) => b[1] - a[1]);
+  }
+
+  // An expert's hue is its layer's in the whole run, whatever text is shown.
+  function colourOf(layer, e) {
+    const place = layers[layer].hues.indexOf(e);
+    return place < 0 ? data.other : data.colours[place];
   }
 
   function describe(i) {
@@ -83,13 +95,27 @@ export default function ({ data, parentElement, setStateValue }) {
     hover.textContent = `token ${i} “${data.texts[i]}” at ${layers[at].title}: ` + (found.join(", ") || "no expert") + fate;
   }
 
+  function follow() {
+    path.replaceChildren();
+    if (chosen < 0 || data.compact || layers.length < 2) return;
+    layers.forEach((l, n) => {
+      const mine = choices(chosen, n), hop = element("div", n === at ? "hop here" : "hop", undefined, path);
+      const parts = Math.abs(mine.reduce((sum, c) => sum + c[1], 0) - 1) < 0.01; // not every router's weights add up to one
+      element("span", "hint", `${l.title} →`, hop);
+      for (const [e, w] of mine) {
+        element("span", "chip", `expert ${e} (${parts ? `${(100 * w).toFixed(0)}%` : w.toFixed(2)})`, hop).style.setProperty("--hue", colourOf(n, e));
+      }
+      if (!mine.length) element("span", "hint", "no expert", hop);
+    });
+  }
+
   function draw() {
     title.textContent = layers[at].title;
     const all = spans.map((_, i) => choices(i)), tops = all.map((mine) => mine[0]);
     const counts = new Map();
     for (const t of tops) if (t) counts.set(t[0], (counts.get(t[0]) || 0) + 1);
-    const busiest = [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]).slice(0, data.colours.length).map((c) => c[0]);
-    const colour = (e) => (busiest.includes(e) ? data.colours[busiest.indexOf(e)] : data.other);
+    const hued = layers[at].hues, used = (e) => counts.get(e) || 0;
+    const colour = (e) => (e === spotlight && !hued.includes(e) ? data.picked : colourOf(at, e));
     spans.forEach((pieces, i) => {
       const mine = all[i], top = tops[i];
       const shown = spotlight === null ? top : mine.find((c) => c[0] === spotlight);
@@ -104,18 +130,21 @@ export default function ({ data, parentElement, setStateValue }) {
     });
     legend.replaceChildren();
     element("span", "hint", "largest weight:", legend);
-    const chips = spotlight === null || busiest.includes(spotlight) ? busiest : [...busiest, spotlight];
+    const grey = [...counts.keys()].filter((e) => !hued.includes(e)).sort((a, b) => used(b) - used(a) || a - b);
+    const chips = [...hued.filter(used), ...grey.slice(0, GREY_CHIPS)];
+    if (spotlight !== null && !chips.includes(spotlight)) chips.push(spotlight);
     for (const e of chips) {
-      const chip = element("button", "chip", `expert ${e} · ${counts.get(e) || 0}`, legend);
+      const chip = element("button", "chip", `expert ${e} · ${used(e)}`, legend);
       chip.style.setProperty("--hue", colour(e));
       chip.setAttribute("aria-pressed", spotlight === e);
       chip.onclick = () => { spotlight = spotlight === e ? null : e; draw(); };
     }
-    const rest = tops.length - busiest.reduce((n, e) => n + counts.get(e), 0);
-    if (rest > 0) {
-      const chip = element("span", "chip", `others · ${rest}`, legend);
+    const rest = grey.filter((e) => !chips.includes(e));
+    if (rest.length) {
+      const chip = element("span", "chip", `${rest.length} ${rest.length === 1 ? "other" : "others"} · ${rest.reduce((n, e) => n + used(e), 0)}`, legend);
       chip.style.setProperty("--hue", data.other);
     }
+    follow();
     if (chosen >= 0) describe(chosen);
     else hover.textContent = data.compact ? "" : "Point at a token to see its experts and gate weights; click it to follow it through all layers.";
   }
@@ -129,7 +158,7 @@ export default function ({ data, parentElement, setStateValue }) {
   }
   function later(name, value, delay) {
     clearTimeout(timers[name]);
-    timers[name] = setTimeout(() => setStateValue(name, value), delay);
+    timers[name] = setTimeout(() => setStateValue(name, [data.id, value]), delay);
   }
   function choose(i) {
     if (i < 0 || i >= spans.length) return;
@@ -141,12 +170,16 @@ export default function ({ data, parentElement, setStateValue }) {
 
   back.onclick = () => step(-1);
   on.onclick = () => step(1);
-  text.onclick = (event) => { if (event.target.dataset.at !== undefined) choose(Number(event.target.dataset.at)); };
+  text.onclick = (event) => {
+    if (event.target.dataset.at === undefined) return;
+    choose(Number(event.target.dataset.at));
+    path.scrollIntoView({ block: "nearest" });
+  };
   text.onmouseover = (event) => { if (event.target.dataset.at !== undefined) describe(Number(event.target.dataset.at)); };
   text.onkeydown = (event) => {
     const moves = {
       ArrowLeft: () => choose(chosen - 1), ArrowRight: () => choose(chosen + 1),
-      ArrowUp: () => step(1), ArrowDown: () => step(-1),
+      ArrowUp: () => step(-1), ArrowDown: () => step(1), // layer 0 is on top of every picture
       Home: () => choose(0), End: () => choose(spans.length - 1),
       Escape: () => { spotlight = null; chosen = -1; draw(); },
     };
@@ -167,5 +200,8 @@ export default function ({ data, parentElement, setStateValue }) {
   find.oninput = () => seek(0);
   find.onkeydown = (event) => { if (event.key === "Enter") seek(event.shiftKey ? -1 : 1); };
   draw();
-  if (chosen >= 0) spans[chosen][0].scrollIntoView({ block: "nearest" });
+  if (chosen >= 0) { // within the box: the page stays where it is
+    const box = text.getBoundingClientRect(), place = spans[chosen][0].getBoundingClientRect();
+    if (place.bottom > box.bottom) text.scrollTop += place.top - box.top - text.clientHeight / 2;
+  }
 }
