@@ -403,8 +403,18 @@ def overflow_curves(
     figure.add_scatter(x=factors, y=pooled[2], name="dropped by chance (uniform routing)", mode="lines", meta=named,
                        line={"color": palette.DEAD, "dash": "dot", "width": 1.5},
                        hovertemplate="CF %{x:g}: %{y:.2%} by chance<extra></extra>")  # fmt: skip
-    figure.add_vline(x=at, line={"color": "#888", "dash": "dash"})
-    figure.update_layout(legend=_ABOVE)
+    # What add_vline draws, in a tenth of its time: this figure is drawn anew at every step of a slider; so is the next, with add_hline's.
+    line = {
+        "type": "line",
+        "x0": at,
+        "x1": at,
+        "xref": "x",
+        "y0": 0,
+        "y1": 1,
+        "yref": "y domain",
+        "line": {"color": "#888", "dash": "dash"},
+    }
+    figure.update_layout(legend=_ABOVE, shapes=[line])
     figure.update_xaxes(title="capacity factor")
     figure.update_yaxes(title="share", tickformat=".0%", range=[0, 1])
     return _sized(figure, 360)
@@ -418,10 +428,9 @@ def share_bars(
     figure = go.Figure(go.Bar(x=list(names), y=shares, customdata=told, marker_color=palette.DEAD, showlegend=False,
                               meta={"x": "group", "y": "dropped_share", "customdata": [unit.replace(" ", "_"), "dropped_share_of_the_layer"]},
                               hovertemplate=f"%{{x}}: %{{y:.1%}} of %{{customdata[0]:,.0f}} {unit} lost<extra></extra>"))  # fmt: skip
-    figure.add_hline(
-        y=mean, line={"color": "#888", "dash": "dot"}, name="whole layer", showlegend=True
-    )  # a word at the line would lie on a bar
-    figure.update_layout(legend=_ABOVE, showlegend=True)
+    line = {"type": "line", "x0": 0, "x1": 1, "xref": "x domain", "y0": mean, "y1": mean, "yref": "y", "line": {"color": "#888", "dash": "dot"},
+            "name": "whole layer", "showlegend": True}  # fmt: skip  # a word at the line would lie on a bar
+    figure.update_layout(legend=_ABOVE, showlegend=True, shapes=[line])
     figure.update_xaxes(title=what, type="category")
     figure.update_yaxes(title=f"share of {unit} lost", tickformat=".0%", rangemode="tozero")
     return _sized(figure, 300)
