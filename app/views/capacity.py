@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -68,6 +69,29 @@ def curves(trace: Trace, run: str, policy: str, scope: str, size: int | None, sh
     return layer_by_layer(
         trace, known, lambda layers: shuffled_curves(trace, shuffles, FACTORS, asked, scope, size=size, preset=preset, layers=layers)
     )
+
+
+@dataclass(frozen=True)
+class Averages:
+    """What stays while the slider moves: the curves of all sites and shuffles, those asked for, their means, these pooled over the
+    sites; the site and the shuffle shown in detail."""
+
+    every: pa.Table
+    mine: pa.Table
+    means: pa.Table
+    pooled: pa.Table
+    site: int
+    shown: int | None
+
+
+@st.cache_resource(max_entries=12, show_spinner=False)
+def averages(_every: pa.Table, run: str, policy: str, scope: str, size: int | None, shuffles: tuple[int | None, ...], preset: str,
+             one: int | None) -> Averages:  # fmt: skip
+    """Of one site or of all; the site in detail is ``one``, else the one that drops most at CF 1."""
+    mine = _every if one is None else _every.filter(pc.equal(_every["site"], one))
+    worst = max(mean_curves(mine.filter(pc.equal(mine["factor"], 1.0))).to_pylist(), key=lambda row: row["dropped_share"])
+    means = mean_curves(mine)
+    return Averages(_every, mine, means, pool_curves(means), worst["site"], typical_shuffle(_every))
 
 
 @st.cache_resource(max_entries=12, show_spinner="Asking who pays …")
@@ -236,25 +260,20 @@ policy = PRESETS[preset].policy if policy == "preset" else policy
 shuffles: tuple[int | None, ...] = {"mixed": seeds, "recorded": (None,), "": (None,)}.get(order) or (int(order),)
 
 
-def answer(policy: str) -> tuple[pa.Table, int, int | None, RankedTrace]:
-    """(curves of all layers and shuffles, the site and the shuffle shown in detail, ranked) under a policy."""
-    every = curves(trace, run, policy, scope, size, shuffles, preset)
-    # By the drops at one factor, so that the page stays at one layer and shuffle while the slider moves.
-    worst = max(mean_curves(every.filter(pc.equal(every["factor"], 1.0))).to_pylist(), key=lambda row: row["dropped_share"])
-    site = worst["site"] if shown_layer == "all" else next(x.index for x in trace.layers if x.title == shown_layer)
-    shown = typical_shuffle(every)
-    return every, site, shown, ranked(trace, run, site, policy, scope, size, shown)
+def answer(policy: str) -> tuple[Averages, RankedTrace]:
+    """(what does not change while the slider moves, the site and shuffle shown in detail, ranked) under a policy."""
+    one = None if shown_layer == "all" else next(x.index for x in trace.layers if x.title == shown_layer)
+    known = averages(curves(trace, run, policy, scope, size, shuffles, preset), run, policy, scope, size, shuffles, preset, one)
+    return known, ranked(trace, run, known.site, policy, scope, size, known.shown)
 
 
 try:
-    every, site, shown, queues = answer(policy)
+    known, queues = answer(policy)
 except MissingScores as error:
     text.show_error(f"{str(error)[:1].upper()}{str(error)[1:]}. First come, first served (position) is shown instead.")
     policy = "position"
-    every, site, shown, queues = answer(policy)
-mine = every if shown_layer == "all" else every.filter(pc.equal(every["site"], site))
-means = mean_curves(mine)
-pooled = pool_curves(means)
+    known, queues = answer(policy)
+every, mine, means, pooled, site, shown = known.every, known.mine, known.means, known.pooled, known.site, known.shown
 now = pooled.filter(pc.equal(pooled["factor"], factor)).to_pylist()[0]
 exact = policy not in ("reroute", "dropless")
 applied = queues.at(factor, preset)
