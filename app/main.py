@@ -5,8 +5,10 @@ from __future__ import annotations
 import streamlit as st
 from streamlit.runtime.scriptrunner import StopException
 
+from analysis.store import RunError
 from app import figures, jobs, tour
 from app.selection import header, publish, show_rounding
+from app.text import show_error
 
 st.set_page_config(page_title="Routerscope", page_icon="app/static/favicon.png", layout="wide")
 
@@ -31,6 +33,8 @@ try:
         show_rounding()
     tour.show(page.url_path)
     page.run()
+except RunError as error:  # a file of the run that only this view needs is missing or damaged
+    show_error(str(error))
 except StopException:  # a page that has said all it can still gives its figures and stands in the URL
     figures.take_figures()
     publish()
