@@ -21,10 +21,12 @@ from .specialization import INTERVAL_DRAWS, MOST_UNITS, ROWS
 from .trace import Trace
 
 TABLE_BYTES = 110_000_000  # 400 units of 256 x 256 experts
+LEAST_UNITS = 1 + ceil(log2(1 / ALPHA))  # the smallest p of sign flips is 2 of 2^units
 CELLS = 4_096  # cells tested and drawn again at a time: 32 MB of draws
 NO_DECISIONS = "Not tested: the run holds statistics only. Record the decisions themselves."
 ONE_DOCUMENT = "Not tested: one document says nothing about others. Record more."
 NO_PAIRS = "Not tested: the layer sends each token to one expert, so that no pair occurs."
+TOO_MANY = "Not tested: tables of so many experts do not fit in memory for enough documents."
 LAST_SITE = "Not tested: no layer follows in this stream."
 Progress = Callable[[int, int], None]
 
@@ -113,6 +115,8 @@ def _tested(trace: Trace, site: int, after: int, kind: str, counts: PairCounts, 
     lengths = _lengths(trace, site)
     if len(lengths) < 2:
         return _untested(site, kind, counts, ONE_DOCUMENT, len(lengths))
+    if _fitting(counts.observed.size) < LEAST_UNITS <= len(lengths):
+        return _untested(site, kind, counts, TOO_MANY, len(lengths))
     tables, sizes = unit_pairs(trace, site, after, lengths, progress)
     one, two = np.triu_indices(len(counts.observed), 1) if kind == "pairs" else (x.ravel() for x in np.indices(counts.observed.shape))
     one, two = (x[counts.expected[one, two] > 0] for x in (one, two))
@@ -125,7 +129,7 @@ def _tested(trace: Trace, site: int, after: int, kind: str, counts: PairCounts, 
     units, every = len(tables), len(lengths)
     of = f"{every:,} documents" if units == every else f"{units:,} groups of whole documents ({every:,} in all)"
     few = (f"Too few documents to tell: with {every} the smallest possible p is {least:.2f} before correction. Record at least"
-           f" {1 + ceil(log2(1 / ALPHA))}, better many more.") if least > ALPHA else ""  # fmt: skip
+           f" {LEAST_UNITS}, better many more.") if least > ALPHA else ""  # fmt: skip
     found = _untested(site, kind, counts, few, every)
     return replace(found, low=placed[0], high=placed[1], p=placed[2], q=placed[3], significant=placed[4] == 1,
                    tested=int(np.isfinite(p).sum()), units=units, method=f"signs of {of} flipped: {draws}")  # fmt: skip
@@ -157,7 +161,7 @@ def unit_pairs(trace: Trace, site: int, after: int, lengths: np.ndarray, progres
 
     here, there = trace.layers[site], trace.layers[after]
     shape = (here.n_classes + 1, there.n_classes + 1)
-    units = max(2, min(len(lengths), MOST_UNITS, TABLE_BYTES // (4 * here.n_classes * there.n_classes)))
+    units = max(2, min(len(lengths), MOST_UNITS, _fitting(here.n_classes * there.n_classes)))
     owner = np.arange(len(lengths)) * units // len(lengths)
     ends = np.cumsum(np.bincount(owner, lengths, units).astype(np.int64))
     tables, sizes = np.zeros((units, *shape), np.int32), np.zeros((units, here.top_k + 1), np.int64)
@@ -175,6 +179,10 @@ def unit_pairs(trace: Trace, site: int, after: int, lengths: np.ndarray, progres
         if progress is not None:
             progress(stop, n)
     return tables[:, 1:, 1:], sizes
+
+
+def _fitting(cells: int) -> int:
+    return TABLE_BYTES // (4 * max(cells, 1))
 
 
 def _excess(tables: np.ndarray, sizes: np.ndarray, one: np.ndarray, two: np.ndarray, kind: str, k_after: int) -> tuple[np.ndarray, ...]:

@@ -75,7 +75,8 @@ def pairs_headline(found: PairTest, here: str) -> str:
     """The pair that stands out most, with its interval, and how many differ from chance; or why nothing can be told."""
     if found.missing:
         return found.missing
-    lift, gap = found.counts.lift, np.abs(np.log2(np.where(found.significant, np.maximum(found.counts.lift, 2.0**-10), 1)))
+    lift = found.counts.lift
+    gap = np.abs(np.log2(np.where(found.significant, np.maximum(lift, 2.0**-10), 1)))
     if not found.claimed:
         return f"At {here}, none of {found.tested:,} pairs of experts can be told from chance."
     more = np.where(found.significant & (lift > 1), gap, 0)
@@ -85,9 +86,13 @@ def pairs_headline(found: PairTest, here: str) -> str:
         if found.kind == "pairs"
         else f"From expert {a} at {here}, tokens go on to expert {b}"
     )
-    between = f" (95% {found.low[a, b]:.2g} to {found.high[a, b]:.2g})" if np.isfinite(found.low[a, b]) else ""
-    return (f"{said} {lift[a, b]:.2g} times as often as their loads alone give{between}; {found.claimed:,} of {found.tested:,} pairs"
+    between = f" (95% {_times(found.low[a, b])} to {_times(found.high[a, b])})" if np.isfinite(found.low[a, b]) else ""
+    return (f"{said} {_times(lift[a, b])} times as often as their loads alone give{between}; {found.claimed:,} of {found.tested:,} pairs"
             f" {'differs' if found.claimed == 1 else 'differ'} beyond chance.")  # fmt: skip
+
+
+def _times(lift: float) -> str:
+    return f"{lift:,.1f}" if lift >= 1 else f"{lift:.2f}"
 
 
 def pairs_how(found: PairTest) -> str:

@@ -14,6 +14,7 @@ from analysis.pair_tests import (
     NO_DECISIONS,
     NO_PAIRS,
     ONE_DOCUMENT,
+    TOO_MANY,
     PairTest,
     coactivation_test,
     fixed_odds_pairs,
@@ -197,10 +198,12 @@ def test_a_rare_pair_that_was_never_seen_is_no_finding() -> None:
     assert pair_tests._p_values(excess * 1000, mean * 1000, mean * 1000, 0)[0][0] < 1e-20
 
 
-def test_what_cannot_be_tested_is_said() -> None:
+def test_what_cannot_be_tested_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert coactivation_test(make_trace(PLAIN, [make_part(PLAIN, [50])]), 0).missing == ONE_DOCUMENT
     two = make_trace(PLAIN, [make_part(PLAIN, [50, 50])])
     assert "Too few documents" in flow_test(two, 0).missing and flow_test(two, 1).missing == LAST_SITE
+    monkeypatch.setattr(pair_tests, "TABLE_BYTES", 4 * 36 * 5)
+    assert flow_test(planted(), 0).missing == TOO_MANY
     single = (site(0, 8, 1), site(1, 8, 1))
     assert coactivation_test(make_trace(single), 0).missing == NO_PAIRS
     for test in TESTS.values():
