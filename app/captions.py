@@ -103,4 +103,4 @@ def pairs_how(found: PairTest) -> str:
         f" Test: within each document, against what the document's own loads give ({law}); {found.method}; never surer than if tokens were independent."
         f" Corrected for the {found.tested:,} pairs of this layer and this look only. Beyond chance also asks that documents and colour point the same"
         f" way. Intervals: {found.units:,} units of whole documents drawn again.")  # fmt: skip
-    return f"Uniform routing would give each partner {found.counts.chance_share:.1%}.{tested}"
+    return f"Fixed scale from ⅛× to 8×. Uniform routing would give each partner {found.counts.chance_share:.1%}.{tested}"
