@@ -81,7 +81,8 @@ TERMS = (
     Entry("log2_enrichment", "log2 enrichment", "log2 of the share of a group's tokens that use an expert over the share of all other tokens; 0 is"
           " no preference, 1 is twice as often", "common in genomics"),
     Entry("false_discovery_rate", "False discovery rate", "of the cells called significant, the share expected to be so by chance; q is the"
-          " smallest rate at which a cell is still called significant", "Benjamini and Hochberg 1995"),
+          " smallest rate at which a cell is still called significant; family_p is stricter: the chance that any cell at all stands out as much",
+          "Benjamini and Hochberg 1995; Westfall and Young 1993"),
 )  # fmt: skip
 
 

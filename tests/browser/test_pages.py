@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from analysis.findings import first_finding
+from analysis.specialization import by_label, seriation
 from analysis.store import open_run
 from analysis.writing import RunWriter
 from app import palette
@@ -343,3 +344,19 @@ def test_a_cell_of_a_load_map_leads_to_its_expert(page: Page, address: str, view
     page.mouse.click(area["x"] + area["width"] * 2.5 / 16, area["y"] + area["height"] * 1.5 / 6)  # expert 2 of layer 1
     expect(page.get_by_role("heading", name="Layer 1, expert 2:")).to_be_visible()
     assert "layer=layer+1" in page.url and "expert=2" in page.url
+
+
+def test_a_cell_of_the_specialization_map_takes_its_label_along_and_a_passage_leads_to_its_tokens(page: Page, address: str) -> None:
+    found = by_label(open_run("data/demo-run"), 5)
+    groups, experts = (x.tolist() for x in seriation(found.enrichment))
+    row, column = groups.index(found.groups.index("chinese")), experts.index(15)
+    page.goto(f"{address}/specialization?run=demo-run&layer=layer+5")
+    figure = page.locator(".js-plotly-plot").filter(has=page.locator(".cbaxis")).first
+    area = figure.locator(".nsewdrag").first.bounding_box()
+    assert area is not None
+    page.mouse.click(area["x"] + area["width"] * (column + 0.5) / len(experts), area["y"] + area["height"] * (row + 0.5) / len(groups))
+    expect(page.get_by_text("documents of chinese where it weighs most")).to_be_visible(timeout=60_000)
+    assert "layer=layer+5" in page.url and "expert=15" in page.url and "of=label-chinese" in page.url
+    page.get_by_text("See it on the Tokens page").first.click()
+    expect(page.get_by_role("heading", name="Token ").first).to_be_visible(timeout=60_000)
+    assert "layer=layer+5" in page.url and "doc=" in page.url and "token=" in page.url
