@@ -23,6 +23,7 @@ from .export import ExportError, describe, export_bytes, export_table
 from .glossary import GLOSSARY
 from .metrics import METRICS, balance_table
 from .paths import saturation
+from .places import Place
 from .store import RunError, delete_run, list_runs, open_run, same_counts, valid_run_name, verify_run
 from .trace import TraceError
 from .untrusted import Prompt, UploadError, read_prompts
@@ -88,7 +89,12 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
 
 
 def _capture(arguments: argparse.Namespace) -> int:
-    valid_run_name(arguments.out.name)
+    out = Place.of(arguments.out)
+    valid_run_name(out.name)
+    if out.folder is None and not arguments.cluster:
+        raise RunError(
+            "an address takes parts from a cluster: give --cluster, or capture into a folder and copy it: python -m analysis copy"
+        )
     prompts = _prompts(arguments)
     _before_torch()
     from .capture import CaptureError, Progress, capture
@@ -122,6 +128,9 @@ def _capture(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _say(f"\nstopped: finished parts are kept in {arguments.out}; repeat the same command to go on after them", sys.stderr)
         return 130
+    if trace is None:
+        _say(f"\n{arguments.out}: written; to open it: python -m analysis copy ADDRESS FOLDER", sys.stderr)
+        return 0
     streams = dict.fromkeys(x.stream for x in trace.layers)
     tokens = ", ".join(f"{trace.n_tokens(s):,} {s} tokens" for s in streams)
     _say(f"\n{arguments.out}: {tokens}, {len(trace.layers)} routed layers", sys.stderr)

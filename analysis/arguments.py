@@ -85,7 +85,7 @@ def _add_capture_options(capture: argparse.ArgumentParser) -> None:
     capture.add_argument("--input", type=Path, action="append", default=[], help=".txt, .csv or .jsonl; may be repeated")
     capture.add_argument("--text", action="append", default=[], help="a document given here; may be repeated")
     capture.add_argument("--label", help="label of the documents given with --text")
-    capture.add_argument("--out", type=Path, required=True, help="folder of the new run")
+    capture.add_argument("--out", required=True, help="folder of the new run; with --cluster also an address (s3://..., gs://...)")
     capture.add_argument("--batch-size", type=_at_least_one, default=8, help="documents per forward pass (default 8)")
     capture.add_argument("--new-tokens", type=_at_least_none, default=0, help="continue each document greedily by so many tokens")
     capture.add_argument("--max-tokens", type=_at_least_one, help="refuse longer documents (default: the model's context)")

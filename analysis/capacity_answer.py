@@ -51,17 +51,24 @@ def typical_shuffle(curves: pa.Table, factor: float = 1.0) -> int | None:
     return min(shares, key=lambda s: abs(shares[s] - mean))
 
 
-def drops_in_words(now: Mapping[str, float], factor: float, where: str = "", shares: Mapping[int | None, float] | None = None) -> str:
-    """What ``factor`` drops and what that costs: ``now`` has the shares, ``shares`` is ``shuffle_shares``; ``where`` follows "assignments"."""
+def drops_in_words(now: Mapping[str, float], factor: float, where: str = "", chance: float | None = None) -> str:
+    """What ``factor`` drops: ``now`` has the shares, ``where`` follows "assignments", ``chance`` is what uniform routing drops."""
     said = f"CF {factor:g} drops {percent(now['dropped_share'])} of assignments{where}"
-    low, high = (min(shares.values()), max(shares.values())) if shares else (0.0, 0.0)
-    if shares is not None and low < high:  # one batch drops the same in any order
-        said += f" ({percent(low)} to {percent(high)} over {len(shares)} shuffles of the documents)"
-    if not np.isnan(now["gate_mass_lost_share"]):
-        said += f", {percent(now['gate_mass_lost_share'])} of the gate weight"
+    return said if chance is None else f"{said}; by chance {percent(chance)}"
+
+
+def price_in_words(now: Mapping[str, float]) -> str:
+    """What is lost with the assignments, as a sentence; empty where it was not recorded."""
+    lost = [] if np.isnan(now["gate_mass_lost_share"]) else [f"{percent(now['gate_mass_lost_share'])} of the gate weight"]
     if not np.isnan(now["top1_dropped_share"]) and now["tokens"] < now["assignments"]:  # else the first choice is the only one
-        said += f" and {percent(now['top1_dropped_share'])} of first choices"
-    return said
+        lost.append(f"{percent(now['top1_dropped_share'])} of first choices")
+    return f"Lost with them: {' and '.join(lost)}." if lost else ""
+
+
+def range_in_words(shares: Mapping[int | None, float]) -> str:
+    """The dropped share over the shuffles; empty where it is the same in all, as for one batch. ``shares`` is ``shuffle_shares``."""
+    low, high = min(shares.values()), max(shares.values())
+    return f"{percent(low)} to {percent(high)} over {len(shares)} shuffles" if low < high else ""
 
 
 def tokens_in_words(now: Mapping[str, float], layers: int) -> str:

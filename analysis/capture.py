@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .models import model_card
+from .places import Place
 from .recorder import CaptureCancelled, CaptureError, Recorder, recording
 from .rounding import WEIGHTS, rounded
 from .routers import Routed, RouterError, Site, find_sites, router_scores
@@ -210,7 +211,11 @@ def capture(
         stats = merge_statistics([part_statistics(p, card.layers) for p in parts])
         source = PartsInMemory(parts, len(card.layers))
         return Trace(card, documents, stats, source, lambda: tokens, kept, name)
-    with RunWriter.open(Path(out), card, kept) as writer:
+    if Place.of(out).folder is None:
+        raise CaptureError(
+            "one process captures into a folder: copy the run to its address then (python -m analysis copy), or give --cluster"
+        )
+    with RunWriter.open(out, card, kept) as writer:
         resumed: dict[str, Any] = {"committed": writer.committed(), "first_part": writer.parts, "first_rows": writer.rows}
         _written_behind(writer, capture_parts(model, tokenizer, texts, labels=labels, names=names, **options, **resumed))
         return writer.commit()

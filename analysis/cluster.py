@@ -1,8 +1,8 @@
 """The same capture and the same statistics on a Ray cluster. Ray is optional and imported only where it is used.
 
 One process per copy of the model, a *replica*, captures whole parts and writes them as a capture in one process does, into a folder that
-every node sees; this process plans the parts, and writes the manifest when every part's record is there. A part is fixed beforehand by
-its documents and row numbers, so who captures it, when, and how often changes nothing.
+every node sees or below an address of an object store; this process plans the parts, and writes the manifest when every part's record is
+there. A part is fixed beforehand by its documents and row numbers, so who captures it, when, and how often changes nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .places import Place
 from .stats import Statistics, merge_statistics, part_statistics
 from .store import RunError, open_run, read_manifest, stored_part
 from .trace import ModelCard, Trace
-from .writing import RunWriter, write_part
+from .writing import CAPTURE, RunWriter, write_part
 
 if TYPE_CHECKING:
     from .capture import PlannedPart, Progress
@@ -74,12 +75,13 @@ class Replica:
         model, tokenizer, card = self._model()
         return card, plan_parts(model, tokenizer, texts, labels=labels, names=names, **limits)
 
-    def capture(self, planned: PlannedPart, card: ModelCard, texts: Sequence[str], run: Path, options: Mapping[str, Any]) -> None:
-        """Capture one planned part and store it in the folder ``run``. Raises ClusterError where this node differs from the others."""
+    def capture(self, planned: PlannedPart, card: ModelCard, texts: Sequence[str], run: str, options: Mapping[str, Any]) -> None:
+        """Capture one planned part and store it in the folder or below the address ``run``. Raises ClusterError where nodes differ."""
         from .capture import capture_parts
 
-        if not (run / "progress" / "capture.json").is_file():
-            raise ClusterError(f"node {os.uname().nodename} does not see the folder of {run.name}: --out must be shared by all nodes")
+        place = Place.of(run)
+        if not place.holds(CAPTURE):
+            raise ClusterError(f"node {os.uname().nodename} does not see the folder of {place.name}: --out must be shared by all nodes")
         model, tokenizer, mine = self._model()
         if mine != card:
             raise ClusterError(f"node {os.uname().nodename} has other weights or another tokenizer in {self.folder.name}: copy it again")
@@ -90,14 +92,14 @@ class Replica:
         found = [(p.first_rows, {s: len(p.stream_tokens(s)) for s in p.first_rows}) for p in parts]
         if found != [(planned.first_rows, planned.rows)]:
             raise ClusterError(f"part {planned.index} came out with other rows than planned ({found}): report this with its documents")
-        write_part(run, parts[0], card.layers)
+        write_part(place, parts[0], card.layers)
 
 
 def capture_on_cluster(
     model: Path,
     texts: Sequence[str],
     *,
-    out: Path,
+    out: str | Path,
     cluster: Cluster,
     labels: Sequence[str | None] | None = None,
     names: Sequence[str] | None = None,
@@ -105,32 +107,39 @@ def capture_on_cluster(
     progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     **options: Any,
-) -> Trace:
+) -> Trace | None:
     """As ``capture(..., out=out)`` in one process, spread over replicas of the model in the folder ``model``.
 
-    ``out`` and ``model`` are the same folders on every node; ``loading`` goes to load_model. An interrupted capture is resumed, whoever
-    started it. Raises ClusterError and what ``capture`` raises; generation is refused: row numbers must be known beforehand.
+    ``out`` and ``model`` are the same folders on every node; ``loading`` goes to load_model. ``out`` may also be an address that pyarrow.fs
+    opens, with the credentials of each node: parts go there from the nodes, and the answer is None, for a run is read from a folder
+    (copying). An interrupted capture is resumed, whoever started it. Raises ClusterError and what ``capture`` raises; generation is
+    refused: row numbers must be known beforehand.
     """
     from .capture import PART_TOKENS
 
     if options.get("new_tokens"):
         raise ClusterError("a cluster records given text: how many tokens a model adds is not known beforehand; leave out new tokens")
-    out, model = out.resolve(), model.resolve()
+    place, model = Place.of(out), model.resolve()
+    run = str(place.folder or place.address)
     limits = {"part_tokens": options.get("part_tokens", PART_TOKENS), "max_tokens": options.get("max_tokens")}
     with _connected(cluster.address) as ray:
         crew = _Crew(ray, cluster, model, loading or {})
         try:
             card, plan = crew.plan(list(texts), labels, names, limits)
-            with RunWriter.open(out, card, options) as writer:
+            with RunWriter.open(run, card, options) as writer:
                 done = writer.refresh()
                 _check_stored(writer, plan, done)
-                jobs = [(p, card, texts[p.first_document : p.first_document + len(p.documents)], out, options)
+                jobs = [(p, card, texts[p.first_document : p.first_document + len(p.documents)], run, options)
                         for p in plan if p.index not in done]  # fmt: skip
                 crew.capture(jobs, plan, progress, cancelled)
                 crew.dismiss()
-                if missing := {p.index for p in plan} - writer.refresh():
-                    raise ClusterError(f"{len(missing)} parts were reported written but are not in {out.name}: is it shared by all nodes?")
-                return writer.commit()
+                if missing := {p.index for p in plan} - (done := writer.refresh()):
+                    raise ClusterError(
+                        f"{len(missing)} parts were reported written but are not in {place.name}: is it shared by all nodes?"
+                    )
+                _check_stored(writer, plan, done)  # again: an address has no lock
+                writer.finish()
+                return open_run(place.folder) if place.folder else None
         finally:
             crew.dismiss()
 
@@ -231,7 +240,7 @@ def _check_stored(writer: RunWriter, plan: Sequence[PlannedPart], done: frozense
     """Raise RunError unless the parts that are there hold the documents planned for them."""
     planned = {p.index: p.documents for p in plan}
     if any(tuple(writer.documents_of(i)) != planned.get(i) for i in done):
-        raise RunError(f"{writer.folder.name} was interrupted with other texts: give the same texts, or delete the run")
+        raise RunError(f"{writer.place.name} was interrupted with other texts: give the same texts, or delete the run")
 
 
 @contextmanager

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,41 @@ def sweep(folder: Path) -> None:
     """Remove temporary files that a killed writer left below ``folder``."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder of this process alone, deleted on leaving. Those that killed processes left are deleted first: they hold text."""
+    for left in Path(tempfile.gettempdir()).glob("routerscope-scratch-*"):
+        if (held := _held(left, fcntl.LOCK_NB)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(held)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix="routerscope-scratch-"))
+        if (held := _held(folder, 0)) is None:
+            continue
+        if folder.exists():  # else another process took it for one that was left
+            break
+        os.close(held)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        os.close(held)
+
+
+def _held(folder: Path, wait: int) -> int | None:
+    """A descriptor that locks a folder of this user; None where another process does, or the folder is gone."""
+    try:
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | wait)
+    except BlockingIOError:
+        os.close(held)
+        return None
+    return held
 
 
 def folder_digest(folder: Path, *patterns: str) -> str:

@@ -74,6 +74,9 @@ TERMS = (
           " tokens do; by chance about half or fewer", "Routerscope; a sign test's count"),
     Entry("document_balance", "Document balance", "max / mean of the loads of one document's tokens at a site, beside what uniform routing of so few"
           " tokens stays below", "arXiv 2408.15664, its batch being a document"),
+    Entry("device_queue", "Longest device queue", "load of the busiest of D devices over their mean load, in one batch at one site, experts placed in"
+          " order of their number, E / D on each; 1 to D, its inverse is balancedness over devices; uniform routing of few tokens alone makes it longer",
+          "EPLB, whose balancedness is mean / max"),
     Entry("weight_similarity", "Weight similarity", "cosine of two experts' weight matrices, each expert flattened to one vector of n numbers; independent"
           " random weights give 0 with standard deviation 1 / sqrt n. Neurons may stand in any order, so it says little of function", "common"),
     Entry("lift", "Lift", "share of a group's tokens that use an expert, over the expert's share of all tokens; 1 is no preference",

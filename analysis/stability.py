@@ -50,21 +50,29 @@ def batch_maxvio(trace: Trace, site: int, batch_tokens: int = 1) -> float:
     return float((loads.max(1) / loads.mean(1) - 1).mean()) if len(loads) else float("nan")
 
 
-def maxvio_batches(trace: Trace, site: int, batch_tokens: int = 1, mixed: int | None = None) -> pa.Table:
-    """MaxVio of every batch of one site, in the order filled: batch (from 1), n (tokens), maxvio, chance.
+def batch_loads(trace: Trace, site: int, batch_tokens: int = 1, mixed: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [batches] tokens, int64 [batches, E] assignments) of the site's batches that have any, in the order filled.
 
     Batches as in ``batch_balance``. ``mixed`` is a seed by which documents are shuffled before they fill batches; None keeps
-    the order recorded, which may follow labels. chance: balance.chance_max_over_mean of so many tokens, less 1.
+    the order recorded, which may follow labels.
     """
-    layer = trace.layers[site]
     sizes, counts = _documents(trace, site)
     if mixed is not None:
         order = np.random.default_rng(mixed).permutation(len(sizes))  # one order for every site of a stream
         sizes, counts = sizes[order], counts[order]
     starts = _batches(sizes, batch_tokens)
-    n, loads = (np.add.reduceat(x, starts, axis=0) if len(starts) else x for x in (sizes, counts[:, : layer.n_experts]))
+    n, loads = (np.add.reduceat(x, starts, axis=0) if len(starts) else x for x in (sizes, counts[:, : trace.layers[site].n_experts]))
     ran = loads.sum(1) > 0
-    n, loads = n[ran], loads[ran]
+    return n[ran], loads[ran]
+
+
+def maxvio_batches(trace: Trace, site: int, batch_tokens: int = 1, mixed: int | None = None) -> pa.Table:
+    """MaxVio of every batch of ``batch_loads``: batch (from 1), n (tokens), maxvio, chance.
+
+    chance: balance.chance_max_over_mean of so many tokens, less 1.
+    """
+    layer = trace.layers[site]
+    n, loads = batch_loads(trace, site, batch_tokens, mixed)
     chance = [_chance_maxvio(x, layer.n_classes, layer.top_k) for x in n.tolist()]
     return pa.table({"batch": pa.array(np.arange(1, len(n) + 1), pa.int64()), "n": pa.array(n, pa.int64()),
                      "maxvio": pa.array(loads.max(1) / loads.mean(1) - 1, pa.float64()), "chance": pa.array(chance, pa.float64())})  # fmt: skip

@@ -56,6 +56,7 @@ READABLE = (1, SCHEMA_VERSION)
 STATISTICS = (("stats.parquet", CORE), ("token_stats.parquet", BY_TOKEN), ("document_stats.parquet", BY_DOCUMENT))
 _Piece = TypeVar("_Piece", SiteRouting, SiteScores, np.ndarray)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/")
 _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))})
 
 
@@ -128,6 +129,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
+        if _ADDRESS.match(str(folder)):  # a Path has one slash of the two
+            raise RunError(f"{folder.name} lies in an object store: python -m analysis copy ADDRESS FOLDER, then open the folder") from None
         unfinished = (folder / "progress").is_dir()
         hint = "its capture did not finish: repeat the capture command to resume it" if unfinished else "there is no run.json"
         raise RunError(f"{folder.name} is not a finished run: {hint}") from None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,51 +20,49 @@ import pyarrow.parquet as pq
 from .files import stamp, sweep, write_atomically, write_json
 from .layout import write_routing, write_scores, write_table
 from .longtables import LongTable, by_site, write_long
+from .places import Place
 from .stats import Statistics, following_sites, merge_statistics, part_statistics
 from .store import MANIFEST, STATISTICS, RunError, open_run, valid_run_name
 from .trace import SCHEMA_VERSION, LayerInfo, ModelCard, Part, Trace
 
+CAPTURE = "progress/capture.json"  # what is being captured, there before any part
 _PROGRESS = ("core", "tokens", "by_documents")  # the statistics of a part, as STATISTICS those of the run
 
 
 class RunWriter:
     """Writes a run part by part; a context manager. Leaving it without ``commit`` keeps what was written, for resuming.
 
-    ``parts``, ``documents`` and ``rows`` (per stream) say what is already there.
+    ``parts``, ``documents`` and ``rows`` (per stream) say what is already there. What is written or read here lies in ``folder``, a
+    workspace of ``place``: where that is an address, parts stay there, and only records, documents and statistics come here.
     """
 
-    def __init__(self, folder: Path, card: ModelCard, options: Mapping[str, Any], lock: int) -> None:
-        self.folder, self.card, self.options, self._lock = folder, card, dict(options), lock
+    def __init__(self, place: Place, folder: Path, card: ModelCard, options: Mapping[str, Any]) -> None:
+        self.place, self.folder, self.card, self.options, self._opened = place, folder, card, dict(options), ExitStack()
         self.refresh()
 
     @classmethod
-    def open(cls, folder: Path, card: ModelCard, options: Mapping[str, Any]) -> RunWriter:
-        """Start a run in ``folder``, or resume the interrupted one that is there.
+    def open(cls, where: str | Path, card: ModelCard, options: Mapping[str, Any]) -> RunWriter:
+        """Start a run in a folder or below an address, or resume the interrupted one that is there.
 
-        Raises RunError where a finished run is there, another process writes, or model or options differ.
+        Raises RunError where a finished run is there, another process writes (an address has no lock: one capture at a time is the
+        caller's to see to), or model or options differ.
         """
-        valid_run_name(folder.name)
-        if (folder / MANIFEST).exists():
-            raise RunError(f"{folder.name} is a finished run: choose another name, or delete it first")
-        progress = folder / "progress"
-        progress.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.chmod(folder, 0o700)
-        lock = os.open(progress / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        place = Place.of(where)
+        valid_run_name(place.name)
+        if place.holds(MANIFEST):
+            raise RunError(f"{place.name} is a finished run: choose another name, or delete it first")
+        with ExitStack() as opened:
+            folder = opened.enter_context(place.workspace())
+            opened.callback(os.close, _locked(folder, place.name))
             sweep(folder)
-            _check_same_capture(progress / "capture.json", card, options)
-        except BlockingIOError:
-            os.close(lock)
-            raise RunError(f"{folder.name} is being written by another capture: wait for it or choose another name") from None
-        except BaseException:
-            os.close(lock)
-            raise
-        return cls(folder, card, options, lock)
+            _check_same_capture(place, folder, card, options)
+            writer = cls(place, folder, card, options)
+            writer._opened = opened.pop_all()
+            return writer
 
     def refresh(self) -> frozenset[int]:
         """Look again at what is stored; numbers of the whole parts, of which those after a gap do not count yet."""
-        stored = _part_records(self.folder)
+        stored = _part_records(self.place, self.folder)
         self._records: list[dict[str, Any]] = []
         self.parts, self.documents = 0, 0
         self.rows: dict[str, int] = {}
@@ -84,33 +83,42 @@ class RunWriter:
 
     def documents_of(self, part: int) -> list[tuple[str, str | None, str]]:
         """(digest, label, name) of every document of a stored part, in order."""
-        table = pq.read_table(self.folder / "progress" / f"documents-{part:05d}.parquet").to_pylist()
-        rows = {r["document"]: (r["digest"], r["label"], r["name"]) for r in table}
+        rows = {r["document"]: (r["digest"], r["label"], r["name"]) for r in self._documents_of(part).to_pylist()}
         return [rows[d] for d in sorted(rows)]
+
+    def _documents_of(self, part: int) -> pa.Table:
+        return pq.read_table(self._progress("documents", part), page_checksum_verification=True)
+
+    def _progress(self, name: str, part: int) -> Path:
+        return self.place.fetch(f"progress/{name}-{part:05d}.parquet", self.folder)
 
     def __enter__(self) -> RunWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        os.close(self._lock)
+        self._opened.close()
 
     def write(self, part: Part) -> None:
         """Store one part; once this returns, a crash cannot lose it."""
         if part.index != self.parts:
-            raise RunError(f"part {part.index} out of order: {self.folder.name} has {self.parts}")
-        self._count(write_part(self.folder, part, self.card.layers))
+            raise RunError(f"part {part.index} out of order: {self.place.name} has {self.parts}")
+        self._count(write_part(self.place, part, self.card.layers))
 
     def commit(self) -> Trace:
-        """Merge the statistics, write the manifest, and open the finished run. RunError for a run of no parts."""
+        """``finish``, and open the run, which must lie in a folder."""
+        self.finish()
+        return open_run(self.folder)
+
+    def finish(self) -> None:
+        """Merge the statistics and write the manifest, last. RunError for a run of no parts."""
         if not self._records:
             raise RunError("nothing was captured: no documents were given")
-        progress = self.folder / "progress"
-
         sweep(self.folder)  # what killed workers of a cluster left
-        documents = pa.concat_tables([pq.read_table(progress / f"documents-{i:05d}.parquet") for i in range(self.parts)])
+        documents = pa.concat_tables([self._documents_of(i) for i in range(self.parts)])
         write_atomically(self.folder / "documents.parquet", partial(write_table, documents))
-        (progress / "sums").mkdir(exist_ok=True)
-        stats = merge_statistics(self._part_statistics(), progress / "sums")
+        sums = self.folder / "progress" / "sums"
+        sums.mkdir(exist_ok=True)
+        stats = merge_statistics(self._part_statistics(), sums)
         for (name, _), rows in zip(STATISTICS, (stats.core_rows, stats.token_rows, stats.document_rows), strict=True):
             write_atomically(self.folder / name, partial(_store, rows))
         names = ("documents.parquet", *(n for n, _ in STATISTICS))
@@ -122,15 +130,16 @@ class RunWriter:
             "parts": self._records,
             "files": {n: stamp(self.folder / n) for n in names},
         }
+        self.place.store(self.folder, *names)
         write_json(self.folder / MANIFEST, manifest)
-        shutil.rmtree(progress)
-        return open_run(self.folder)
+        self.place.store(self.folder, MANIFEST)
+        self.place.remove("progress")
 
     def _part_statistics(self) -> Iterator[Statistics]:
         """The statistics of each part, read when it is its turn."""
         classes, following = tuple(x.n_classes for x in self.card.layers), following_sites(self.card.layers)
         for i in range(self.parts):
-            paths = (self.folder / "progress" / f"{name}-{i:05d}.parquet" for name in _PROGRESS)
+            paths = (self._progress(name, i) for name in _PROGRESS)
             core, by_token, by_document = (LongTable(p, schema) for p, (_, schema) in zip(paths, STATISTICS, strict=True))
             yield Statistics(core, by_token, by_document, classes, following)
 
@@ -143,48 +152,72 @@ def _store(rows: pa.Table | LongTable, path: Path) -> None:
         write_long([rows] if "statistic" in rows.schema.names else by_site(rows), rows.schema, path)
 
 
-def write_part(folder: Path, part: Part, layers: Sequence[LayerInfo]) -> dict[str, Any]:
-    """Write a part's files below ``folder``, each atomically, its record last: until that is there, the part is not.
+def write_part(place: Place, part: Part, layers: Sequence[LayerInfo]) -> dict[str, Any]:
+    """Write a part's files, each atomically, its record last: until that is there, the part is not.
 
     The same part gives the same bytes, so writing it again, or from two processes at once, changes nothing.
     """
-    number, progress = f"{part.index:05d}", folder / "progress"
+    number = f"{part.index:05d}"
     stats = part_statistics(part, layers)
     files = [f"{kind}/part-{number}.parquet" for kind in ("tokens", "routing", "scores")]
-    write_atomically(folder / files[0], lambda p: write_table(part.tokens, p))
-    write_atomically(folder / files[1], lambda p: write_routing(part, layers, p))
-    write_atomically(folder / files[2], lambda p: write_scores(part, layers, p))
-    write_atomically(progress / f"documents-{number}.parquet", partial(write_table, part.documents))
-    for name, rows in zip(_PROGRESS, (stats.core_rows, stats.token_rows, stats.document_rows), strict=True):
-        write_atomically(progress / f"{name}-{number}.parquet", partial(_store, rows))
-    record = {
-        "index": part.index,
-        "documents": len(set(part.documents["document"].to_pylist())),
-        "first_rows": dict(part.first_rows),
-        "rows": {s: len(part.stream_tokens(s)) for s in part.first_rows},
-        "files": {f: stamp(folder / f) for f in files},
-    }
-    write_json(progress / f"part-{number}.json", record)
+    progress = [f"progress/{name}-{number}.parquet" for name in ("documents", *_PROGRESS)]
+    with place.workspace() as folder:
+        write_atomically(folder / files[0], lambda p: write_table(part.tokens, p))
+        write_atomically(folder / files[1], lambda p: write_routing(part, layers, p))
+        write_atomically(folder / files[2], lambda p: write_scores(part, layers, p))
+        write_atomically(folder / progress[0], partial(write_table, part.documents))
+        for name, rows in zip(progress[1:], (stats.core_rows, stats.token_rows, stats.document_rows), strict=True):
+            write_atomically(folder / name, partial(_store, rows))
+        place.store(folder, *files, *progress)
+        record = {
+            "index": part.index,
+            "documents": len(set(part.documents["document"].to_pylist())),
+            "first_rows": dict(part.first_rows),
+            "rows": {s: len(part.stream_tokens(s)) for s in part.first_rows},
+            "files": {f: stamp(folder / f) for f in files},
+        }
+        write_json(folder / _record(part.index), record)
+        place.store(folder, _record(part.index))
     return record
 
 
-def _check_same_capture(path: Path, card: ModelCard, options: Mapping[str, Any]) -> None:
+def _record(part: int) -> str:
+    return f"progress/part-{part:05d}.json"
+
+
+def _locked(folder: Path, name: str) -> int:
+    """A descriptor that locks the capture into ``folder``, which is made where it is not there. RunError where another holds it."""
+    (folder / "progress").mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.chmod(folder, 0o700)
+    lock = os.open(folder / "progress" / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise RunError(f"{name} is being written by another capture: wait for it or choose another name") from None
+    return lock
+
+
+def _check_same_capture(place: Place, folder: Path, card: ModelCard, options: Mapping[str, Any]) -> None:
     """Record what is being captured, or compare with the record of the interrupted capture."""
     mine = json.loads(json.dumps({"model": card.to_json(), "options": dict(options), "schema_version": SCHEMA_VERSION}))
-    if not path.exists():
-        write_json(path, mine)
+    if not place.holds(CAPTURE):
+        write_json(folder / CAPTURE, mine)
+        place.store(folder, CAPTURE)
         return
-    started = json.loads(path.read_text(encoding="utf-8"))
+    started = json.loads(place.fetch(CAPTURE, folder).read_text(encoding="utf-8"))
     for what in mine:
         if started.get(what) != mine[what]:
             raise RunError(f"the interrupted capture in this folder used other {what}: use the same, or delete the run")
 
 
-def _part_records(folder: Path) -> dict[int, dict[str, Any]]:
+def _part_records(place: Place, folder: Path) -> dict[int, dict[str, Any]]:
     """Records of stored parts by number; a part counts only when its record and all its files are whole."""
     records: dict[int, dict[str, Any]] = {}
-    for path in (folder / "progress").glob("part-*.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if all((folder / f).is_file() and (folder / f).stat().st_size == s["bytes"] for f, s in record["files"].items()):
-            records[record["index"]] = record
+    sizes = place.sizes()
+    for name in sizes:
+        if fnmatch(name, "progress/part-*.json"):
+            record = json.loads(place.fetch(name, folder).read_text(encoding="utf-8"))
+            if all(sizes.get(f) == s["bytes"] for f, s in record["files"].items()):
+                records[record["index"]] = record
     return records

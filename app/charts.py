@@ -171,21 +171,32 @@ def maxvio_lines(
     rows: Sequence[str], run: np.ndarray, batch: np.ndarray, least: np.ndarray, most: np.ndarray, chance: np.ndarray
 ) -> go.Figure:
     """MaxVio per layer, arrays [L]: over the run, mean of the batches with their range as a bar, and by chance at that batch size."""
-    figure, blue = go.Figure(), palette.AMOUNT["light"][3]
-    for name, y, colour, symbol in (
-        ("mean of the batches", batch, palette.DEAD, "circle"),
-        ("over the whole run", run, blue, "square"),
-        ("by chance in a batch", chance, "#9a9a9a", "line-ew-open"),
-    ):
-        spread = (
-            {"type": "data", "symmetric": False, "array": most - batch, "arrayminus": batch - least, "thickness": 1} if y is batch else None
-        )
-        figure.add_scatter(x=list(rows), y=y, name=name, mode="markers+lines", error_y=spread, meta={"x": "layer", "y": "maxvio"},
-                           line={"color": colour, "dash": "dot" if y is chance else "solid", "width": 1.5},
-                           marker={"color": colour, "symbol": symbol, "size": 9}, hovertemplate="%{x}: MaxVio %{y:.3f} " + name + "<extra></extra>")  # fmt: skip
+    blue = palette.AMOUNT["light"][3]
+    return _over_layers(rows, "MaxVio", "maxvio", (least, most), (("mean of the batches", batch, palette.DEAD, "circle"),
+                        ("over the whole run", run, blue, "square"), ("by chance in a batch", chance, "#9a9a9a", "line-ew-open")))  # fmt: skip
+
+
+def queue_lines(
+    rows: Sequence[str], queue: np.ndarray, least: np.ndarray, most: np.ndarray, experts: np.ndarray, chance: np.ndarray
+) -> go.Figure:
+    """Longest device queue over the mean per layer, arrays [L]: median of the batches with their range, of single experts, by chance."""
+    blue = palette.AMOUNT["light"][3]
+    return _over_layers(rows, "× mean load", "max_over_mean", (least, most), (("device, median of the batches", queue, palette.DEAD, "circle"),
+                        ("single expert, median", experts, blue, "square"), ("device, by chance at most", chance, "#9a9a9a", "line-ew-open")))  # fmt: skip
+
+
+def _over_layers(rows: Sequence[str], title: str, measure: str, around: tuple[np.ndarray, np.ndarray],
+                 lines: Sequence[tuple[str, np.ndarray, str, str]]) -> go.Figure:  # fmt: skip
+    """(name, values [L], colour, symbol) per line over layers; ``around`` is the range of the first, a name with "chance" is dotted."""
+    figure, (least, most) = go.Figure(), around
+    for i, (name, y, colour, symbol) in enumerate(lines):
+        spread = {"type": "data", "symmetric": False, "array": most - y, "arrayminus": y - least, "thickness": 1} if i == 0 else None
+        figure.add_scatter(x=list(rows), y=y, name=name, mode="markers+lines", error_y=spread, meta={"x": "layer", "y": measure},
+                           line={"color": colour, "dash": "dot" if "chance" in name else "solid", "width": 1.5},
+                           marker={"color": colour, "symbol": symbol, "size": 9}, hovertemplate=f"%{{x}}: %{{y:.3f}} {title}, {name}<extra></extra>")  # fmt: skip
     figure.update_layout(legend=_ABOVE)
     figure.update_xaxes(type="category")
-    figure.update_yaxes(title="MaxVio", rangemode="tozero")
+    figure.update_yaxes(title=title, rangemode="tozero")
     return _sized(figure, 320)
 
 
@@ -392,8 +403,18 @@ def overflow_curves(
     figure.add_scatter(x=factors, y=pooled[2], name="dropped by chance (uniform routing)", mode="lines", meta=named,
                        line={"color": palette.DEAD, "dash": "dot", "width": 1.5},
                        hovertemplate="CF %{x:g}: %{y:.2%} by chance<extra></extra>")  # fmt: skip
-    figure.add_vline(x=at, line={"color": "#888", "dash": "dash"})
-    figure.update_layout(legend=_ABOVE)
+    # What add_vline draws, in a tenth of its time: this figure is drawn anew at every step of a slider; so is the next, with add_hline's.
+    line = {
+        "type": "line",
+        "x0": at,
+        "x1": at,
+        "xref": "x",
+        "y0": 0,
+        "y1": 1,
+        "yref": "y domain",
+        "line": {"color": "#888", "dash": "dash"},
+    }
+    figure.update_layout(legend=_ABOVE, shapes=[line])
     figure.update_xaxes(title="capacity factor")
     figure.update_yaxes(title="share", tickformat=".0%", range=[0, 1])
     return _sized(figure, 360)
@@ -407,10 +428,9 @@ def share_bars(
     figure = go.Figure(go.Bar(x=list(names), y=shares, customdata=told, marker_color=palette.DEAD, showlegend=False,
                               meta={"x": "group", "y": "dropped_share", "customdata": [unit.replace(" ", "_"), "dropped_share_of_the_layer"]},
                               hovertemplate=f"%{{x}}: %{{y:.1%}} of %{{customdata[0]:,.0f}} {unit} lost<extra></extra>"))  # fmt: skip
-    figure.add_hline(
-        y=mean, line={"color": "#888", "dash": "dot"}, name="whole layer", showlegend=True
-    )  # a word at the line would lie on a bar
-    figure.update_layout(legend=_ABOVE, showlegend=True)
+    line = {"type": "line", "x0": 0, "x1": 1, "xref": "x domain", "y0": mean, "y1": mean, "yref": "y", "line": {"color": "#888", "dash": "dot"},
+            "name": "whole layer", "showlegend": True}  # fmt: skip  # a word at the line would lie on a bar
+    figure.update_layout(legend=_ABOVE, showlegend=True, shapes=[line])
     figure.update_xaxes(title=what, type="category")
     figure.update_yaxes(title=f"share of {unit} lost", tickformat=".0%", rangemode="tozero")
     return _sized(figure, 300)

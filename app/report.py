@@ -25,7 +25,16 @@ import pyarrow.compute as pc
 import analysis
 from analysis.balance import relative_load
 from analysis.capacity import pool_curves, shuffled_curves
-from analysis.capacity_answer import drops_in_words, mean_curves, needs_in_words, percent, shuffle_shares, shuffles_for, tokens_in_words
+from analysis.capacity_answer import (
+    drops_in_words,
+    mean_curves,
+    needs_in_words,
+    price_in_words,
+    range_in_words,
+    shuffle_shares,
+    shuffles_for,
+    tokens_in_words,
+)
 from analysis.export import describe_computed
 from analysis.files import write_atomically
 from analysis.findings import Finding, first_finding
@@ -202,9 +211,10 @@ def _capacity(draft: _Draft) -> None:
         np.stack([pooled["dropped_share"].to_numpy(), 1 - pooled["slot_use"].to_numpy(), pooled["chance_dropped_share"].to_numpy()]), FACTOR,
     )  # fmt: skip
     where = " over all layers" if len(titles) > 1 else ""
-    draft.add(f"{drops_in_words(now, FACTOR, where, shuffle_shares(every, FACTOR))}.",
-              f"{needs_in_words(means, titles)}. {tokens_in_words(now, len(titles))}. Uniform routing in the same batches would drop"
-              f" {percent(now['chance_dropped_share'])}.",
+    spread = range_in_words(shuffle_shares(every, FACTOR))
+    draft.add(f"{drops_in_words(now, FACTOR, where, now['chance_dropped_share'])}.",
+              f"{needs_in_words(means, titles)}. {price_in_words(now)} {tokens_in_words(now, len(titles))}. {spread and f'Dropped: {spread}. '}"
+              "By chance: what uniform routing in the same batches would drop.",
               draft.figure("capacity", drawn, caption, "Shares of dropped assignments and idle slots over the capacity factor."))  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def choice(key: str, label: str, names: Mapping[str, str], default: str, *, widt
     browser's Back button nothing to go back to.
     """
     asked, kept = (st.session_state["_link"] or {}).get(key), st.session_state.setdefault("_choices", {})
-    value = next(str(v) for v in (asked, kept.get(key), default) if v in names)
+    value = answered(key, names, default)
     # Set on every run: Streamlit forgets on a change of page what code put into a widget.
     kept[key] = st.session_state[key] = value
     widget: Any = draw or st.selectbox
@@ -59,6 +59,12 @@ def choice(key: str, label: str, names: Mapping[str, str], default: str, *, widt
             absent.get(asked, f"The link asks for {label.lower()} {asked[:40]}, which is not here; {names[value]} is shown instead.")
         )
     return value
+
+
+def answered(key: str, names: Mapping[str, str], default: str) -> str:
+    """What ``choice`` will show: asked for by the link, chosen before, or the default."""
+    known = (st.session_state["_link"] or {}).get(key), st.session_state.setdefault("_choices", {}).get(key), default
+    return next(str(v) for v in known if v in names)
 
 
 def set_choice(key: str, value: str) -> None:
@@ -97,14 +103,27 @@ def typed(key: str, label: str) -> str:
     return found
 
 
-def section(key: str, label: str) -> Any:
-    """A part of the page that opens on a click: an expander whose ``open`` stands in the URL as ``?key=open``, Back included."""
+def section(key: str, label: str, expanded: bool = False) -> Any:
+    """A part of the page that opens on a click: an expander whose ``open`` stands in the URL as ``?key=open``, Back included.
+
+    Where the URL says neither ``open`` nor ``closed``, it is as ``expanded`` says. With another ``label`` it is another expander to the
+    browser, which takes the keyboard's focus from what is in it.
+    """
     if st.session_state["_link"] is not None:
-        st.session_state[key] = st.query_params.get(key) == "open"
+        st.session_state[key] = {"open": True, "closed": False}.get(st.query_params.get(key, ""), expanded)
     part = st.expander(plain(label), key=key, on_change=acted)
-    if part.open:
-        st.session_state["_chosen"][key] = "open"
+    if part.open or expanded:
+        st.session_state["_chosen"][key] = "open" if part.open else "closed"
     return part
+
+
+def folded_choices(key: str, label: str, asked: Mapping[str, tuple[str, Mapping[str, str], str]], width: int = 240) -> None:
+    """A section of choices (label, names, default by URL key), which stands open where a link or a person set one off its default."""
+    link = st.session_state["_link"] or {}
+    off = any(link.get(k, answered(k, names, default)) != default for k, (_, names, default) in asked.items())
+    with section(key, label, off), st.container(horizontal=True):
+        for name, (title, names, default) in asked.items():
+            choice(name, title, names, default, width=width)
 
 
 def acted() -> None:

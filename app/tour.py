@@ -158,8 +158,9 @@ def _query(trace: Trace, step: int) -> dict[str, str]:
 
 
 def start_link(trace: Trace) -> None:
-    """The way in: a link to the first step."""
-    st.page_link(_page(1), label="New here? Take the tour: five steps →", query_params=_query(trace, 1), width="content")
+    """The way in: a link to the first step, drawn as the page's main act (style.css)."""
+    with st.container(key="start-tour"):
+        st.page_link(_page(1), label="New here? Take the tour: five steps →", query_params=_query(trace, 1), width="content")
 
 
 def _next() -> None:

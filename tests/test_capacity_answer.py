@@ -18,6 +18,8 @@ from analysis.capacity_answer import (
     mean_curves,
     needs_in_words,
     percent,
+    price_in_words,
+    range_in_words,
     shuffle_shares,
     shuffles_for,
     tokens_in_words,
@@ -67,8 +69,7 @@ def test_the_demo_runs_shuffles_are_as_each_alone_gives(demo: Trace) -> None:
     means = mean_curves(found)
     now = at(pool_curves(means), 1.25)
     assert now["dropped_share"] == pytest.approx(np.mean(alone)) and min(alone) < now["dropped_share"] < max(alone)
-    said = drops_in_words(now, 1.25, "", shares)
-    assert f"({percent(min(alone))} to {percent(max(alone))} over 20 shuffles of the documents)" in said
+    assert range_in_words(shares) == f"{percent(min(alone))} to {percent(max(alone))} over 20 shuffles"
     ones = list(shuffle_shares(found, 1.0).values())
     assert typical_shuffle(found) == int(np.argmin(np.abs(np.array(ones) - np.mean(ones))))
     assert pool_curves(means)["factor"].to_pylist() == list(FACTORS)  # in their order, whatever the order of Arrow's groups
@@ -93,13 +94,14 @@ def two_layers() -> Trace:
 def test_the_answer_in_words() -> None:
     curves = rank_trace(two_layers()).curves([1.0, 1.25, 1.5, 2.0])
     now = at(pool_curves(curves), 1.0)
-    assert drops_in_words(now, 1, " over all layers") == "CF 1 drops 12.5% of assignments over all layers, 12.5% of the gate weight"
-    assert drops_in_words(now, 1, shares={0: 0.1, 4: 0.15}).startswith(
-        "CF 1 drops 12.5% of assignments (10% to 15% over 2 shuffles of the documents)"
-    )
-    assert "shuffles" not in drops_in_words(now, 1, shares={0: 0.125, 1: 0.125})
+    assert drops_in_words(now, 1, " over all layers") == "CF 1 drops 12.5% of assignments over all layers"
+    assert drops_in_words(now, 1, chance=0.0002) == "CF 1 drops 12.5% of assignments; by chance below 0.1%"
+    assert price_in_words(now) == "Lost with them: 12.5% of the gate weight."
+    assert range_in_words({0: 0.1, 4: 0.15}) == "10% to 15% over 2 shuffles" and range_in_words({0: 0.125, 1: 0.125}) == ""
     told = {**now, "gate_mass_lost_share": math.nan, "assignments": 32, "top1_dropped_share": 0.25}
-    assert drops_in_words(told, 1) == "CF 1 drops 12.5% of assignments and 25% of first choices"
+    assert price_in_words(told) == "Lost with them: 25% of first choices."
+    assert price_in_words({**told, "gate_mass_lost_share": 0.1}) == "Lost with them: 10% of the gate weight and 25% of first choices."
+    assert price_in_words({**told, "assignments": 16}) == ""  # the first choice is the only one
     assert tokens_in_words(now, 2) == "Tokens that lose all experts of a layer: 12.5% (mean of 2 layers)"
     assert tokens_in_words(now, 1) == "Tokens that lose all experts: 12.5%"
 

@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 
+from analysis import places
 from analysis.__main__ import main
 from analysis.capture import CaptureCancelled, PromptTooLong, capture
 from analysis.cluster import Cluster, ClusterError, capture_on_cluster, count_part, statistics_on_cluster
+from analysis.copying import copy_run
+from analysis.files import stamp
 from analysis.models import ModelError, load_model
+from analysis.places import Place, digest
 from analysis.stats import merge_statistics
 from analysis.store import RunError, open_run, verify_run
-from analysis.trace import Trace
 
 from .raylets import documents, saved, two_nodes
+from .s3server import CREDENTIALS, bucket
 
 TEXTS = documents(24)
 LABELS = ["x", None, "y"] * 8
@@ -30,8 +34,11 @@ OPTIONS: dict[str, Any] = {"batch_size": 3, "part_tokens": 80}
 def nodes() -> Iterator[str]:
     if find_spec("ray") is None:
         pytest.skip("no Ray: pip install -r requirements-cluster.txt")
-    with two_nodes() as address:
-        yield address
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():  # of the nodes, which take them from here
+            patch.setenv(name, value)
+        with two_nodes() as address:
+            yield address
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def spread(model: Path, out: Path, texts: list[str] = TEXTS, **given: Any) -> Trace:
+def spread(model: Path, out: Path | str, texts: list[str] = TEXTS, **given: Any) -> Any:
     return capture_on_cluster(model, texts, out=out, cluster=given.pop("cluster", Cluster()), **{"labels": LABELS, **OPTIONS, **given})
 
 
@@ -74,19 +81,25 @@ def test_two_streams_equal_those_of_one_process(nodes: str, tmp_path: Path) -> N
     assert contents(tmp_path / "spread") == contents(tmp_path / "alone")
 
 
-def test_a_killed_worker_loses_and_duplicates_nothing(nodes: str, model: Path, alone: Path, tmp_path: Path) -> None:
-    import psutil
+class Killed:
+    """Kills one worker, half way."""
 
-    killed: list[int] = []
+    def __init__(self) -> None:
+        self.pids: list[int] = []
 
-    def kill(progress: Any) -> None:
-        if not killed and progress.documents > 3:
+    def one(self, progress: Any) -> None:
+        import psutil
+
+        if not self.pids and progress.documents > 3:
             busy = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Replica")]
             busy[0].kill()
-            killed.append(busy[0].pid)
+            self.pids.append(busy[0].pid)
 
-    spread(model, tmp_path / "spread", progress=kill)
-    assert killed and not psutil.pid_exists(killed[0])
+
+def test_a_killed_worker_loses_and_duplicates_nothing(nodes: str, model: Path, alone: Path, tmp_path: Path) -> None:
+    killed = Killed()
+    spread(model, tmp_path / "spread", progress=killed.one)
+    assert killed.pids and not Path(f"/proc/{killed.pids[0]}").exists()
     assert contents(tmp_path / "spread") == contents(alone) and verify_run(tmp_path / "spread") == ()
 
 
@@ -107,6 +120,51 @@ def test_cancelled_and_resumed_by_whom_ever(nodes: str, model: Path, alone: Path
     assert contents(again) == contents(alone)
 
 
+def test_to_an_object_store_also_where_a_worker_is_killed(nodes: str, model: Path, alone: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Workers bring the parts there; through this process go documents and statistics alone."""
+    killed, seen = Killed(), []
+    copy = places.copy_file
+
+    def noting(from_: Any, source: str, to: Any, target: str) -> None:
+        seen.append(source)
+        copy(from_, source, to, target)
+
+    with bucket() as addresses:
+        out = addresses % "spread"
+        with monkeypatch.context() as patch:
+            patch.setattr(places, "copy_file", noting)
+            assert spread(model, out, progress=killed.one) is None
+        assert killed.pids and not Path(f"/proc/{killed.pids[0]}").exists()
+        place = Place.of(out)
+        assert place.sizes().keys() == contents(alone).keys()
+        assert {d: digest(place.filesystem, f"{place.path}/{d}") for d in contents(alone) if d != "run.json"} == {
+            d: stamp(alone / d)["sha256"] for d in contents(alone) if d != "run.json"
+        }
+        assert len(seen) > 8 and not [s for s in seen if "/tokens/" in s or "/routing/" in s or "/scores/" in s]
+        with pytest.raises(RunError, match="spread is a finished run"):
+            spread(model, out)
+        copy_run(out, str(tmp_path / "back"))
+    assert contents(tmp_path / "back") == contents(alone) and verify_run(tmp_path / "back") == ()
+
+
+def test_a_cancelled_capture_to_an_object_store_resumes(nodes: str, model: Path, alone: Path, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    with bucket() as addresses:
+        out = addresses % "spread"
+        with pytest.raises(CaptureCancelled):
+            spread(model, out, progress=seen.append, cancelled=lambda: len(seen) >= 3)
+        there = Place.of(out).sizes()
+        assert 3 <= sum(n.startswith("progress/part-") for n in there) < 8 and "run.json" not in there
+        with pytest.raises(RunError, match="other texts"):
+            spread(model, out, ["other", *TEXTS[1:]])
+        seen.clear()
+        spread(model, out, progress=seen.append)
+        assert seen[0].documents > 3
+        copy_run(out, str(tmp_path / "back"))
+    assert contents(tmp_path / "back") == contents(alone)
+
+
 def test_statistics_over_parts_equal_those_counted_here(nodes: str, alone: Path) -> None:
     parts = len(list((alone / "routing").iterdir()))
     expected = merge_statistics(count_part(alone, i) for i in range(parts))
@@ -124,6 +182,12 @@ def test_the_command_line(nodes: str, model: Path, alone: Path, tmp_path: Path, 
     monkeypatch.setattr("analysis.cluster.statistics_on_cluster", lambda *_: open_run(alone).stats)
     assert main(["stats", str(out), "--cluster", "auto"]) == 2
     assert "its statistics are not those of its decisions" in capsys.readouterr().err
+    with bucket() as addresses:
+        address = addresses % "run"
+        assert main(["capture", "--model", str(model), "--text", "Il pleut", "--out", address, "--cluster", "auto", "--workers", "1"]) == 0
+        assert "written; to open it: python -m analysis copy" in capsys.readouterr().err
+        copy_run(address, str(tmp_path / "back"))
+    assert contents(tmp_path / "back") == contents(out)
 
 
 def test_what_a_node_raises_is_raised_here(nodes: str, model: Path, tmp_path: Path) -> None:

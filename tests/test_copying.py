@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +12,7 @@ from analysis.copying import copy_run
 from analysis.store import RunError, open_run, verify_run
 
 from .conftest import ROOT
+from .s3server import CREDENTIALS, bucket
 from .synthetic import differences
 
 DEMO = ROOT / "data/demo-run"
@@ -49,30 +46,11 @@ def test_addresses_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A bucket of a moto server. moto needs an older python-dateutil than is pinned, so it lives in an environment of its own."""
-    program = ROOT / ".venv/s3/bin/moto_server"
-    if not program.is_file():
-        pytest.skip("no S3 server: make s3-server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in (("AWS_ACCESS_KEY_ID", "testing"), ("AWS_SECRET_ACCESS_KEY", "testing"), ("AWS_EC2_METADATA_DISABLED", "true")):
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    with subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
-                    urllib.request.urlopen(request, timeout=5).close()
-                    break
-                except OSError:
-                    assert time.monotonic() < deadline and server.poll() is None, "the S3 server does not start"
-                    time.sleep(0.5)
-            yield f"s3://bucket/runs/%s?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=false"
-        finally:
-            server.kill()
+    with bucket() as addresses:
+        yield addresses
 
 
 def test_to_s3_and_back(s3: str, tmp_path: Path) -> None:

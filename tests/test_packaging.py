@@ -140,7 +140,7 @@ def test_the_check_is_executable() -> None:
 LIGHT = (
     *("__main__", "balance", "export", "findings", "layout", "metrics"),
     *("checkpoints", "stats", "store", "tokens", "trace", "untrusted", "whatif"),
-    *("cards", "information", "jackknife", "paths", "significance", "specialization", "stability", "vocabulary"),
+    *("cards", "devices", "information", "jackknife", "paths", "significance", "specialization", "stability", "vocabulary"),
 )
 
 

@@ -193,20 +193,45 @@ def test_capacity_answers_as_the_engine_does(runs: Path) -> None:
 
 
 def test_capacity_is_told_over_shuffles_and_one_shuffle_can_be_chosen(runs: Path) -> None:
-    from analysis.capacity import apply_capacity
+    from analysis.capacity import apply_capacity, capacity_curves, pool_curves
+    from analysis.capacity_answer import percent
 
     test = shown("capacity", "demo-run")
     run = open_run(ROOT / "data" / "demo-run")
     shares = [apply_capacity(run, 1.25, "position", "documents", size=16, mixed=s).summary()["dropped_share"] for s in range(20)]
-    said = f"CF 1.25 drops {np.mean(shares):.1%} of assignments over all layers ({min(shares):.1%} to {max(shares):.1%} over 20 shuffles"
+    chance = pool_curves(capacity_curves(run, [1.25], "position", "documents", size=16, mixed=0))["chance_dropped_share"][0].as_py()
+    said = f"CF 1.25 drops {np.mean(shares):.1%} of assignments over all layers; by chance {percent(chance)}."
     assert any(plain(said) in m.value for m in test.markdown)
-    told = [c.value.replace("\\", "") for c in test.caption]
-    assert any("in 5 batches of 16 documents, the last of 11" in c and "Only 5 batches" in c for c in told)
+    told = next(c for c in test.caption if plain(f"; {min(shares):.1%} to {max(shares):.1%} over 20 shuffles; only 5 batches") in c.value)
+    assert plain("in 5 batches of 16 documents, the last of 11") in told.help
     test.selectbox(key="mix").set_value("7").run()
     one = apply_capacity(run, 1.25, "probability", "documents", size=16, mixed=7).summary()
-    said = f"{one['dropped_share']:.1%} of assignments over all layers, {one['gate_mass_lost_share']:.1%} of the gate weight"
-    assert any(plain(f"{said} and {one['top1_dropped_share']:.1%} of first choices") in m.value for m in test.markdown)
-    assert test.query_params["mix"] in ("7", ["7"]) and not any("shuffles of" in m.value for m in test.markdown)
+    assert any(plain(f"drops {one['dropped_share']:.1%} of assignments over all layers") in m.value for m in test.markdown)
+    said = f"Lost with them: {one['gate_mass_lost_share']:.1%} of the gate weight and {one['top1_dropped_share']:.1%} of first choices."
+    assert any(plain(said) in c.value and "shuffles" not in c.value for c in test.caption) and test.query_params["mix"] in ("7", ["7"])
+    said = plain("Assumptions: Megatron-LM, served by probability, 16 documents per batch, documents shuffled (seed 7).")
+    assert said in [c.value for c in test.caption]
+
+
+@pytest.mark.parametrize(
+    ("link", "opened", "said"),
+    [
+        ({}, False, "Megatron-LM, served by probability, 16 documents per batch, mean of 20 shuffles"),
+        ({"preset": "switch", "tokens": "2048", "scope": "tokens", "mix": "recorded"}, True, "Switch Transformer, served by position, 2,048 tokens per"
+         " batch, documents as recorded"),
+        ({"scope": "run", "policy": "batch_priority", "assumptions": "closed"}, False, "Megatron-LM, served by batch priority, the whole run at once"),
+        ({"assumptions": "open"}, True, "Megatron-LM, served by probability, 16 documents per batch, mean of 20 shuffles"),
+        ({"policy": "luck"}, True, "Megatron-LM, served by probability, 16 documents per batch, mean of 20 shuffles"),
+    ],
+)  # fmt: skip
+def test_the_assumptions_are_told_in_a_line_and_open_where_one_is_set(runs: Path, link: dict[str, str], opened: bool, said: str) -> None:
+    test = shown("capacity", "demo-run")
+    test.query_params.update(link)
+    test.run()
+    part = next(e for e in test.expander if e.label == "Change the assumptions")
+    assert part.proto.expanded == opened and plain(f"Assumptions: {said}.") in [c.value for c in test.caption]
+    assert any("which is not here" in e.value for e in part.error) == (link.get("policy") == "luck")
+    assert all(test.query_params[k] in (v, [v]) for k, v in link.items() if v != "luck")
 
 
 @pytest.mark.parametrize(("lost", "whole", "part"), [("gate", "gate_mass", "gate_mass_lost"), ("first", "tokens", "top1_dropped")])
@@ -230,7 +255,8 @@ def test_a_run_smaller_than_a_batch_says_what_is_routed_together(runs: Path) -> 
     test.query_params["compare"] = "open"
     test.run()
     told = "".join(m.value for m in [*test.caption, *test.markdown]).replace("\\", "")
-    assert "in 1 batch, all 4 documents;" in told and "Only 1 batch:" in told and "1 batches" not in told and "shuffles of" not in told
+    helps = "".join(c.help or "" for c in test.caption).replace("\\", "")
+    assert "in 1 batch, all 4 documents." in helps and "only 1 batch," in told and "1 batches" not in told + helps and "over 20" not in told
     assert re.search(r"with [0-9,]+ slots per expert and batch", told)
     policies = test.dataframe[0].value
     assert "reroute" not in policies["served first"].tolist() and not policies.isna().any().any() and "Reroute needs" in told
@@ -292,7 +318,7 @@ def test_load_names_layers_that_hide_behind_the_sum(runs: Path) -> None:
             writer.commit()
     said = {name: [m.value for m in shown("load", name).markdown] for name in ("hidden", "even")}
     assert any("collapsed within them" in m and "6\\.63 times" in m for m in said["hidden"])
-    assert not any("collapsed within" in m for m in said["even"]) and any("Layers checked separately" in m for m in said["even"])
+    assert not any("collapsed within" in m for m in said["even"]) and any("would miss no collapsed layer here" in m for m in said["even"])
 
 
 @pytest.mark.parametrize("pieces", ["label", "position"])
@@ -313,6 +339,41 @@ def test_load_reads_batch_and_pieces_from_the_link(runs: Path, batch: str, piece
     assert any(plain(said) in m.value for m in test.markdown)
     assert any(plain(f"n = {first['batches']:,} batches of {first['batch_n']:,.0f} tokens") in c.value for c in test.caption)
     assert any(plain(f"in {9 if pieces == 'label' else 11} pieces") in c.value for c in test.caption) and not test.exception
+
+
+@pytest.mark.parametrize("asked", [None, "2", "16"])
+def test_load_tells_the_longest_queue_of_the_devices_of_the_link(runs: Path, asked: str | None) -> None:
+    from analysis.devices import queue_table
+
+    test = shown("load", "demo-run")
+    if asked is not None:
+        test.query_params["devices"] = asked
+        test.run()
+    rows = queue_table(open_run(ROOT / "data" / "demo-run"), int(asked or 8), 1_024, 0).to_pylist()
+    worst = max(rows, key=lambda r: r["median"])
+    said = (
+        f"With {asked or 8} devices, the longest queue of layer {worst['site']} is {worst['least']:.2f} to {worst['most']:.2f} times the mean"
+        f" (median {worst['median']:.2f} over {worst['batches']} batches); uniform routing: at most about {worst['chance']:.2f}."
+    )
+    assert any(m.value == plain(said) for m in test.markdown) and test.selectbox(key="devices").options == ["2", "4", "8", "16"]
+    [told] = [d.value for d in test.dataframe if "balancedness" in d.value]
+    assert told["median"].tolist() == [r["median"] for r in rows] and not test.exception
+
+
+def test_layers_that_the_devices_do_not_divide_are_left_out_and_counted(runs: Path) -> None:
+    store(runs / "shapes", (site(0, 6, 2), site(1, 8, 2), site(2, 16, 2)), [300] * 8)
+    test = shown("load", "shapes")
+    assert test.selectbox(key="devices").options == ["2", "3", "4", "6", "8", "16"] and test.selectbox(key="devices").value == "8"
+    assert any(plain("1 layer whose experts 8 does not divide left out.") in c.value for c in test.caption) and not test.exception
+
+
+def test_headings_of_runs_keep_their_place_when_something_is_refused(runs: Path) -> None:
+    """What moves is drawn twice or not at all until the script has ended."""
+    test = shown("runs", "demo-run")
+    before = {i: e.value for i, e in test.main.children.items() if e.type == "heading" or e.type == "markdown"}
+    test.button(key="record").click().run()
+    assert before == {i: e.value for i, e in test.main.children.items() if e.type == "heading" or e.type == "markdown"}
+    assert "Nothing was recorded" in test.error[0].value and any(plain("Take the numbers of demo-run") in v for v in before.values())
 
 
 def test_tokens_that_pay_are_named_by_their_own_text(runs: Path) -> None:

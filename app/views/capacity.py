@@ -19,6 +19,8 @@ from analysis.capacity_answer import (
     mean_curves,
     needs_in_words,
     percent,
+    price_in_words,
+    range_in_words,
     shuffle_shares,
     shuffles_for,
     tokens_in_words,
@@ -33,7 +35,7 @@ from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
 from app.figures import show_figure
 from app.layers import kept, layer_by_layer
-from app.selection import choice, current_trace, document_picker, recording_id, section
+from app.selection import answered, choice, current_trace, document_picker, folded_choices, recording_id, section
 from app.strip_data import HUES, hues
 
 SCOPES = {"documents": "micro-batches of documents", "document": "each document alone", "tokens": "micro-batches of tokens",
@@ -197,34 +199,38 @@ trace = current_trace()
 if trace.load_tokens is None:
     st.info("This run holds statistics only: without tokens no batch can be formed. Capture the text again to use this page.")
     st.stop()
-st.markdown(
-    "Training and serving give each expert a fixed number of slots per batch: its **expert capacity**, the even share of the batch "
-    "times a **capacity factor** (CF). What overflows is not processed by this layer; slots left empty are computed for nothing. "
-    "This is a what-if on the recorded choices: the model itself ran without a limit unless it says so below."
+text.show_note(
+    "Each expert gets the even share of a batch times the capacity factor (CF) as slots; what overflows is dropped.",
+    "That number of slots is the expert capacity, which training and serving fix so that sizes do not change. What overflows is not processed by"
+    " this layer; slots left empty are computed for nothing. A what-if on the recorded choices: the model itself ran without a limit unless it"
+    " says so below.",
 )
-lesson = section("lesson", "How it works: six tokens and three experts")
-if lesson.open:
-    with lesson:
-        explain()
 run, titles = recording_id(trace), {x.title: x.title for x in trace.layers}
 with st.container(horizontal=True):
     shown_layer = choice("at", "Layer", {"all": "all layers", **titles}, "all", width=150)
-    preset = choice("preset", "Capacity as in", {n: r.title for n, r in PRESETS.items()}, "megatron", width=200)
-    policies = {"preset": f"as there: {PRESETS[preset].policy}", **{p: p.replace("_", " ") for p in POLICIES}}
-    policy = choice("policy", "Who is served first", policies, "preset", width=200)
-with st.container(horizontal=True):
-    scope = choice("scope", "Routed together", SCOPES, "documents", width=240)
-    size = None
-    if scope in SIZES:
-        size = int(choice(scope, f"{scope.capitalize()} per batch", {str(n): f"{n:,}" for n in SIZES[scope]},
-                          "16" if scope == "documents" else "4096", width=150))  # fmt: skip
-    seeds = seeds_for(trace, run, scope, size)
-    again = f"documents shuffled, {len(seeds)} times" if len(seeds) > 1 else "documents shuffled (seed 0)"
-    others = {str(i): f"documents shuffled (seed {i})" for i in range(0 if len(seeds) > 1 else 1, SHUFFLES)}
-    order = (
-        choice("mix", "In the order", {"mixed": again, **others, "recorded": "documents as recorded"}, "mixed", width=240) if size else ""
-    )
-factor = float(choice("cf", "Capacity factor", {f"{f:g}": f"{f:g}" for f in FACTORS}, "1.25", draw=st.select_slider, width="stretch"))
+    factor = float(choice("cf", "Capacity factor", {f"{f:g}": f"{f:g}" for f in FACTORS}, "1.25", draw=st.select_slider, width="stretch"))
+asked: dict[str, tuple[str, dict[str, str], str]] = {}
+
+
+def assumed(key: str, label: str, names: dict[str, str], default: str) -> str:
+    """The answer to one of the assumptions, whose widget is drawn below the headline."""
+    asked[key] = label, names, default
+    return answered(key, names, default)
+
+
+preset = assumed("preset", "Capacity as in", {n: r.title for n, r in PRESETS.items()}, "megatron")
+policies = {"preset": f"as there: {PRESETS[preset].policy}", **{p: p.replace("_", " ") for p in POLICIES}}
+policy = assumed("policy", "Who is served first", policies, "preset")
+scope = assumed("scope", "Routed together", SCOPES, "documents")
+size = None
+if scope in SIZES:
+    size = int(assumed(scope, f"{scope.capitalize()} per batch", {str(n): f"{n:,}" for n in SIZES[scope]},
+                       "16" if scope == "documents" else "4096"))  # fmt: skip
+seeds = seeds_for(trace, run, scope, size)
+again = f"documents shuffled, {len(seeds)} times" if len(seeds) > 1 else "documents shuffled (seed 0)"
+others = {str(i): f"documents shuffled (seed {i})" for i in range(0 if len(seeds) > 1 else 1, SHUFFLES)}
+orders = {"mixed": again, **others, "recorded": "documents as recorded"}
+order = assumed("mix", "In the order", orders, "mixed") if size else ""
 
 policy = PRESETS[preset].policy if policy == "preset" else policy
 shuffles: tuple[int | None, ...] = {"mixed": seeds, "recorded": (None,), "": (None,)}.get(order) or (int(order),)
@@ -265,23 +271,27 @@ which = f"Shuffle {shown} of {len(shuffles)}, the one nearest to their mean at C
     f"Documents shuffled with seed {shown}." if shown is not None else "")  # fmt: skip
 of_shuffle = f" of shuffle {shown}" if len(shuffles) > 1 else ""
 where = " over all layers" if whole and exact else f" at {layer.title}"
-text.show_heading(drops_in_words(now if exact else total, factor, where, shuffle_shares(mine, factor) if exact else None) + ".")
 named = {x.index: x.title for x in trace.layers if whole or x.index == site}
+told = now if exact else total
+text.show_heading(drops_in_words(told, factor, where, now["chance_dropped_share"] if exact else None) + ".")
 if exact:
-    text.show_text(f"{needs_in_words(means, named)}. {tokens_in_words(now, len(named))}.")
-few = (
-    f" Only {text.counted(len(batches.sizes), 'batch', 'batches')}: another text can give quite other figures."
-    if len(batches.sizes) < FEW
-    else ""
-)
-once = " One shuffle only: the run is long and its batches are many." if order == "mixed" and len(shuffles) == 1 else ""
+    text.show_text(f"{needs_in_words(means, named)}.")
+n = [f"n = {told['assignments']:,.0f} assignments", range_in_words(shuffle_shares(mine, factor)) if exact else "",
+     "one shuffle, since the run is long and its batches are many" if order == "mixed" and len(shuffles) == 1 else "",
+     f"only {text.counted(len(batches.sizes), 'batch', 'batches')}, so another text can differ much"
+     if len(batches.sizes) < FEW else ""]  # fmt: skip
 text.show_note(
-    f"n = {now['assignments']:,.0f} assignments of {text.counted(trace.n_tokens(layer.stream), 'token')}, in {formed}; uniform routing in the same"
-    f" batches would drop {percent(now['chance_dropped_share'])}.{once}{few}",
-    f"Capacity: {PRESETS[preset].source}." + (" Every figure is the mean over the shuffles." if len(shuffles) > 1 else ""),
+    f"{price_in_words(told)} {'; '.join(filter(None, n))}.".strip(),
+    (f"By chance: what uniform routing in the same batches would drop. {tokens_in_words(now, len(named))}. " if exact else "")
+    + f"{trace.n_tokens(layer.stream):,} tokens in {formed}. Capacity: {PRESETS[preset].source}."
+    + (" Every figure is the mean over the shuffles." if len(shuffles) > 1 and exact else ""),
 )
 if not exact:
     text.show_note(f"The curves below are those of first come, first served: {policy} has no threshold per assignment.")
+batch = f"{size:,} {scope} per batch" if size else SCOPES[scope]
+shuffled = f", {f'mean of {len(shuffles)} shuffles' if len(shuffles) > 1 else orders[order]}" if size else ""
+text.show_note(f"Assumptions: {PRESETS[preset].title}, served by {policy.replace('_', ' ')}, {batch}{shuffled}.")
+folded_choices("assumptions", "Change the assumptions", asked)
 
 st.header("Drops against idle slots")
 spread = "shuffle" if len(named) == 1 and len(shuffles) > 1 else "layer"
@@ -304,6 +314,10 @@ show_figure(
         f" Each point is the mean over {len(shuffles)} shuffles of the documents." if len(shuffles) > 1 and spread == "layer" else ""),
 )  # fmt: skip
 
+lesson = section("lesson", "How it works: six tokens and three experts")
+if lesson.open:
+    with lesson:
+        explain()
 text.show_heading(f"Expert by expert at {layer.title}" + (", the layer that drops most at CF 1" if whole else ""))
 least, largest = over.capacity_range
 show_figure(

@@ -31,6 +31,7 @@ from analysis.stability import (
 )
 from analysis.trace import Trace
 from app import charts, text
+from app.devices import show_devices
 from app.downloads import computed_downloads
 from app.figures import show_figure
 from app.selection import choice, current_trace, layer_picker, open_expert, recording_id, theme
@@ -93,8 +94,9 @@ def show_map(relative: list[np.ndarray]) -> None:
     clicked = show_figure(
         trace, charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load", clickable=True),
         f"load-map-by-{order}", key="load_map", on_select="rerun", selection_mode="points", alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
-        definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×. A cross marks an expert without any token."
+        definition="Load over the layer's mean load: orange carries more, blue less, a cross marks an expert without any token."
         f" Uniform random routing would give at most about {chance:.2f} × at {layer.title}.",
+        how="The scale is fixed, from ⅛× to 8×, neutral at an even share.",
         n=f"{min(ns):,} tokens per layer" if len(set(ns)) == 1 else f"{min(ns):,} to {max(ns):,} tokens per layer",
     )  # fmt: skip
     st.caption("Click a cell for its expert.")
@@ -107,28 +109,27 @@ def show_pooled(pooled: PooledBalance | None, auxiliary: float) -> None:
     loss = f" Transformers variant of the auxiliary loss, layers pooled: {auxiliary:.4f}; perfectly even gives k = {trace.layers[0].top_k}."
     loss = loss if np.isfinite(auxiliary) else ""
     if pooled is None:
-        text.show_note(
-            "Balance pooled over layers: not defined here, since that takes two layers of equally many experts that saw tokens." + loss
-        )
+        text.show_note("No sum over layers here: it takes two layers of equally many experts that saw tokens.", loss.strip())
         return
+    worst = trace.layers[pooled.worst_site].title
     if pooled.hidden:
         text.show_heading(
-            f"Balanced when pooled over layers, collapsed within them: {trace.layers[pooled.worst_site].title} gives one expert"
-            f" {pooled.worst:.2f} times its share."
+            f"Balanced when pooled over layers, collapsed within them: {worst} gives one expert {pooled.worst:.2f} times its share."
         )
         text.show_text(
             "A balance loss summed over layers cannot see this: layers that favour different expert numbers cancel out in the sum."
         )
     else:
         text.show_text(
-            f"Layers checked separately: the worst is {trace.layers[pooled.worst_site].title} ({pooled.worst:.2f}×), and"
-            f" {text.counted(pooled.dead, 'expert')} got no token. Summing load over layers would not hide that here."
+            f"A balance loss summed over layers would miss no collapsed layer here: the least even, {worst}, gives one expert"
+            f" {pooled.worst:.2f} times its share, and {text.counted(pooled.dead, 'expert')} got no token."
         )
     text.show_note(
-        f"Max / mean of the load summed over {pooled.layers:,} layers by expert number: {pooled.pooled:.2f}; of the worst layer: {pooled.worst:.2f}."
-        f" With each layer's experts numbered at random the sum gives {pooled.chance:.2f} (p = {pooled.p:.3f} for a sum as even or more)."
-        f" Named hidden where the sum is at most {EVEN:g} and a layer at least {COLLAPSED:g} or an expert dead. Expert numbers mean nothing across"
-        f" layers; the sum serves this check alone.{loss}"
+        f"With each expert number's load added up over {pooled.layers:,} layers, the busiest number has {pooled.pooled:.2f} times its share;"
+        f" by chance {pooled.chance:.2f}.",
+        "By chance: each layer's experts numbered at random"
+        f" (p = {pooled.p:.3f} for a sum as even or more). A layer counts as collapsed from {COLLAPSED:g} times the share or with a dead expert, and as"
+        f" missed where the sum is at most {EVEN:g} times. Expert numbers mean nothing across layers; the sum serves this check alone.{loss}",
     )
 
 
@@ -150,9 +151,10 @@ def show_batches() -> tuple[str, pa.Table]:
     show_figure(
         trace, charts.maxvio_lines([x.title for x in trace.layers], *(value[n] for n in ("run", "batch", "least", "most", "chance_batch"))),
         f"maxvio-batch-{size}", key="maxvio", alt="MaxVio per layer: over the whole run, mean of its batches with their range, and by chance.",
-        definition="MaxVio: (largest load - mean) / mean; 0 is even (arXiv 2408.15664). Batches are whole documents,"
-        f" {ORDERS[order]}; in recorded order, sorted texts make batches of one kind, shuffled they are like the run. Whiskers: most to least even batch. By chance (uniform routing) at most about"
+        definition="MaxVio: how far the busiest expert lies above the mean load, as a share of it; 0 is even. Uniform routing would give at most about"
         f" {first['chance_batch']:.3f} in such a batch and {first['chance_run']:.3f} over the run.",
+        how=f"(largest load - mean) / mean, arXiv 2408.15664. Batches are whole {ORDERS[order]}; in recorded order, sorted texts make batches of one kind,"
+        " shuffled they are like the run. Whiskers: most to least even batch.",
         n=f"{first['batches']:,} batches of {first['batch_n']:,.0f} tokens on average at the first layer",
     )  # fmt: skip
     text.show_text(
@@ -183,7 +185,6 @@ def stability_in_words(rows: pa.Table) -> str:
 
 def show_batch_line() -> dict[str, tuple[str, pa.Table]]:
     """MaxVio of the layer chosen, batch after batch."""
-    size, order = (st.session_state["_chosen"][n] for n in ("batch", "filled"))
     rows = batch_series(trace, run, site, int(size), 0 if order == "mixed" else None)
     if len(rows) < 2:
         return {}
@@ -191,8 +192,8 @@ def show_batch_line() -> dict[str, tuple[str, pa.Table]]:
     show_figure(
         trace, charts.batch_line(batch, maxvio, n, chance, table["maxvio"][site].as_py()),
         f"maxvio-over-batches-{size}-{trace.layers[site].title}", key="batch-line", alt="MaxVio of the layer over batch number, with what chance gives.",
-        definition=f"MaxVio of {trace.layers[site].title} in each batch ({BATCHES[size] if size == '1' else f'whole documents, at least {BATCHES[size]}'}; {ORDERS[order]}). The dotted line is what uniform routing of"
-        " a batch's tokens stays below on average.",
+        definition=f"MaxVio of {trace.layers[site].title} in each batch. The dotted line is what uniform routing of a batch's tokens stays below on average.",
+        how=f"A batch is {BATCHES[size] if size == '1' else f'whole documents, at least {BATCHES[size]}'}; {ORDERS[order]}.",
         n=f"{int(n.sum()):,} tokens in {len(rows):,} batches",
     )  # fmt: skip
     return {"batches of the layer": ("one row per batch: MaxVio at the layer chosen, with n and chance", rows)}
@@ -211,9 +212,9 @@ def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
     show_figure(
         trace, charts.piece_bars([text.axis_name(x) for x in plain_names], ratio, n, chance, whole, few, "label" if piece == "label" else "position in the document"),
         f"balance-{piece}-{trace.layers[site].title}", key="pieces-chart", alt=f"Bars of max over mean load {PIECES[piece]}, with what chance gives.",
-        definition=f"Largest load over mean load of {trace.layers[site].title} within each piece. Fewer tokens look less even by chance alone:"
-        " the dark mark is what uniform routing of the piece's tokens stays below on average."
-        + (f" Faded: fewer than {FEW} documents." if any(few) else ""),
+        definition=f"Largest load over mean load of {trace.layers[site].title} within each piece; the dark mark is what uniform routing of its tokens stays"
+        f" below on average.{f' Faded: fewer than {FEW} documents.' if any(few) else ''}",
+        how="Fewer tokens look less even by chance alone.",
         n=f"{int(n.sum()):,} tokens in {len(n):,} pieces",
     )  # fmt: skip
     if piece == "position" and (late := late_positions(trace, site)) is not None:
@@ -259,10 +260,10 @@ def show_documents() -> dict[str, tuple[str, pa.Table]]:
         hide_index=True, column_config={**{c: st.column_config.NumberColumn(format="%.2f") for c in ("max / mean", "by chance, at most")},
                                         "n (tokens)": st.column_config.NumberColumn(format="localized"), "tokens": st.column_config.LinkColumn(display_text="where they go")},
     )  # fmt: skip
-    st.caption(
-        f"The {len(top):,} documents of {len(rows):,} that lie furthest above chance for their length; the download has them all. Max / mean is at most "
-        f"E / k = {trace.layers[site].n_experts / trace.layers[site].top_k:.1f}, where k experts take every token. A document on one "
-        "subject may well use few experts: that is specialization, and what a batch of many documents evens out."
+    text.show_note(
+        f"The {len(top):,} documents of {len(rows):,} that lie furthest above chance for their length; the download has them all.",
+        f"Max / mean is at most E / k = {trace.layers[site].n_experts / trace.layers[site].top_k:.1f}, where k experts take every token. A document on one"
+        " subject may well use few experts: that is specialization, and what a batch of many documents evens out.",
     )
     text.show_definitions(trace.name, {n: GLOSSARY[n].title for n in ("document_balance", "max_over_mean", "chance_max_over_mean")})
     return {"documents": ("one row per document: balance at the layer chosen, with n and chance", rows)}
@@ -306,6 +307,8 @@ table, over, pooled, auxiliary = measured(trace, run)
 show_map(relative)
 show_pooled(pooled, auxiliary)
 batched = show_batches()
+size, order = (st.session_state["_chosen"][n] for n in ("batch", "filled"))
+queues = show_devices(trace, int(size), 0 if order == "mixed" else None, ORDERS[order])
 
 site = layer_picker(trace)
 chosen = trace.layers[site]
@@ -328,12 +331,13 @@ pieces = show_pieces(site, table["max_over_mean"][site].as_py()) | show_document
 show_numbers(table, over)
 st.header("Take the numbers")
 load = ("one row per layer and expert: assignments, share, load relative to an even share", load_table(trace))
-tables = {"load": load, "balance": ("one row per layer: every balance metric", table), "batches": batched, **over_batches, **pieces,
+tables = {"load": load, "balance": ("one row per layer: every balance metric", table), "batches": batched, **queues, **over_batches, **pieces,
           "percentiles": ("one row per metric: percentiles over layers", over)}  # fmt: skip
 settings = {
     "layer": chosen.title,
-    "batch_tokens": st.session_state["_chosen"]["batch"],
-    "batches_filled": st.session_state["_chosen"]["filled"],
+    "batch_tokens": size,
+    "batches_filled": order,
+    "devices": st.session_state["_chosen"].get("devices"),
     "transformers_auxiliary_loss": auxiliary if np.isfinite(auxiliary) else None,
 }
 computed_downloads(trace, tables, settings)

@@ -44,7 +44,7 @@ def what_if() -> None:
         hide_index=True, width=360, column_config={"memory (GB)": st.column_config.NumberColumn(format="%,.1f")},
     )  # fmt: skip
     changed = " Experts or top-k are changed here, so the figures are no longer those of the example." if mixture != start else ""
-    text.show_note(f"{example.title}. {example.status}. {example.note}{changed}")
+    text.show_note(f"{example.title}: {example.status}.{changed}", example.note)
 
 
 def in_words(parameters: int) -> str:
@@ -78,9 +78,9 @@ if size is not None:
     text.show_text(f"The weights take {size:,} bytes in {card.dtype}{one}.")
 st.header("Its routers")
 st.dataframe(pd.DataFrame(router_rows(trace.layers)), hide_index=True)
-st.caption(
-    "Scores: what turns router logits into comparable numbers. Chosen by: the rule that picks the top-k from them. Weights on: where the "
-    "gate weight multiplies. Experts without weights are classes that compute nothing (zero-compute, skip)."
+text.show_note(
+    "Scores make router logits comparable; the rule under chosen by picks the top-k from them.",
+    "Weights on: where the gate weight multiplies. Experts without weights are classes that compute nothing (zero-compute, skip).",
 )
 for note in dict.fromkeys(x.note for x in trace.layers if x.note):
     text.show_note(note)

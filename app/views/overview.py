@@ -29,7 +29,8 @@ def first_lines(trace: Trace, finding: Finding) -> None:
                        on_layer=lambda _: None)  # fmt: skip
     text.show_note(
         f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; the stronger the colour, the larger the"
-        f" gate weight of expert {finding.expert}. Press its button for all experts, click a token to follow it through every layer. {HUES}"
+        f" gate weight of expert {finding.expert}. Click a token to follow it through every layer.",
+        f"Press its button for all experts. {HUES}",
     )
     if told.token is not None:
         here = {
@@ -97,9 +98,10 @@ st.header("Who carries the load? Each cell is one expert of one layer.")
 clicked = show_figure(
     trace, charts.load_map(relative, rows, theme(), mark, clickable=True), "load-map", key="load_map", on_select="rerun", selection_mode="points",
     alt=f"Heatmap of {len(rows)} layers by {len(relative[0])} experts: load relative to an even share.",
-    definition="Load over the layer's mean load, on a fixed scale from ⅛× to 8×: neutral is even, orange carries more, blue less; a cross"
-    f" marks an expert without any token. By chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×."
-    + (f" Framed: {finding.claim}" if finding is not None else "") + " Experts of different layers are unrelated, even with the same number.",
+    definition="Load over the layer's mean load: orange carries more, blue less, a cross marks an expert without any token."
+    f" By chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×.",
+    how="The scale is fixed, from ⅛× to 8×, neutral at an even share. Experts of different layers are unrelated, even with the same number."
+    + (f" Framed: {finding.claim}" if finding is not None else ""),
     n=f"{each} tokens per layer",
 )  # fmt: skip
 st.caption("Click a cell for its expert.")

@@ -80,8 +80,10 @@ def record() -> None:
 
 
 st.button("Record", type="primary", key="record", on_click=record)
-if "_refused" in st.session_state:
-    text.show_error(st.session_state["_refused"])
+# A place of its own, there or not: else what is below moves by one, and headings vanish or double until the script has ended.
+with st.container():
+    if "_refused" in st.session_state:
+        text.show_error(st.session_state["_refused"])
 
 
 def watch() -> None:
@@ -116,7 +118,8 @@ def watch() -> None:
 
 # Mounted whether or not a capture is under way: a browser's late question for a fragment that is gone would fill the log.
 job = worker().of_session(session)
-st.fragment(watch, run_every=0.5 if job is not None and not job.over else None)()
+with st.container():
+    st.fragment(watch, run_every=0.5 if job is not None and not job.over else None)()
 
 st.header("Recorded runs")
 runs = all_runs()
@@ -134,8 +137,8 @@ st.dataframe(
 if not runs:
     st.info("Nothing recorded yet: paste some text above.")
     st.stop()
-st.header("Take the numbers of the run chosen above")
 here = runs.get(st.session_state["_chosen"].get("run", ""))
+text.show_heading(f"Take the numbers of {here.name}" if here is not None else "Take the numbers of a run")
 if here is None:
     st.caption("No run is complete yet, so there is nothing to export.")
 else:
@@ -143,8 +146,10 @@ else:
         trace = open_named(here.folder, here.created)
         downloads(trace)
         rows = sum(trace.stats.n_tokens(x.index) for x in trace.layers)
-        st.caption(f"The table of decisions has {rows:,} rows, one per token and layer. Its file is made on the click, and the browser shows nothing"
-                   " until it is done. For scale: the 291,696 rows of the demo run, two experts each, are 43 MB as CSV and 9 MB as Parquet.")  # fmt: skip
+        text.show_note(
+            f"The table of decisions has {rows:,} rows, one per token and layer. Its file is made on the click; the browser shows nothing until then.",
+            "For scale: the 291,696 rows of the demo run, two experts each, are 43 MB as CSV and 9 MB as Parquet.",
+        )
     except RunError as error:
         text.show_error(str(error))
 st.header("Delete a run")

@@ -1,59 +1,71 @@
-"""What a cluster of two one-CPU nodes gains over one process: python -m tests.bench.bench_cluster (needs requirements-cluster.txt)"""
+"""What a second worker gains on a cluster of two one-CPU nodes: python -m tests.bench.bench_cluster (needs requirements-cluster.txt)
+
+Both workers share this machine, so what else runs on it counts: CPU seconds say what the work costs, wall seconds what it was given.
+"""
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+import psutil
 
-from analysis.capture import capture
+from analysis.capture import CaptureCancelled
 from analysis.cluster import Cluster, capture_on_cluster
-from analysis.models import load_model
 from tests import tiny
-from tests.bench.bench_capture import model_of_issue
+from tests.bench.bench_capture import EXPERTS, LAYERS, TOP_K, model_of_issue
 from tests.raylets import documents, two_nodes
 
-ROUNDS, DOCUMENTS = 3, 320
+ROUNDS, SECONDS = 2, 18.0  # of a run, from when every worker has loaded
 OPTIONS: dict[str, Any] = {"batch_size": 8, "part_tokens": 4096}
 
 
-def rate(work: Callable[..., Any], out: Path) -> tuple[float, float]:
-    """(tokens a second between the first report after every process had loaded and the last, wall seconds of the whole)."""
-    seen: list[Any] = []
+def rates(model: Path, texts: list[str], out: Path, replicas: int) -> tuple[float, float, float, float]:
+    """Tokens per wall second and per CPU second of the workers, workers' CPU seconds per wall second, seconds until all had loaded.
+
+    The first part goes to the worker that was started last: once it is there, all have loaded.
+    """
+    seen: list[tuple[float, int, float]] = []
     began = time.monotonic()
-    work(out=out, progress=seen.append, **OPTIONS)
-    half = [p for p in seen if p.documents >= DOCUMENTS // 2]  # by then both replicas are at work
-    return (half[-1].tokens - half[0].tokens) / (half[-1].seconds - half[0].seconds), time.monotonic() - began
+
+    def note(progress: Any) -> None:
+        if (out / "progress/part-00000.json").exists():
+            workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Replica")]
+            seen.append((time.monotonic(), progress.tokens, sum(sum(p.cpu_times()[:2]) for p in workers)))
+
+    with suppress(CaptureCancelled):
+        capture_on_cluster(model, texts, out=out, cluster=Cluster(replicas=replicas), progress=note,
+                           cancelled=lambda: bool(seen) and seen[-1][0] - seen[0][0] > SECONDS, **OPTIONS)  # fmt: skip
+    wall, tokens, cpu = (b - a for a, b in zip(seen[0], seen[-1], strict=True))
+    return tokens / wall, tokens / cpu, cpu / wall, seen[0][0] - began
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    found: dict[int, list[tuple[float, float, float, float]]] = {1: [], 2: []}
+    loads = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder, two_nodes():
-        path = Path(folder) / "model"
+        path, texts = Path(folder) / "model", documents(1000, 160)
         model_of_issue().save_pretrained(path)
         tiny.tokenizer().save_pretrained(path)
-        loaded, texts = load_model(path), documents(DOCUMENTS, 160)
-
-        def alone(**given: Any) -> None:
-            capture(*loaded, texts, model_path=path, **given)
-
-        def spread(replicas: int) -> Callable[..., None]:
-            return lambda **given: capture_on_cluster(path, texts, cluster=Cluster(replicas=replicas), **given) and None
-
-        ways = {"one process, model loaded": alone, "1 worker": spread(1), "2 workers": spread(2)}
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for i in range(ROUNDS):
-            for name, work in ways.items():
-                found[name].append(rate(work, Path(folder) / f"run-{i}-{len(found[name])}-{name[0]}"))
-    one = statistics.median(r for r, _ in found["1 worker"])
-    for name, pairs in found.items():
-        tokens, wall = (statistics.median(x) for x in zip(*pairs, strict=True))
-        print(f"{name}: {tokens:,.0f} tokens/s ({tokens / one:.2f} of 1 worker), {wall:.1f} s in all with starting and loading")
+            for replicas, pairs in found.items():
+                pairs.append(rates(path, texts, Path(folder) / f"run-{i}-{replicas}", replicas))
+                loads.append(os.getloadavg()[0])
+                print(
+                    f"{replicas} of 2 workers: {pairs[-1][0]:,.0f} tokens/s, {pairs[-1][2]:.2f} cores got, load {loads[-1]:.1f}", flush=True
+                )
+    print(f"{LAYERS} layers, {EXPERTS} experts, top {TOP_K}; medians of {ROUNDS} runs of {SECONDS:.0f} s after loading; {os.cpu_count()} cores,"
+          f" load {min(loads):.1f} to {max(loads):.1f}")  # fmt: skip
+    one = [statistics.median(x) for x in zip(*found[1], strict=True)]
+    for replicas, pairs in found.items():
+        wall, cpu, cores, loading = (statistics.median(x) for x in zip(*pairs, strict=True))
+        print(f"{replicas} workers: {wall:,.0f} tokens/s ({wall / one[0]:.2f} of one), {cpu:,.0f} per CPU second ({cpu / one[1]:.2f} of one),"
+              f" {cores:.2f} cores got, {loading:.0f} s until loaded")  # fmt: skip
 
 
 if __name__ == "__main__":

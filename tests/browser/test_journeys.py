@@ -22,7 +22,7 @@ from playwright.sync_api import Browser, Page, expect
 from analysis import __version__, expert_capacity
 from analysis.balance import relative_load
 from analysis.capacity import capacity_curves, pool_curves, shuffled_curves
-from analysis.capacity_answer import drops_in_words, mean_curves, shuffle_shares
+from analysis.capacity_answer import drops_in_words, mean_curves, range_in_words, shuffle_shares
 from analysis.cards import expert_card, passages
 from analysis.findings import first_finding
 from analysis.glossary import GLOSSARY
@@ -170,14 +170,16 @@ def test_a_pretraining_engineer_asks_what_factor_is_needed(page: Page, browser: 
     expect(page).to_have_url(re.compile("batch=4096.*filled=recorded"))
 
     page.get_by_role("link", name="Capacity", exact=True).click()
+    page.get_by_text("Change the assumptions").click()
     choose(page, "Capacity as in", PRESETS["switch"].title)
     choose(page, "Documents per batch", "64")
     each = shuffled_curves(run, range(20), FACTORS, PRESETS["switch"].policy, "documents", size=64, preset="switch")
     curves = pa.concat_tables([table for _, table in each])
     pooled = pool_curves(mean_curves(curves))
     now = next(r for r in pooled.to_pylist() if r["factor"] == 1.25)
-    answer = drops_in_words(now, 1.25, " over all layers", shuffle_shares(curves, 1.25))
+    answer = drops_in_words(now, 1.25, " over all layers", now["chance_dropped_share"])
     expect(page.get_by_role("heading", name=f"{answer}.")).to_be_visible()
+    expect(page.get_by_text(f"; {range_in_words(shuffle_shares(curves, 1.25))};")).to_be_visible()
     least = min(r["factor"] for r in pooled.to_pylist() if r["dropped_share"] <= 0.01)
     expect(page.get_by_text(f"To drop 1% or less: CF {least:g} pooled")).to_be_visible()
 
@@ -212,11 +214,12 @@ def test_a_serving_engineer_takes_the_decisions_home(page: Page, address: str, r
     assert skew == {x.layer: pytest.approx(relative_load(run.stats.load(x.index)).max()) for x in run.layers}
 
     page.get_by_role("link", name="Capacity", exact=True).click()
+    page.get_by_text("Change the assumptions").click()
     for shown, scope in (("each document alone", "document"), ("the whole run at once", "run")):
         choose(page, "Routed together", shown)
         pooled = pool_curves(capacity_curves(run, FACTORS, PRESETS["megatron"].policy, scope, preset="megatron"))
         now = next(r for r in pooled.to_pylist() if r["factor"] == 1.25)
-        answer = drops_in_words(now, 1.25, " over all layers")
+        answer = drops_in_words(now, 1.25, " over all layers", now["chance_dropped_share"])
         expect(page.get_by_role("heading", name=f"{answer}.")).to_be_visible()
 
     page.get_by_role("link", name="Model", exact=True).click()

@@ -1,0 +1,159 @@
+"""Parts brought to an object store by the code that a cluster's workers and its driver run, here in one process and without Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis import places
+from analysis.__main__ import main
+from analysis.capture import CaptureError, PlannedPart, capture
+from analysis.cluster import Replica
+from analysis.copying import copy_run
+from analysis.files import scratch
+from analysis.models import load_model
+from analysis.places import Place
+from analysis.store import RunError, open_run, verify_run
+from analysis.trace import ModelCard
+from analysis.writing import RunWriter
+
+from .conftest import ROOT
+from .raylets import documents, saved
+from .s3server import CREDENTIALS, bucket
+from .test_cluster import contents
+
+TEXTS = documents(12)
+OPTIONS: dict[str, Any] = {"batch_size": 3, "part_tokens": 80}
+Planned = tuple[Replica, ModelCard, list[PlannedPart]]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, bucket() as addresses:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        yield addresses
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def planned(model: Path) -> Planned:
+    replica = Replica(model, {}, 1)
+    return replica, *replica.plan(TEXTS, None, None, {"part_tokens": 80})
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    capture(*load_model(model), TEXTS, out=out, model_path=model, **OPTIONS)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def own_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of scratch folders, which every test leaves empty."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert list(folder.iterdir()) == []
+
+
+def captured(planned: Planned, where: str, wanted: range) -> None:
+    replica, card, plan = planned
+    for p in (plan[i] for i in wanted):
+        replica.capture(p, card, TEXTS[p.first_document : p.first_document + len(p.documents)], where, OPTIONS)
+
+
+def test_parts_that_are_half_there_are_none(
+    s3: str, planned: Planned, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted capture keeps its whole parts; a part whose record, or one of whose files, is not there is captured again."""
+    where, (_, card, plan) = s3 % "resumed", planned
+    place, n, store = Place.of(where), len(plan), Place.store
+    assert n >= 4
+
+    def stopped(self: Place, folder: Path, *names: str) -> None:
+        if names[0] == "progress/part-00002.json":
+            raise KeyboardInterrupt
+        store(self, folder, *names)
+
+    with RunWriter.open(where, card, OPTIONS) as writer, monkeypatch.context() as patch:
+        patch.setattr(Place, "store", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            captured(planned, where, range(n))
+        assert writer.refresh() == {0, 1} and place.holds("routing/part-00002.parquet")
+        place.filesystem.delete_file(f"{place.path}/routing/part-00001.parquet")
+        assert writer.refresh() == {0}
+    with pytest.raises(RunError, match="used other options"):
+        RunWriter.open(where, card, {**OPTIONS, "batch_size": 2})
+    with RunWriter.open(where, card, OPTIONS) as writer:
+        assert (writer.parts, writer.documents) == (1, len(plan[0].documents))
+        captured(planned, where, range(1, n))
+        assert len(writer.refresh()) == n
+        writer.finish()
+    assert set(place.sizes()) == set(contents(alone))
+    copy_run(where, str(tmp_path / "back"))
+    assert contents(tmp_path / "back") == contents(alone) and verify_run(tmp_path / "back") == ()
+    with pytest.raises(RunError, match="resumed is a finished run"):
+        RunWriter.open(where, card, OPTIONS)
+
+
+def test_a_byte_changed_on_the_way_is_no_part(s3: str, planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = places.copy_file
+
+    def damaging(from_: Any, source: str, to: Any, target: str) -> None:
+        copy(from_, source, to, target)
+        if target.endswith("scores/part-00000.parquet"):
+            with to.open_output_stream(target) as out:
+                out.write(Path(source).read_bytes()[:-1] + b"?")
+
+    monkeypatch.setattr(places, "copy_file", damaging)
+    with RunWriter.open(s3 % "damaged", planned[1], OPTIONS) as writer:
+        with pytest.raises(RunError, match=r"scores/part-00000\.parquet arrived in damaged with another sha256"):
+            captured(planned, s3 % "damaged", range(1))
+        assert writer.refresh() == frozenset()
+
+
+def test_the_same_capture_in_a_folder_needs_no_scratch(planned: Planned, alone: Path, tmp_path: Path) -> None:
+    out = f"file://{tmp_path}/run"
+    with RunWriter.open(out, planned[1], OPTIONS) as writer:
+        captured(planned, out, range(len(planned[2])))
+        writer.refresh()
+        writer.commit()
+    assert contents(tmp_path / "run") == contents(alone)
+
+
+def test_scratch_of_a_killed_process_goes_with_the_next_one(own_scratch: Path) -> None:
+    code = "import sys, time; from analysis.files import scratch\nwith scratch() as f: (f / 'text').write_text('x'); print(f, flush=True); time.sleep(99)"
+    environment = {**os.environ, "TMPDIR": str(own_scratch)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as other:
+        assert other.stdout is not None
+        theirs = Path(other.stdout.readline().strip())
+        with scratch() as mine:
+            assert mine != theirs and (theirs / "text").exists()  # it lives
+        other.send_signal(signal.SIGKILL)
+    with scratch() as mine:
+        assert list(own_scratch.iterdir()) == [mine]
+
+
+def test_what_an_address_cannot_do_is_said(s3: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunError, match="run lies in an object store: python -m analysis copy ADDRESS FOLDER"):
+        open_run("s3://bucket/run")
+    with pytest.raises(CaptureError, match="one process captures into a folder"):
+        capture(*load_model(model), TEXTS, out=s3 % "mine")
+    assert main(["capture", "--model", str(model), "--text", "a", "--out", s3 % "mine"]) == 2
+    assert "give --cluster" in capsys.readouterr().err and Place.of(s3 % "mine").sizes() == {}
+    assert main(["verify", "s3://bucket/run"]) == 1 and "copy ADDRESS FOLDER" in capsys.readouterr().out
