@@ -576,8 +576,8 @@ def lift_map(lift: np.ndarray, rows: str, columns: str, theme: str, weak: np.nda
         row, column = np.nonzero(weak)
         figure.add_scatter(x=column, y=row, mode="markers", hoverinfo="skip", showlegend=False, meta=AGAIN, marker=_crosses(z[weak], theme))
     _times_bar(figure, "times as often as by load alone")
-    figure.update_xaxes(title=columns, constrain="domain", **_numbers(z.shape[1]))
-    figure.update_yaxes(title=rows, autorange="reversed", scaleanchor="x", constrain="domain", **_numbers(len(z)))
+    figure.update_xaxes(title=columns, range=[-0.5, z.shape[1] - 0.5], constrain="domain", **_numbers(z.shape[1]))
+    figure.update_yaxes(title=rows, range=[len(z) - 0.5, -0.5], scaleanchor="x", constrain="domain", **_numbers(len(z)))
     return _sized(figure, 540, OVER)
 
 
