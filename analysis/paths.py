@@ -76,17 +76,24 @@ def quasi_independent(totals: np.ndarray, rounds: int = 10_000) -> np.ndarray:
 
     By proportional fitting, to 1e-9 of the total or ``rounds`` rounds; an expert in nearly every pair converges slowly.
     """
-    want = totals.astype(np.float64)
-    a = want / np.sqrt(want.sum()) if want.sum() else want
-    for _ in range(rounds):
-        reached = a * (a.sum() - a)
-        if np.abs(reached - want).max(initial=0) <= 1e-9 * want.sum():
-            break
-        with np.errstate(divide="ignore", invalid="ignore"):
-            a = np.where(reached > 0, a * np.sqrt(want / reached), 0)
+    a = partner_odds(totals, rounds)
     out = np.outer(a, a)
     np.fill_diagonal(out, 0)
     return out
+
+
+def partner_odds(totals: np.ndarray, rounds: int = 10_000, close: float = 1e-9) -> np.ndarray:
+    """float64 [..., E]: a of ``quasi_independent`` for each row of totals [..., E], to ``close`` of the row's total or ``rounds`` rounds."""
+    want = totals.astype(np.float64)
+    sums = want.sum(-1, keepdims=True)
+    a = want / np.sqrt(np.where(sums > 0, sums, 1))
+    for _ in range(rounds):
+        reached = a * (a.sum(-1, keepdims=True) - a)
+        if (np.abs(reached - want) <= close * sums).all():
+            break
+        with np.errstate(divide="ignore", invalid="ignore"):
+            a = np.where(reached > 0, a * np.sqrt(want / reached), 0)
+    return a
 
 
 def flow(trace: Trace, site: int, first: bool = False) -> PairCounts:

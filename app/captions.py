@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis.information import Information
+from analysis.pair_tests import PairTest
 from analysis.specialization import Preferences
 from analysis.trace import LayerInfo
 
@@ -68,3 +69,38 @@ def information_caption(found: Sequence[Information]) -> tuple[str, str, str]:
             f"{counted} assignments per layer",
             f"Both are plug-in values, biased alike. By chance: {found[0].null}. The most possible: min(H(label), H(expert) - log2 k) where every token has k"
             " experts, since a token's experts all differ.")  # fmt: skip
+
+
+def pairs_headline(found: PairTest, here: str) -> str:
+    """The pair that stands out most, with its interval, and how many differ from chance; or why nothing can be told."""
+    if found.missing:
+        return found.missing
+    lift = found.counts.lift
+    gap = np.abs(np.log2(np.where(found.significant, np.maximum(lift, 2.0**-10), 1)))
+    if not found.claimed:
+        return f"At {here}, none of {found.tested:,} pairs of experts can be told from chance."
+    more = np.where(found.significant & (lift > 1), gap, 0)
+    a, b = (int(x) for x in np.unravel_index((more if more.any() else gap).argmax(), gap.shape))
+    said = (
+        f"At {here}, experts {a} and {b} are chosen together"
+        if found.kind == "pairs"
+        else f"From expert {a} at {here}, tokens go on to expert {b}"
+    )
+    between = f" (95% {_times(found.low[a, b])} to {_times(found.high[a, b])})" if np.isfinite(found.low[a, b]) else ""
+    return (f"{said} {_times(lift[a, b])} times as often as their loads alone give{between}; {found.claimed:,} of {found.tested:,} pairs"
+            f" {'differs' if found.claimed == 1 else 'differ'} beyond chance.")  # fmt: skip
+
+
+def _times(lift: float) -> str:
+    return f"{lift:,.1f}" if lift >= 1 else f"{lift:.2f}"
+
+
+def pairs_how(found: PairTest) -> str:
+    """What the headline, the crosses and the intervals rest on."""
+    law = ("each token draws its experts at fixed odds without return, at the odds that give the document's loads" if found.kind == "pairs"
+           else "row total x column total / n")  # fmt: skip
+    tested = "" if found.missing else (
+        f" Test: within each document, against what the document's own loads give ({law}); {found.method}; never surer than if tokens were independent."
+        f" Corrected for the {found.tested:,} pairs of this layer and this look only. Beyond chance also asks that documents and colour point the same"
+        f" way. Intervals: {found.units:,} units of whole documents drawn again.")  # fmt: skip
+    return f"Fixed scale from ⅛× to 8×. Uniform routing would give each partner {found.counts.chance_share:.1%}.{tested}"

@@ -448,8 +448,7 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
     row, column = (a.ravel() for a in np.indices(z.shape))
     weak = ~found.significant[cell].ravel() & (not found.missing)
     figure.add_scatter(x=[x[c] for c in column[weak]], y=[names[r] for r in row[weak]], mode="markers", hoverinfo="skip", showlegend=False, meta=AGAIN,
-                       marker={"symbol": "x-thin", "size": 5, "line": {"width": 1.25, "color": np.nan_to_num(z).ravel()[weak].astype(np.float32), "cmin": -OCTAVES,
-                                                                       "cmax": OCTAVES, "colorscale": palette.ink(palette.LOAD[theme])}})  # fmt: skip
+                       marker=_crosses(z.ravel()[weak], theme))  # fmt: skip
     told = np.stack([np.broadcast_to(experts, z.shape), *(getattr(found, n)[cell] for n in ("share", "elsewhere", "lift", "low", "high", "q")),
                      *(np.broadcast_to(n[groups][:, None], z.shape) for n in (found.tokens, found.documents)),
                      *(getattr(found, n)[cell] for n in ("count", "enrichment", "p", "significant"))], -1).reshape(z.size, -1)  # fmt: skip
@@ -471,6 +470,12 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
     )
     figure.update_yaxes(range=[len(names) - 0.5, -0.5], type="category", categoryorder="array", categoryarray=list(names))
     return _sized(figure, max(280, 28 * len(names) + 130), OVER)
+
+
+def _crosses(z: np.ndarray, theme: str) -> dict[str, Any]:
+    """Markers of cells of these colours [n] that chance alone could give."""
+    ink = {"color": np.nan_to_num(z).astype(np.float32), "cmin": -OCTAVES, "cmax": OCTAVES, "colorscale": palette.ink(palette.LOAD[theme])}
+    return {"symbol": "x-thin", "size": 5, "line": {"width": 1.25} | ink}
 
 
 def _times_bar(figure: go.Figure, title: str) -> None:
@@ -549,8 +554,11 @@ def information_bars(rows: Sequence[str], bits: np.ndarray, chance: np.ndarray, 
     return _sized(figure, 300)
 
 
-def lift_map(lift: np.ndarray, rows: str, columns: str, theme: str) -> go.Figure:
-    """Experts x experts: log2 of observed over expected, fixed at 1/8 to 8 times; empty where nothing is expected."""
+def lift_map(lift: np.ndarray, rows: str, columns: str, theme: str, weak: np.ndarray | None = None) -> go.Figure:
+    """Experts x experts: log2 of observed over expected, fixed at 1/8 to 8 times; empty where nothing is expected.
+
+    Cells that are ``weak``, bool as ``lift``, carry a small cross.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.clip(np.log2(lift), -OCTAVES, OCTAVES).astype(np.float32)
     figure = go.Figure(
@@ -558,9 +566,12 @@ def lift_map(lift: np.ndarray, rows: str, columns: str, theme: str) -> go.Figure
                    meta={"x": "other", "y": "expert", "z": None, "customdata": ["lift"]}, hoverongaps=False,
                    hovertemplate="%{y} and %{x}: %{customdata:.2f} × expected<extra></extra>")
     )  # fmt: skip
+    if weak is not None and weak.any():
+        row, column = np.nonzero(weak)
+        figure.add_scatter(x=column, y=row, mode="markers", hoverinfo="skip", showlegend=False, meta=AGAIN, marker=_crosses(z[weak], theme))
     _times_bar(figure, "times as often as by load alone")
-    figure.update_xaxes(title=columns, constrain="domain", **_numbers(z.shape[1]))
-    figure.update_yaxes(title=rows, autorange="reversed", scaleanchor="x", constrain="domain", **_numbers(len(z)))
+    figure.update_xaxes(title=columns, range=[-0.5, z.shape[1] - 0.5], constrain="domain", **_numbers(z.shape[1]))
+    figure.update_yaxes(title=rows, range=[len(z) - 0.5, -0.5], scaleanchor="x", constrain="domain", **_numbers(len(z)))
     return _sized(figure, 540, OVER)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import streamlit as st
 
 from analysis.trace import Trace
 
+_Found = TypeVar("_Found")
+
 
 @st.cache_resource(max_entries=16, show_spinner=False)
-def kept(run: str, what: tuple[object, ...]) -> dict[int, pa.Table]:
+def kept(run: str, what: tuple[object, ...]) -> dict[int, Any]:
     """What is known so far of each site; ``run`` is the run with its date, ``what`` names the question and its settings."""
     return {}
 
@@ -33,8 +36,8 @@ def layer_by_layer(trace: Trace, known: dict[int, pa.Table], make: Callable[[Seq
     return pa.concat_tables([known[x.index] for x in trace.layers])
 
 
-def one_layer(site: int, known: dict[int, pa.Table], make: Callable[[Callable[[int, int], None]], pa.Table]) -> pa.Table:
-    """The table of one site, which ``make`` makes if it is not ``known`` yet, telling (tokens read, tokens in all) as it goes on.
+def one_layer(site: int, known: dict[int, _Found], make: Callable[[Callable[[int, int], None]], _Found]) -> _Found:
+    """What was found of one site, which ``make`` makes if it is not ``known`` yet, telling (tokens read, tokens in all) as it goes on.
 
     A person who leaves in the middle stops it at the next telling. Nothing is shown of what is done at the first one.
     """

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from analysis.information import Information
+from analysis.pair_tests import coactivation_test
 from analysis.specialization import Preferences, by_label, effects
 from app import captions, charts
 from tests.synthetic import site
+from tests.test_pair_tests import planted as planted_pairs
 from tests.test_specialization import planted_trace, random_trace
 
 LAYER = site(5, 3, 1)
@@ -62,3 +64,20 @@ def test_information_is_told_with_its_p(p: tuple[float, float], said: str) -> No
     found = [Information(1, 1, 0.1, x, 2, 3, 2, n, "deals") for x, n in zip(p, (10, 20), strict=True)]
     definition, n, how = captions.information_caption(found)
     assert said in definition and n == "10 to 20 assignments per layer" and "deals" in how
+
+
+def test_the_headline_of_pairs_names_the_strongest_that_is_tested() -> None:
+    """Pair (1, 2) is planted; others may have a larger lift without being significant."""
+    found = coactivation_test(planted_pairs(), 0)
+    lift, low, high = found.counts.lift[1, 2], found.low[1, 2], found.high[1, 2]
+    only = np.zeros((6, 6), bool)
+    only[1, 2] = only[2, 1] = True
+    told = captions.pairs_headline(replace(found, significant=only), "layer 0")
+    assert told == (f"At layer 0, experts 1 and 2 are chosen together {lift:.1f} times as often as their loads alone give (95% {low:.1f} to {high:.1f});"
+                    " 1 of 15 pairs differs beyond chance.")  # fmt: skip
+    none = replace(found, significant=np.zeros((6, 6), bool))
+    assert captions.pairs_headline(none, "layer 0") == "At layer 0, none of 15 pairs of experts can be told from chance."
+    assert captions.pairs_headline(replace(none, missing="Why not."), "layer 0") == "Why not."
+    assert "signs of 40 documents flipped" in captions.pairs_how(found) and "Test:" not in captions.pairs_how(
+        replace(none, missing="Why not.")
+    )

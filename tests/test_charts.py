@@ -238,3 +238,12 @@ def test_the_share_of_all_stands_in_the_legend_and_on_no_bar() -> None:
     figure = charts.share_bars(["a"], np.array([0.9]), np.array([7]), 0.4, "label")
     assert not figure.layout.annotations and figure.layout.shapes[0].y0 == 0.4
     assert (figure.layout.shapes[0].name, figure.layout.shapes[0].showlegend, figure.layout.showlegend) == ("whole layer", True, True)
+
+
+def test_crosses_of_a_map_of_pairs_stand_on_their_cells_and_leave_its_edges() -> None:
+    weak = np.zeros((3, 4), bool)
+    weak[2, 1] = True
+    figure = charts.lift_map(np.ones((3, 4)), "expert", "expert", "light", weak)
+    assert [list(x) for x in (figure.data[1].x, figure.data[1].y)] == [[1], [2]]
+    assert (figure.layout.xaxis.range, figure.layout.yaxis.range) == ((-0.5, 3.5), (2.5, -0.5))
+    assert len(charts.lift_map(np.ones((3, 4)), "expert", "expert", "light").data) == 1

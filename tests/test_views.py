@@ -1,5 +1,6 @@
 """Every page over several runs, without a browser: no exception, and what must be on screen is."""
 
+import base64
 import json
 import re
 import shutil
@@ -615,3 +616,27 @@ def test_too_few_documents_are_a_headline_without_crosses_and_faded_bars(runs: P
 def test_numbers_lead_to_their_entries_in_the_glossary(runs: Path, page: str) -> None:
     found = [x for c in shown(page, "demo-run").caption for x in re.findall(r"\]\(glossary\?run=demo-run&term=(\w+)\)", c.value)]
     assert len(found) >= 4 and all(search(name)[0].name == name for name in found)
+
+
+@pytest.mark.parametrize("by", ["pairs", "flow"])
+def test_pairs_are_tested_and_crossed_out(by: str) -> None:
+    """The headline names an interval and a count of tested pairs; the map has as many crosses as there are pairs left over."""
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
+    for key, value in {"by": by, "run": "demo-run", "layer": "layer 2"}.items():
+        test.query_params[key] = value
+    test.switch_page("views/specialization.py")
+    test.run()
+    assert not test.exception and not test.error
+    found = re.search(r"times as often as their loads alone give .95% [\d.]+ to [\d.]+.; ([\d,]+) of ([\d,]+) pairs differ beyond chance",
+                      " ".join(m.value.replace("\\", "") for m in test.markdown))  # fmt: skip
+    assert found
+    figure = json.loads(test.get("plotly_chart")[0].proto.spec)
+    crosses = next(t for t in figure["data"] if t.get("type") == "scatter")
+    assert len(plotted(crosses["x"])) == (int(found[2]) - int(found[1])) * (2 if by == "pairs" else 1)
+
+
+def plotted(values: object) -> object:
+    """Numbers of a figure, which Plotly writes as base64 where they came as an array."""
+    if isinstance(values, dict):
+        return np.frombuffer(base64.b64decode(values["bdata"]), np.dtype(values["dtype"]))
+    return values

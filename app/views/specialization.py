@@ -15,7 +15,8 @@ import streamlit as st
 from analysis.glossary import GLOSSARY
 from analysis.information import Information
 from analysis.jackknife import DocumentInterval, vocabulary_interval
-from analysis.paths import PairCounts, coactivation, flow, repetition, saturation
+from analysis.pair_tests import coactivation_test, flow_test
+from analysis.paths import repetition, saturation
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
 from analysis.token_classes import by_class
 from analysis.token_use import TokenUse, document_use, leading_ids, top_tokens_of
@@ -228,32 +229,25 @@ def shown(use: TokenUse) -> str:
     return f"id {use.token_id}" if use.text is None else use.text
 
 
-def show_pairs(pairs: PairCounts, kind: str) -> pa.Table:
-    """Lift of pairs of experts, in one layer or from one to the next."""
-    rows, columns = pairs.observed.shape
-    here = trace.layers[site].title
-    if not columns:
+def show_pairs(kind: str) -> pa.Table:
+    """Lift of pairs of experts, in one layer or from one to the next, with the pairs that chance alone could give crossed out."""
+    test = coactivation_test if kind == "pairs" else flow_test
+    found = one_layer(site, kept(run, ("pair tests", kind)), lambda tell: test(trace, site, tell))
+    pairs, here = found.counts, trace.layers[site].title
+    if not pairs.observed.shape[1]:
         text.show_note(f"{here} is the last routed layer of its stream: no layer follows.")
         return pa.table({"row": pa.array([], pa.int64())})
-    lift = np.where(np.isfinite(pairs.lift), pairs.lift, np.nan)
-    best = np.unravel_index(np.nanargmax(np.where(pairs.observed >= 50, lift, -1)), lift.shape) if (pairs.observed >= 50).any() else None
-    if best is not None:
-        a, b, asked = int(best[0]), int(best[1]), int((pairs.observed >= 50).sum()) // (2 if kind == "pairs" else 1)
-        said = f"experts {a} and {b} of {here} work together" if kind == "pairs" else f"tokens of expert {a} at {here} go on to expert {b},"
-        text.show_heading(
-            f"The strongest of {asked:,} pairs, untested: {said} {lift[best]:.1f} times as often as their loads alone would give."
-        )
-    text.show_note(f"n = {pairs.n:,} pairs. Uniform routing would give each partner {pairs.chance_share:.1%}.",
-                   "Pairs seen 50 times or more. They are not tested one by one: tokens of one document are not independent.")  # fmt: skip
+    text.show_heading(captions.pairs_headline(found, here))
     show_figure(
-        trace, charts.lift_map(lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer", theme()),
+        trace, charts.lift_map(pairs.lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer",
+                               theme(), None if found.missing else np.isfinite(found.p) & ~found.significant),
         f"{kind}-{here}", key=f"lift-{kind}", alt="Heatmap of observed over expected pairs of experts.",
         definition=("Pairs of experts that a token uses together" if kind == "pairs" else "Experts that a token uses, here and at the next layer")
-        + f", {here}. Colour: log2 of observed over expected pairs; 1× is what the experts' loads alone would give, on a fixed scale from ⅛× to 8×.",
-        n=f"{pairs.n:,} pairs",
+        + f", {here}: how often over what their loads alone would give, log2. {'No pair can be tested.' if found.missing else captions.CROSS}",
+        n=f"{pairs.n:,} pairs of {text.counted(found.documents, 'document')}" if found.documents else f"{pairs.n:,} pairs",
+        how=captions.pairs_how(found),
     )  # fmt: skip
-    e, f = np.divmod(np.arange(rows * columns), columns)
-    return pa.table({"expert": e, "other": f, "observed": pairs.observed.ravel(), "expected": pairs.expected.ravel(), "lift": lift.ravel()})
+    return found.table()
 
 
 @st.cache_resource(max_entries=16, show_spinner="Comparing the two runs token by token …")
@@ -312,9 +306,9 @@ elif kind == "token":
 elif kind == "runs":
     tables["saturation"] = "one row per layer: agreement of the two runs", show_agreement(others)
 elif kind == "pairs":
-    tables["co-activation"] = "one row per pair of experts", show_pairs(coactivation(trace, site), kind)
+    tables["co-activation"] = "one row per pair of experts: counts, lift with its 95% interval, p and q", show_pairs(kind)
 else:
-    tables["flow"] = "one row per pair of experts", show_pairs(flow(trace, site), kind)
+    tables["flow"] = "one row per pair of experts: counts, lift with its 95% interval, p and q", show_pairs(kind)
     repeats = [repetition(trace, x.index) for x in trace.layers]
     st.header("Do neighbouring tokens share an expert?")
     st.dataframe(

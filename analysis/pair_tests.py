@@ -1,0 +1,296 @@
+"""Do experts meet beyond chance? Co-activation and flow of one site, tested and with intervals whose unit is the document.
+
+The question is put within documents: a document's own loads say what its pairs would be by chance, so documents that differ in the
+experts they use make no partners. One pass over the decisions; what stays in memory is one table of pairs per unit, int32, at most
+TABLE_BYTES in all. Effects are those of ``paths``; knows nothing of screens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import ceil, erfc, log2
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .paths import PairCounts, coactivation, flow, partner_odds
+from .significance import ALPHA, benjamini_hochberg, bootstrap_sums, draws_for, interval, sign_flip_test
+from .specialization import INTERVAL_DRAWS, MOST_UNITS, ROWS
+from .trace import Trace
+
+TABLE_BYTES = 110_000_000  # 400 units of 256 x 256 experts
+LEAST_UNITS = 1 + ceil(log2(1 / ALPHA))  # the smallest p of sign flips is 2 of 2^units
+CELLS = 4_096  # cells tested and drawn again at a time: 32 MB of draws
+NO_DECISIONS = "Not tested: the run holds statistics only. Record the decisions themselves."
+ONE_DOCUMENT = "Not tested: one document says nothing about others. Record more."
+NO_PAIRS = "Not tested: the layer sends each token to one expert, so that no pair occurs."
+TOO_MANY = "Not tested: tables of so many experts do not fit in memory for enough documents."
+LAST_SITE = "Not tested: no layer follows in this stream."
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PairTest:
+    """What ``counts`` found, cell by cell [rows, columns]; NaN where nothing could be told: the diagonal, experts without a token.
+
+    low, high    95 % percentile bootstrap interval of counts.lift over units; NaN where more than 2.5 % of the draws hold none of the
+                 experts.
+    p, q         see ``coactivation_test``, ``flow_test``; q corrects for all cells of this site and kind (Benjamini and Hochberg).
+    significant  q <= ALPHA, and the units lean the way that lift does.  tested  cells with a p, each pair once.
+    units        documents, or runs of them, that signs and draws are taken over; ``documents`` in all.
+    missing      why nothing is significant whatever the documents hold, and what to do; empty where something could be.
+    """
+
+    site: int
+    kind: str
+    counts: PairCounts
+    low: np.ndarray
+    high: np.ndarray
+    p: np.ndarray
+    q: np.ndarray
+    significant: np.ndarray
+    tested: int
+    units: int
+    documents: int
+    method: str
+    missing: str = ""
+
+    @property
+    def claimed(self) -> int:
+        """Pairs that are ``significant``, each once."""
+        return int(self.significant.sum()) // (2 if self.kind == "pairs" else 1)
+
+    def table(self) -> pa.Table:
+        """One row per cell: site, expert, other, units, then counts and tests; log2_lift is -inf of a pair that never met."""
+        rows, columns = self.p.shape
+        e, f = np.divmod(np.arange(rows * columns, dtype=np.int32), max(columns, 1))
+        with np.errstate(divide="ignore"):
+            effect = {"observed": self.counts.observed, "expected": self.counts.expected, "lift": self.counts.lift}
+            effect["log2_lift"] = np.log2(self.counts.lift)
+        cells = effect | {n: getattr(self, n) for n in ("low", "high", "p", "q", "significant")}
+        keys: dict[str, object] = {
+            "site": np.full(len(e), self.site, np.int16),
+            "expert": e,
+            "other": f,
+            "units": np.full(len(e), self.units),
+        }
+        return pa.table({**keys, **{n: x.ravel() for n, x in cells.items()}})
+
+
+def coactivation_test(trace: Trace, site: int, progress: Progress | None = None, seed: int = 0) -> PairTest:
+    """Which experts does a token use together more, or less, often than the loads alone give?
+
+    Null: within each unit experts are drawn at fixed odds without return, as many as each token has, at odds that give the unit's
+    loads (the most even law with these loads; for two experts per token the quasi-independent one). Statistic: signs of whole units
+    flipped on observed - expected; p is at least that of independent tokens. ``progress`` is told (tokens read, tokens in all).
+    """
+    counts, layer = coactivation(trace, site), trace.layers[site]
+    if layer.top_k < 2:
+        return _untested(site, "pairs", counts, NO_PAIRS)
+    return _tested(trace, site, site, "pairs", counts, progress, seed)
+
+
+def flow_test(trace: Trace, site: int, progress: Progress | None = None, seed: int = 0) -> PairTest:
+    """From which expert here do tokens go on to which at the next site of the stream more, or less, often than the loads alone give?
+
+    As ``coactivation_test``, with row total x column total / n within each unit expected.
+    """
+    after = trace.stats.following[site]
+    if after is None:
+        return _untested(site, "flow", flow(trace, site), LAST_SITE)
+    return _tested(trace, site, after, "flow", flow(trace, site), progress, seed)
+
+
+def _untested(site: int, kind: str, counts: PairCounts, missing: str, documents: int = 0) -> PairTest:
+    unknown = np.full(counts.observed.shape, np.nan)
+    return PairTest(site, kind, counts, unknown, unknown, unknown, unknown, np.zeros(unknown.shape, bool), 0, documents, documents,
+                    "no test", missing)  # fmt: skip
+
+
+def _tested(trace: Trace, site: int, after: int, kind: str, counts: PairCounts, progress: Progress | None, seed: int) -> PairTest:
+    if trace.source is None:
+        return _untested(site, kind, counts, NO_DECISIONS)
+    lengths = _lengths(trace, site)
+    if len(lengths) < 2:
+        return _untested(site, kind, counts, ONE_DOCUMENT, len(lengths))
+    if _fitting(counts.observed.size) < LEAST_UNITS <= len(lengths):
+        return _untested(site, kind, counts, TOO_MANY, len(lengths))
+    tables, sizes = unit_pairs(trace, site, after, lengths, progress)
+    one, two = np.triu_indices(len(counts.observed), 1) if kind == "pairs" else (x.ravel() for x in np.indices(counts.observed.shape))
+    one, two = (x[counts.expected[one, two] > 0] for x in (one, two))
+    excess, mean, spread = _excess(tables, sizes, one, two, kind, trace.layers[after].top_k)
+    p, draws, least = _p_values(excess, mean, spread, seed)
+    low, high = _intervals(tables, one, two, kind, seed)
+    q = benjamini_hochberg(p)
+    claimed = (q <= ALPHA) & (np.sign(excess.sum(0, dtype=np.float64)) == np.sign(counts.lift[one, two] - 1))
+    placed = [_placed(x, counts.observed.shape, one, two, kind) for x in (low, high, p, q, claimed.astype(np.float64))]
+    units, every = len(tables), len(lengths)
+    of = f"{every:,} documents" if units == every else f"{units:,} groups of whole documents ({every:,} in all)"
+    few = (f"Too few documents to tell: with {every} the smallest possible p is {least:.2f} before correction. Record at least"
+           f" {LEAST_UNITS}, better many more.") if least > ALPHA else ""  # fmt: skip
+    found = _untested(site, kind, counts, few, every)
+    return replace(found, low=placed[0], high=placed[1], p=placed[2], q=placed[3], significant=placed[4] == 1,
+                   tested=int(np.isfinite(p).sum()), units=units, method=f"signs of {of} flipped: {draws}")  # fmt: skip
+
+
+def _placed(values: np.ndarray, shape: tuple[int, ...], one: np.ndarray, two: np.ndarray, kind: str) -> np.ndarray:
+    out = np.full(shape, np.nan)
+    out[one, two] = values
+    if kind == "pairs":
+        out[two, one] = values
+    return out
+
+
+def _lengths(trace: Trace, site: int) -> np.ndarray:
+    """int64 [documents]: tokens of each document of the site's stream that has any, in the order of the rows."""
+    rows = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("first_row")
+    lengths = rows["n_tokens"].to_numpy().astype(np.int64)
+    return np.asarray(lengths[lengths > 0])
+
+
+def unit_pairs(trace: Trace, site: int, after: int, lengths: np.ndarray, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 [units, classes here, classes after], int64 [units, k + 1]: tokens by how many experts they have here); one pass.
+
+    [u, e, f]: tokens of unit u with e here and f at ``after``; of a site with itself the diagonal holds the loads. Units are
+    documents, or at most MOST_UNITS and TABLE_BYTES of runs of them.
+    """
+    from .bittables import count_pairs  # pays for numba
+    from .counting import check_ids, slots_of
+
+    here, there = trace.layers[site], trace.layers[after]
+    shape = (here.n_classes + 1, there.n_classes + 1)
+    units = max(2, min(len(lengths), MOST_UNITS, _fitting(here.n_classes * there.n_classes)))
+    owner = np.arange(len(lengths)) * units // len(lengths)
+    ends = np.cumsum(np.bincount(owner, lengths, units).astype(np.int64))
+    tables, sizes = np.zeros((units, *shape), np.int32), np.zeros((units, here.top_k + 1), np.int64)
+    for start in range(0, n := int(ends[-1]), ROWS):
+        stop = min(start + ROWS, n)
+        slots = []
+        for layer in (here, there) if site != after else (here,):
+            experts = trace.experts(layer.index, start, stop)
+            check_ids(experts, layer.n_classes)
+            slots.append(slots_of(experts))
+        for unit in range(int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, stop - 1, "right")) + 1):
+            rows = slice(max(int(ends[unit - 1]) if unit else 0, start) - start, min(int(ends[unit]), stop) - start)
+            count_pairs(slots[0][rows], slots[-1][rows], tables[unit])
+            sizes[unit] += np.bincount((slots[0][rows] > 0).sum(1), minlength=here.top_k + 1)
+        if progress is not None:
+            progress(stop, n)
+    return tables[:, 1:, 1:], sizes
+
+
+def _fitting(cells: int) -> int:
+    return TABLE_BYTES // (4 * max(cells, 1))
+
+
+def _excess(tables: np.ndarray, sizes: np.ndarray, one: np.ndarray, two: np.ndarray, kind: str, k_after: int) -> tuple[np.ndarray, ...]:
+    """(float32 [units, cells]: observed less what the unit's own loads give, float64 [cells]: the latter summed, float64 [cells]: its variance).
+
+    Variance: that of tokens dealt at random, with the loads given: each unit's expected count times the shares of tokens without either.
+    """
+    excess, mean, spread = np.zeros((len(tables), len(one)), np.float32), np.zeros(len(one)), np.zeros(len(one))
+    for unit, table in enumerate(tables):
+        if kind == "pairs":
+            rest = rest_after = 1 - table.diagonal() / max(sizes[unit].sum(), 1)
+            expected = fixed_odds_pairs(table.diagonal(), sizes[unit])[one, two]
+        else:
+            n, k = max(int(table.sum()), 1), sizes.shape[1] - 1
+            rest, rest_after = (np.maximum(1 - table.sum(axis) * each / n, 0) for axis, each in ((1, k), (0, k_after)))
+            expected = independent(table)[one, two]
+        lean = table[one, two] - expected
+        excess[unit] = np.where(np.abs(lean) > 1e-6 * (1 + expected), lean, 0)  # what only the fit left is no lean
+        mean += expected
+        spread += expected * rest[one] * rest_after[two]
+    return excess, mean, spread
+
+
+def independent(table: np.ndarray) -> np.ndarray:
+    """float64 as ``table``: row total x column total / n; 0 where n is."""
+    rows, columns = table.sum(1, dtype=np.float64), table.sum(0, dtype=np.float64)
+    return np.outer(rows, columns) / max(rows.sum(), 1)
+
+
+def fixed_odds_pairs(load: np.ndarray, sizes: np.ndarray, rounds: int = 500) -> np.ndarray:
+    """float64 [E, E]: tokens expected to use both experts, where each draws its experts at fixed odds without return. Diagonal 0.
+
+    load int [E]: tokens that use the expert.  sizes int [k + 1]: tokens that have 0..k experts. The odds are those that give ``load``,
+    to 1e-8 of the tokens (Chen, Dempster and Liu 1994). A token with m experts is E coins that show m heads: sums over sets are read
+    off the generating function on the unit circle, which loses no digits to subtraction.
+    """
+    tokens, k = float(sizes.sum()), len(sizes) - 1
+    share = load / max(tokens, 1)
+    points = min(len(load) + 1, 6 * k + 33) | 1  # odd: -1 would be a root of a fair coin's factor
+    z = np.exp(2j * np.pi * np.arange(points) / points)
+    used = sizes[2:] > 0
+    several, single = np.arange(2, k + 1)[used], sizes[1:2].sum()
+    coin, free = share.copy(), (share > 0) & (share < 1)
+    for _ in range(rounds):
+        factor = 1 - coin[:, None] + coin[:, None] * z
+        whole = factor.prod(0)
+        given = {m: whole * z ** (1.0 - m) / (whole * z ** (0.0 - m)).sum().real for m in (*several.tolist(), *([1] if single else []))}
+        once = sum((sizes[m] * x for m, x in given.items()), np.zeros(points, complex))
+        heads = coin[:, None] / factor
+        reached = (heads @ once).real / max(tokens, 1)
+        if np.abs(reached - share)[free].max(initial=0) <= 1e-8:
+            break
+        step = share[free] * (1 - reached[free]) / (reached[free] * (1 - share[free]))
+        odds = coin[free] / (1 - coin[free]) * step**0.75  # a whole step is too long by up to half, where two experts share a place
+        coin[free] = odds / (1 + odds)
+    twice = sum((sizes[m] * given[m] * z for m in several.tolist()), np.zeros(points, complex))
+    out = np.asarray(((heads * twice) @ heads.T).real)
+    np.fill_diagonal(out, 0)
+    return out
+
+
+def _p_values(excess: np.ndarray, mean: np.ndarray, spread: np.ndarray, seed: int) -> tuple[np.ndarray, str, float]:
+    """(p [cells], the test in words, the smallest p possible).
+
+    Where no drawn sign pattern reaches the statistic t, p is at most 2 exp(-t^2 / 2) of Hoeffding's inequality, which binds all
+    patterns; so cells stay apart that sampling alone could not. Signs know nothing of counts too small to lean either way (a pair
+    expected 0.01 times in each of 100 units and never seen leans one way in all): p is at least that of independent tokens.
+    """
+    p, least, said = np.full(len(mean), np.nan), 1.0, ""
+    draws = draws_for(len(excess), 1, len(mean))
+    for start in range(0, len(mean), CELLS):
+        at = slice(start, start + CELLS)
+        test = sign_flip_test(excess[:, at].astype(np.float64), draws, seed)
+        with np.errstate(invalid="ignore"):
+            far = (test.p <= 1 / (test.draws + 1)) & (not test.exact)
+            p[at] = np.where(far, np.minimum(test.p, 2 * np.exp(-(test.statistic**2) / 2)), test.p)
+        said = test.method
+        least = min(least, 2.0 ** (1 - int((excess[:, at] != 0).sum(0).max(initial=1))))
+    return np.maximum(p, _rare(mean + excess.sum(0, dtype=np.float64), mean, spread)), said, least
+
+
+def _rare(observed: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Two-sided p of a count with this mean and variance, by the signed root of a Poisson count's deviance, half a count taken off."""
+    near = np.where(np.abs(observed - mean) <= 0.5, mean, observed - 0.5 * np.sign(observed - mean))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        deviance = (np.where(near > 0, near * np.log(near / mean), 0) - near + mean) * mean / spread
+    return np.array([erfc(x**0.5) for x in np.maximum(np.nan_to_num(deviance, posinf=0), 0).tolist()])
+
+
+def _intervals(tables: np.ndarray, one: np.ndarray, two: np.ndarray, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) of lift [cells]: units drawn again, expected counts from the loads of each draw."""
+    group, low, high = np.zeros(len(tables), np.int64), np.full(len(one), np.nan), np.full(len(one), np.nan)
+
+    def drawn(counts: np.ndarray) -> np.ndarray:  # the same units every time: one seed
+        return bootstrap_sums(counts, group, INTERVAL_DRAWS, seed)[:, 0]
+
+    if kind == "pairs":
+        left = right = partner_odds(drawn(tables.sum(2) - tables.diagonal(axis1=1, axis2=2)), 1_000, 1e-6)
+    else:
+        left, right = drawn(tables.sum(2)), drawn(tables.sum(1))
+        left = left / np.maximum(left.sum(1, keepdims=True), 1)
+    for start in range(0, len(one), CELLS):
+        at = slice(start, start + CELLS)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lift = drawn(tables[:, one[at], two[at]]) / (left[:, one[at]] * right[:, two[at]])
+        unknown = ~np.isfinite(lift)
+        whole, most = ~unknown.any(0), unknown.mean(0) <= 0.025
+        low[at][whole], high[at][whole] = interval(lift[:, whole])
+        for cell in np.flatnonzero(most & ~whole):
+            low[at][cell], high[at][cell] = interval(lift[~unknown[:, cell], cell])
+    return low, high
