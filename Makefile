@@ -31,7 +31,7 @@ run: env  ## serve the dashboard at localhost:8501 (PORT=9000 for another port)
 
 test: env-dev chromium s3-server  ## run every test, the browser tests included
 	@$(SAY) "running the tests"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: env-dev  ## style, types and the direction of imports
 	@$(SAY) "ruff, mypy, import-linter"
