@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from .capacity_answer import percent
-from .paths import PairCounts, coactivation, flow
+from .pair_tests import PairTest, coactivation_test, flow_test
 from .specialization import ROWS, Preferences, assignments, by_label, effects
 from .token_classes import CLASSES, by_class, class_codes
 from .token_use import DocumentUse, TokenUse, document_use, leading_ids, top_tokens
@@ -31,8 +31,8 @@ NONE = "no significant preference"
 class SiteEvidence:
     """What the cards of one site's experts are made of; worth keeping while cards of one site are looked at.
 
-    ``crossed``: effects of every label and class together, groups in the order label by label.  ``into``: flow from the
-    site before.  ``missing`` says in words what this run cannot tell.
+    ``crossed``: effects of every label and class together, groups in the order label by label.  ``partners``: pairs in one
+    token.  ``into``: flow from the site before; ``onward``: to the next.  ``missing`` says in words what this run cannot tell.
     """
 
     site: int
@@ -41,9 +41,9 @@ class SiteEvidence:
     crossed: Preferences | None
     tokens: TokenCounts | None
     token_use: DocumentUse | None
-    partners: PairCounts
-    into: PairCounts | None
-    onward: PairCounts | None
+    partners: PairTest | None
+    into: PairTest | None
+    onward: PairTest | None
     missing: tuple[str, ...]
 
 
@@ -68,20 +68,33 @@ class GroupUse:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """Another expert: ``count`` tokens or pairs, ``share`` of this expert's, ``lift`` over what loads alone would give."""
+    """Another expert: ``count`` tokens that use both, their ``share`` of this expert's tokens, ``lift`` over what loads alone would give.
+
+    low, high, p, q, significant: as in PairTest; NaN and False where nothing could be told.
+    """
 
     expert: int
     count: int
     share: float
     lift: float
+    low: float
+    high: float
+    p: float
+    q: float
+    significant: bool
+
+    @property
+    def direction(self) -> int:
+        """1 and -1: the two meet more, or less, than chance gives; 0: that cannot be told."""
+        return 0 if not self.significant else 1 if self.lift > 1 else -1
 
 
 @dataclass(frozen=True)
 class ExpertCard:
     """One expert. ``share`` is the part of the site's ``n`` tokens that use it (even: k / E), ``relative_load`` 1 = even.
 
-    ``labels`` and ``classes`` by falling lift; ``tokens`` by falling lift, ids seen at least LEAST times; ``partners`` by
-    falling lift, ``sources`` and ``targets`` by falling count.
+    ``labels`` and ``classes`` by falling lift; ``tokens`` by falling lift, ids seen at least LEAST times; ``partners``, ``sources``
+    and ``targets``, every other expert there, see ``neighbours``: empty where the evidence leaves them out.
     """
 
     site: int
@@ -104,9 +117,9 @@ class ExpertCard:
     missing: tuple[str, ...]
 
 
-def site_evidence(trace: Trace, site: int) -> SiteEvidence:
-    """All tests and tables of one site. About 0.5 s on 50,000 tokens; one pass over the site where there are tokens."""
-    before = [i for i, after in enumerate(trace.stats.following) if after == site]
+def site_evidence(trace: Trace, site: int, pairs: bool = True) -> SiteEvidence:
+    """All tests and tables of one site; without ``pairs`` those of other experts are None, which read it and its neighbours once more."""
+    before = site_before(trace, site)
     decided = trace.source is not None and trace.load_tokens is not None
     with ThreadPoolExecutor() as pool:  # each spends most of its time without Python's lock
         tested, kinds, use = (pool.submit(by_label, trace, site), pool.submit(_kinds, trace, site), pool.submit(_token_use, trace, site))
@@ -116,12 +129,19 @@ def site_evidence(trace: Trace, site: int) -> SiteEvidence:
         missing.append("token classes, texts and passages: the run holds statistics only")
     if tokens is None:
         missing.append("top tokens: assignments were dropped, and without tokens an id's occurrences are unknown")
-    if not before:
+    if before is None:
         missing.append("where its tokens come from: this is the first routed layer")
     if trace.stats.following[site] is None:
         missing.append("where its tokens go to: this is the last routed layer")
-    return SiteEvidence(site, labels, classes, crossed, tokens, token_use, coactivation(trace, site), flow(trace, before[0]) if before else None,
-                        flow(trace, site) if trace.stats.following[site] is not None else None, tuple(missing))  # fmt: skip
+    found = SiteEvidence(site, labels, classes, crossed, tokens, token_use, None, None, None, tuple(missing))
+    return found if not pairs else replace(found, partners=coactivation_test(trace, site),
+                                           into=None if before is None else flow_test(trace, before),
+                                           onward=None if trace.stats.following[site] is None else flow_test(trace, site))  # fmt: skip
+
+
+def site_before(trace: Trace, site: int) -> int | None:
+    """The site whose tokens go on to ``site`` in the same stream."""
+    return next((i for i, after in enumerate(trace.stats.following) if after == site), None)
 
 
 def _kinds(trace: Trace, site: int) -> tuple[Preferences | None, Preferences | None]:
@@ -156,8 +176,8 @@ def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | N
         layer.top_k / layer.n_classes, float(used / mean) if mean else float("nan"), int(stats.first_choice_load(site)[expert]),
         float(stats.gate_mass(site)[expert] / used) if used else float("nan"), labels, classes,
         top_tokens(trace, known.tokens, expert, use=known.token_use) if known.tokens is not None else (),
-        _neighbours(known.partners, expert, True), _neighbours(known.into, expert, False, column=True),
-        _neighbours(known.onward, expert, False), known.missing,
+        neighbours(known.partners, expert, used), neighbours(known.into, expert, used, column=True), neighbours(known.onward, expert, used),
+        known.missing,
     )  # fmt: skip
 
 
@@ -242,14 +262,20 @@ def _uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:
     )  # fmt: skip
 
 
-def _neighbours(pairs: PairCounts | None, expert: int, by_lift: bool, column: bool = False, most: int = 8) -> tuple[Neighbour, ...]:
-    if pairs is None or not pairs.observed.size:
+def neighbours(test: PairTest | None, expert: int, used: int, column: bool = False) -> tuple[Neighbour, ...]:
+    """Every other expert that ``test`` sets beside ``expert``, which ``used`` tokens use: its row, or its ``column``.
+
+    First those that meet it more than chance gives, by falling lift; then those that cannot be told, by falling count; then those
+    that meet it less than chance gives, by falling lift. Empty without a test or a token.
+    """
+    if test is None or not used:
         return ()
-    count, lift = (x[:, expert] if column else x[expert] for x in (pairs.observed, pairs.lift))
-    total = count.sum()
-    keys = (np.arange(len(count)), -count, -np.nan_to_num(lift)) if by_lift else (np.arange(len(count)), -np.nan_to_num(lift), -count)
-    order = [int(i) for i in np.lexsort(keys) if count[i] >= (LEAST if by_lift else 1)][:most]
-    return tuple(Neighbour(i, int(count[i]), float(count[i] / total), float(lift[i])) for i in order)
+    n = test.counts.observed.shape[0 if column else 1]
+    others = [i for i in range(n) if test.kind != "pairs" or i != expert]
+    cells = [(i, expert) if column else (expert, i) for i in others]
+    found = [Neighbour(i, int(test.counts.observed[at]), int(test.counts.observed[at]) / used, float(test.counts.lift[at]), float(test.low[at]), float(test.high[at]), float(test.p[at]), float(test.q[at]),
+                       bool(test.significant[at])) for i, at in zip(others, cells, strict=True)]  # fmt: skip
+    return tuple(sorted(found, key=lambda x: (-x.direction, -x.lift if x.significant else -x.count)))
 
 
 @dataclass(frozen=True)
