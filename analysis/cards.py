@@ -17,9 +17,9 @@ import numpy as np
 
 from .capacity_answer import percent
 from .pair_tests import PairTest, coactivation_test, flow_test
-from .specialization import ROWS, Preferences, assignments, by_label, effects
-from .token_classes import CLASSES, by_class, class_codes
-from .token_use import DocumentUse, TokenUse, document_use, leading_ids, top_tokens
+from .specialization import ROWS, Preferences, Reading, assignments_reading, by_label, documents_of, effects, one_pass
+from .token_classes import class_codes, class_reading, present_classes
+from .token_use import DocumentUse, TokenUse, leading_ids, top_tokens, use_reading
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, input_tokens
 
@@ -120,12 +120,11 @@ class ExpertCard:
 def site_evidence(trace: Trace, site: int, pairs: bool = True) -> SiteEvidence:
     """All tests and tables of one site; without ``pairs`` those of other experts are None, which read it and its neighbours once more."""
     before = site_before(trace, site)
-    decided = trace.source is not None and trace.load_tokens is not None
     with ThreadPoolExecutor() as pool:  # each spends most of its time without Python's lock
-        tested, kinds, use = (pool.submit(by_label, trace, site), pool.submit(_kinds, trace, site), pool.submit(_token_use, trace, site))
-    labels, (classes, crossed), (tokens, token_use) = tested.result(), kinds.result(), use.result()
+        tested, read = pool.submit(by_label, trace, site), pool.submit(_read, trace, site)
+    labels, (classes, crossed, tokens, token_use) = tested.result(), read.result()
     missing = [] if labels.groups else ["labels: the run has none"]
-    if not decided:
+    if classes is None:
         missing.append("token classes, texts and passages: the run holds statistics only")
     if tokens is None:
         missing.append("top tokens: assignments were dropped, and without tokens an id's occurrences are unknown")
@@ -144,22 +143,20 @@ def site_before(trace: Trace, site: int) -> int | None:
     return next((i for i, after in enumerate(trace.stats.following) if after == site), None)
 
 
-def _kinds(trace: Trace, site: int) -> tuple[Preferences | None, Preferences | None]:
-    """``classes`` and ``crossed`` of SiteEvidence."""
+def _read(trace: Trace, site: int) -> tuple[Preferences | None, Preferences | None, TokenCounts | None, DocumentUse | None]:
+    """``classes``, ``crossed``, ``tokens`` and ``token_use`` of SiteEvidence, in one pass over the site where there are tokens."""
+    layer, stats = trace.layers[site], trace.stats
     if trace.source is None or trace.load_tokens is None:
-        return None, None
-    codes = class_codes(trace, trace.layers[site].stream)
-    classes = by_class(trace, site, codes)
-    return classes, _crossed(trace, site, trace.stats.label_load(site)[0], classes, codes)
-
-
-def _token_use(trace: Trace, site: int) -> tuple[TokenCounts | None, DocumentUse | None]:
-    """``tokens`` and ``token_use`` of SiteEvidence."""
-    layer = trace.layers[site]
-    if trace.load_tokens is None and trace.stats.load(site).sum() != trace.stats.n_tokens(site) * layer.top_k:
-        return None, None
-    tokens = input_tokens(trace, site)
-    return tokens, document_use(trace, tokens, leading_ids(tokens, range(layer.n_classes)))
+        known = trace.load_tokens is not None or stats.load(site).sum() == stats.n_tokens(site) * layer.top_k
+        return None, None, input_tokens(trace, site) if known else None, None
+    with ThreadPoolExecutor() as pool:
+        counted, coded = pool.submit(input_tokens, trace, site), pool.submit(class_codes, trace, layer.stream)
+    tokens, (names, codes) = counted.result(), present_classes(coded.result())
+    labels = stats.label_load(site)[0]
+    crossed = [_crossed(trace, site, labels, names, codes)] if labels else []
+    use = use_reading(trace, tokens, leading_ids(tokens, range(layer.n_classes)))
+    found = one_pass(trace, site, class_reading(trace, site, names, codes), use, *crossed)
+    return found[0], found[2] if labels else None, tokens, found[1]
 
 
 def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | None = None) -> ExpertCard:
@@ -231,22 +228,18 @@ def _together(
     return (count * every / n / uses if n and uses else 0.0), name, count, n, uses - count, every - n
 
 
-def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: Preferences, codes: np.ndarray) -> Preferences | None:
-    """Effects of label x class, in one pass; None for a run without labels."""
+def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: tuple[str, ...], codes: np.ndarray) -> Reading[Preferences]:
+    """Effects of label x class; ``codes`` int [tokens] into ``classes``, -1 for none."""
     layer = trace.layers[site]
-    if not labels:
-        return None
     place = {name: i for i, name in enumerate(labels)}
     of_document = {r["document"]: place.get(r["label"], -1) for r in trace.documents.to_pylist()}
-    numbers, inverse = np.unique(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy(), return_inverse=True)
-    label = np.array([of_document[int(d)] for d in numbers])[inverse]
-    column = np.array([classes.groups.index(c) if c in classes.groups else -1 for c in CLASSES] + [-1])
-    kind = column[codes]
-    group = np.where((label >= 0) & (kind >= 0), label * len(classes.groups) + kind, -1)
-    size = len(labels) * len(classes.groups)
-    names = tuple(f"{a} {b}" for a in labels for b in classes.groups)
-    return effects(site, "label and class", names, np.bincount(group[group >= 0], minlength=size),
-                   assignments(trace, layer, group, size))  # fmt: skip
+    numbers, document = documents_of(trace, layer.stream)
+    label = np.array([of_document[int(d)] for d in numbers])[document]
+    group = np.where((label >= 0) & (codes >= 0), label * len(classes) + codes, -1)
+    size = len(labels) * len(classes)
+    counts = yield from assignments_reading(layer, group, size)
+    return effects(site, "label and class", tuple(f"{a} {b}" for a in labels for b in classes),
+                   np.bincount(group[group >= 0], minlength=size), counts)  # fmt: skip
 
 
 def _uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:

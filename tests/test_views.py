@@ -595,7 +595,7 @@ def test_whom_an_expert_works_with_is_tested(runs: Path) -> None:
     test.switch_page("views/expert.py")
     test.run()
     trace = open_run(ROOT / "data" / "demo-run")
-    shown_, used = [d.value for d in test.dataframe if "more than chance?" in d.value], int(trace.stats.load(3)[5])
+    shown_, used = [d.value for d in test.dataframe if "than chance" in d.value], int(trace.stats.load(3)[5])
     tests = (flow_test(trace, 2), True), (coactivation_test(trace, 3), False), (flow_test(trace, 3), False)
     for table, (found, column), where in zip(
         shown_, tests, ("Before, at layer 2", "For the same tokens", "After, at layer 4"), strict=True
@@ -603,9 +603,12 @@ def test_whom_an_expert_works_with_is_tested(runs: Path) -> None:
         rows = neighbours(found, 5, used, column)
         assert table["expert"].tolist() == [x.expert for x in rows if x.count][:8]
         assert table["lift"].tolist() == [x.lift for x in rows if x.count][:8]
-        words = {("more", 1), ("less", -1), ("cannot be told", 0), ("not within documents", 0)}
-        assert set(zip(table["more than chance?"], [x.direction for x in rows if x.count], strict=False)) <= words
-        assert (table["q"][table["more than chance?"] == "cannot be told"] > ALPHA).all()
+        words = {("more", 1), ("less", -1), ("unclear", 0), ("mixed", 0)}
+        assert set(zip(table["than chance"], [x.direction for x in rows if x.count], strict=False)) <= words
+        unsure = {x.expert for x in rows if x.q > ALPHA}
+        assert set(table["expert"][table["than chance"] == "unclear"]) == unsure & set(table["expert"])
+        low, high = (float(x) for x in table["95% interval"][0].split(" to "))
+        assert (low, high) == (pytest.approx(rows[0].low, abs=0.006), pytest.approx(rows[0].high, abs=0.006))
         more, less = (sum(x.direction == d for x in rows) for d in (1, -1))
         said = f"{where}: of {len(rows)} experts, {more} more often than chance gives and {less} less often."
         assert any(plain(said) in m.value for m in test.markdown)

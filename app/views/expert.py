@@ -29,7 +29,7 @@ from app.runs_folder import model_folder
 from app.selection import choice, current_trace, expert_search, layer_picker, recording_id
 from app.strip_data import hues
 
-SHOWN = 8  # other experts in a table
+SHOWN, WIDE = 8, 362  # other experts in a table; pixels of one of three tables side by side, or of a telephone
 VERDICT = {1: "more", -1: "less"}
 
 
@@ -76,7 +76,7 @@ def verdict(row: Neighbour) -> str:
     """Whether the two experts meet more, or less, often than chance gives, or why that is not said."""
     if not np.isfinite(row.p):
         return "not tested"
-    return VERDICT.get(row.direction, "cannot be told" if not row.q <= ALPHA else "not within documents")
+    return VERDICT.get(row.direction, "unclear" if not row.q <= ALPHA else "mixed")
 
 
 def show_neighbours(said: str, test: PairTest, rows: Sequence[Neighbour]) -> None:
@@ -88,13 +88,13 @@ def show_neighbours(said: str, test: PairTest, rows: Sequence[Neighbour]) -> Non
     met = [x for x in rows if x.count][:SHOWN]
     if not met:
         return
-    number = st.column_config.NumberColumn
+    column, number = st.column_config.Column, st.column_config.NumberColumn
     st.dataframe(
-        pd.DataFrame([{"expert": x.expert, "lift": x.lift, "95% from": x.low, "to": x.high, "more than chance?": verdict(x), "tokens": x.count,
-                       "of its tokens": x.share, "q": x.q} for x in met]),
+        pd.DataFrame([{"expert": x.expert, "lift": x.lift, "95% interval": f"{x.low:.2f} to {x.high:.2f}" if np.isfinite(x.low) else "not known",
+                       "tokens": x.count, "than chance": verdict(x)} for x in met]),
         hide_index=True,
-        column_config={"of its tokens": number(format="percent"), "q": number(format="%.2g"),
-                       **{c: number(format="%.2f") for c in ("lift", "95% from", "to")}},
+        column_config={"expert": column(width=55), "lift": number(width=55, format="%.2f"), "95% interval": column(width=100),
+                       "tokens": number(width=65, format="localized"), "than chance": column(width=95)},
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def show_company() -> dict[str, tuple[str, pa.Table]]:
     tables, rests, documents = {}, dict[str, list[str]](), 0
     with st.container(horizontal=True):
         for name, said, kind, at in asked:
-            with st.container(width=520):
+            with st.container(width=WIDE):
                 test = pair_test(kind, at)
                 rows = neighbours(test, expert, used, name == "sources")
                 show_neighbours(said, test, rows)
@@ -120,8 +120,9 @@ def show_company() -> dict[str, tuple[str, pa.Table]]:
     text.show_note(
         "Lift: how often a token uses both, over what the loads of the two alone would give; 1 by chance."
         f" n = {used:,} tokens{f' of {documents:,} documents in the run' if documents else ''}.",
-        f"At most {SHOWN} rows each: those more than chance by lift, then those that cannot be told by count, then those less than chance. 95% intervals are for"
-        " one row alone. q: the false discovery rate at which the row is still claimed, at most 5%. Not within documents: there the two lean the other way."
+        f"At most {SHOWN} rows each: those more than chance by lift, then those unclear by count, then those less than chance; all of them, with q and"
+        " the share of its tokens, are below. Intervals are over documents, for one row alone. More, less: q at most 5%; unclear: above, not distinguishable from chance. Mixed: so it is within documents, but the"
+        " other way round than the lift of all of them."
         f" {tested}",
     )  # fmt: skip
     return tables

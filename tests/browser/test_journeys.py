@@ -287,8 +287,8 @@ def test_an_interpretability_researcher_follows_a_token_of_their_own_text(page: 
     assert card.partners
     for others in (card.partners, card.sources, card.targets):
         told_first = [n for n in others if n.count][:8]
-        said = [{1: "more", -1: "less"}.get(n.direction, "cannot be told" if n.q > ALPHA else "not within documents") for n in told_first]
-        rows = [[n.expert, n.lift, n.low, n.high, word, n.count, n.share, n.q] for n, word in zip(told_first, said, strict=True)]
+        said = [{1: "more", -1: "less"}.get(n.direction, "unclear" if n.q > ALPHA else "mixed") for n in told_first]
+        rows = [[n.expert, n.lift, f"{n.low:.2f} to {n.high:.2f}", n.count, word] for n, word in zip(told_first, said, strict=True)]
         assert not others or rows in grids
 
     for _ in range(4):  # the jump is one step back, the page another
