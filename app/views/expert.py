@@ -196,13 +196,13 @@ def show_passages() -> None:
         token_strip(text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist()),
                     ["\n" in (t or "") for t in rows["token"].to_pylist()], [np.where(weights > 0, expert, -1)], [weights], [layer.title], hues(trace, [layer]),
                     f"passage-{run}-{site}-{expert}-{i}", layer=0, spotlight=expert, slot=f"passage-{i}", compact=True)  # fmt: skip
-        text.show_note(
-            f"{p.name}"
-            + (f", {p.label}" if p.label else "")
-            + f": {p.used} of {len(p.texts)} tokens use it, gate weights sum to {p.mass:.1f}"
-        )
-        st.page_link("views/tokens.py", label="See it on the Tokens page →", query_params={
-            "run": trace.name, "layer": layer.title, "doc": str(p.document + 1), "token": str(p.position)})  # fmt: skip
+        with st.container(horizontal=True, vertical_alignment="center"):
+            with st.container(width="content"):
+                text.show_note(
+                    f"{p.name}{f', {p.label}' if p.label else ''}: {p.used} of {len(p.texts)} tokens use it, gate weights sum to {p.mass:.1f}"
+                )
+            st.page_link("views/tokens.py", label="See it on the Tokens page →", query_params={
+                "run": trace.name, "layer": layer.title, "doc": str(p.document + 1), "token": str(p.position)})  # fmt: skip
     if not found:
         text.show_note(f"No token of {'these texts' if label is not None else 'this run'} uses it.")
     text.show_note(
