@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -164,7 +165,7 @@ def preferences(groups: int = 2, experts: int = 32) -> Preferences:
     return effects(0, "label", tuple("abcdefgh"[:groups]), counts.sum(1), counts)
 
 
-def enrichment(found: Preferences, theme: str = "light") -> charts.go.Figure:
+def enrichment(found: Preferences, theme: str = "light") -> Any:
     g, e = found.count.shape
     return charts.enrichment_map(found, list(found.groups), np.arange(g), np.arange(e)[::-1], theme)
 
