@@ -17,7 +17,7 @@ from .load import (
     queue_lines,
     sorted_load,
 )
-from .specialization import LEAST_USES, enrichment_bars, enrichment_map, information_bars, lift_map
+from .specialization import LEAST_USES, enrichment_bars, enrichment_grid, enrichment_map, information_bars, lift_map
 from .tokens import busiest_hues, token_map
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "document_histogram",
     "document_scatter",
     "enrichment_bars",
+    "enrichment_grid",
     "enrichment_map",
     "file_name",
     "information_bars",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from analysis.cards import GroupUse
 from analysis.specialization import Preferences
@@ -13,6 +14,7 @@ from app import palette
 
 from .drawing import ABOVE, AGAIN, OCTAVES, OVER, cells_over, crosses, numbers, sized, times, times_bar
 
+GRID = 2  # small maps side by side: half of a telephone's width still shows a row of 64 experts
 LEAST_USES = 20  # tokens an expert must have for its row of effects to be coloured
 
 
@@ -56,6 +58,41 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
     )
     figure.update_yaxes(range=[len(names) - 0.5, -0.5], type="category", categoryorder="array", categoryarray=list(names))
     return sized(figure, max(280, 28 * len(names) + 130), OVER)
+
+
+def enrichment_grid(
+    titles: Sequence[str], found: Sequence[Preferences], names: Sequence[str], groups: np.ndarray, experts: Sequence[np.ndarray], theme: str
+) -> go.Figure:
+    """A small map per site in columns of two, groups in one order, ``experts`` [E] in the order of each site; as ``enrichment_map``.
+
+    Cells that are not significant are empty, where any could be: a cross would fill so small a cell.
+    """
+    rows = -(-len(found) // GRID)
+    height = (max(64, 13 * len(names)) + 40) * rows + OVER
+    figure = make_subplots(
+        rows, GRID, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=30 / (height - OVER)
+    )
+    for i, (site, order) in enumerate(zip(found, experts, strict=True)):
+        cell, row, column = np.ix_(groups, order), i // GRID + 1, i % GRID + 1
+        z = np.clip(site.enrichment[cell], -OCTAVES, OCTAVES).astype(np.float32)
+        z[:, site.count.sum(0)[order] < LEAST_USES] = np.nan
+        if not site.missing:
+            z[~site.significant[cell]] = np.nan
+        told = np.stack([np.broadcast_to(order, z.shape), *(getattr(site, n)[cell] for n in (
+            "share", "elsewhere", "lift", "enrichment", "low", "high", "q", "count", "significant"))], -1)  # fmt: skip
+        figure.add_heatmap(
+            z=z, x=np.arange(len(order)), y=list(names), customdata=told, row=row, col=column, hoverongaps=False, name=titles[i],
+            colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES, showscale=not i,
+            meta={"x": None, "y": "group", "z": None, "customdata": ["expert", "share", "elsewhere", "lift", "log2_enrichment", "log2_enrichment_low",
+                                                                     "log2_enrichment_high", "q", "count", "significant"]},
+            hovertemplate="%{y}, expert %{customdata[0]:.0f}<br>used for %{customdata[1]:.1%}, %{customdata[2]:.1%} elsewhere<br>lift %{customdata[3]:.2f},"
+                          " q = %{customdata[7]:.2g}<extra>" + titles[i] + "</extra>",
+        )  # fmt: skip
+    figure.update_xaxes(showticklabels=False, ticks="", showgrid=False, zeroline=False)
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
+    figure.update_annotations(font_size=12)
+    times_bar(figure, "times as often as elsewhere")
+    return sized(figure, height, OVER)
 
 
 def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse], mark: str | None = None) -> go.Figure:

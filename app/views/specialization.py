@@ -32,6 +32,7 @@ from analysis.vocabulary import (
 )
 from app import captions, charts, text
 from app.downloads import computed_downloads
+from app.every_layer import show_every_layer
 from app.figures import show_figure
 from app.layers import kept, layer_by_layer, one_layer
 from app.selection import choice, comparable_runs, current_trace, layer_picker, open_expert, recording_id, section, theme
@@ -299,6 +300,7 @@ if kind in ("label", "class", "position"):
     found = preferences(trace, run, site, kind)
     show_preferences(found, site)
     tables[KINDS[kind]] = f"one row per {kind} and expert", found.table()
+    tables |= show_every_layer(trace, run, found, lambda i: preferences(trace, run, i, kind))
     if kind == "label":
         show_layers()
 elif kind == "token":
