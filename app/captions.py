@@ -120,3 +120,8 @@ def pairs_how(found: PairTest) -> str:
         f" Corrected for the {found.tested:,} pairs of this layer and this look only. Beyond chance also asks that documents and colour point the same"
         f" way. Intervals: {found.units:,} units of whole documents drawn again.")  # fmt: skip
     return f"Fixed scale from ⅛× to 8×. Uniform routing would give each partner {found.counts.chance_share:.1%}.{tested}"
+
+
+def spread(values: np.ndarray) -> str:
+    """A whole number that all agree on, or the least and the most."""
+    return f"{values.min():,}" if values.min() == values.max() else f"{values.min():,} to {values.max():,}"

@@ -21,6 +21,7 @@ from analysis.glossary import TERMS, search
 from analysis.jackknife import vocabulary_interval
 from analysis.metrics import METRICS
 from analysis.neighbours import expert_similarities
+from analysis.repetition import repetition
 from analysis.specialization import by_label
 from analysis.store import open_run
 from analysis.trace import LayerInfo, SiteRouting
@@ -482,6 +483,24 @@ def test_every_layer_side_by_side_is_each_layers_own_map(runs: Path) -> None:
         f"{x.title}: {int((f.significant & (f.lift >= 1.5)).any(0).sum())} of 16 experts" for x, f in zip(trace.layers, found, strict=True)
     ]
     assert "by label, every layer" in test.selectbox(key="table").options
+
+
+def test_neighbouring_tokens_are_tested_where_they_can_be(runs: Path) -> None:
+    store(runs / "one-token-each", PLAIN, [1, 1])
+    for run in ("demo-run", "one-token-each"):
+        test = shown("specialization", run)
+        test.query_params.update({"by": "flow", "repeats": "open"})
+        test.run()
+        assert not test.exception
+        assert any(plain("the run holds no document of two tokens") in c.value for c in test.caption) == (run != "demo-run")
+        drawn = [f for f in test.session_state["_figures"] if f.key == "repetition"]
+        assert len(drawn) == (run == "demo-run")
+        if drawn:
+            trace = open_run(ROOT / "data" / "demo-run")
+            assert charts.rows(drawn[0].figure)["share"].to_pylist()[: len(trace.layers)] == [
+                repetition(trace, x.index).first for x in trace.layers
+            ]
+            assert "repetition" in test.selectbox(key="table").options
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
