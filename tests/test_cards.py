@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis import cards
+from analysis import cards, specialization
 from analysis.cards import NONE, describe, expert_card, neighbours, passages, site_evidence
 from analysis.pair_tests import coactivation_test, flow_test
 from analysis.specialization import effects
@@ -125,6 +125,25 @@ def test_neighbours_are_those_of_the_tests_and_what_chance_gives_comes_after() -
     assert len(neighbours(tests["targets"], 3, 10)) == 6
     bare = expert_card(trace, 0, 1, site_evidence(trace, 0, pairs=False))
     assert bare.partners == bare.sources == bare.targets == () and bare.description == expert_card(trace, 0, 1).description
+
+
+def test_evidence_reads_each_decision_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the pairs; in blocks that cut documents it finds the same."""
+    trace, read = built(only_newlines=True), Trace.experts
+    whole, asked = site_evidence(trace, 1, pairs=False), []
+
+    def counted(self: Trace, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        asked.append((layer, start, stop))
+        return read(self, layer, start, stop)
+
+    monkeypatch.setattr(Trace, "experts", counted)
+    monkeypatch.setattr(specialization.blocks, "__defaults__", (970,))
+    cut = site_evidence(trace, 1, pairs=False)
+    assert asked == [(1, 0, 970), (1, 970, 1940), (1, 1940, 2400)]
+    assert whole.classes is not None and whole.crossed is not None and whole.token_use is not None
+    assert cut.classes is not None and cut.crossed is not None and cut.token_use is not None
+    assert cut.classes.p.tolist() == whole.classes.p.tolist() and cut.crossed.count.tolist() == whole.crossed.count.tolist()
+    assert cut.token_use.leaning.tolist() == whole.token_use.leaning.tolist() and whole.crossed.count[:, 6].any()
 
 
 def test_evidence_may_be_kept() -> None:
