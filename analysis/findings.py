@@ -45,7 +45,7 @@ def strongest_label(trace: Trace) -> Finding | None:
     if not any(fits.any() for _, fits in leads):
         return None  # nothing to test
     streams = {x.stream for x in trace.layers}
-    p = {}
+    p: dict[int, np.ndarray] = {}
     for stream in streams:
         sites = [x.index for x in trace.layers if x.stream == stream]
         p |= dict(zip(sites, (np.minimum(x * len(streams), 1) for x in _family_p(trace, sites)), strict=True))
