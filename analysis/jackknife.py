@@ -129,7 +129,9 @@ def _leave_out(trace: Trace, counts: TokenCounts, often: np.ndarray, part: np.nd
     place = np.full(len(every) + 1, -1)  # the last for tokens that have no id
     place[np.searchsorted(every, counts.ids[often])] = np.arange(len(often))
     row, cells = place[code], DocumentCells(len(often), layer.n_classes)
-    whole = kept.tokens, kept.start, kept.length, kept.expert, kept.count
+    whole = tuple(
+        np.require(x, np.int64, "W") for x in (kept.tokens, kept.start, kept.length, kept.expert, kept.count)
+    )  # one kind of array: compiled once
     for start, experts in blocks(trace, layer):
         check_ids(experts, layer.n_classes)
         here = slice(start, start + len(experts))
