@@ -59,8 +59,9 @@ def write_run(folder: Path, shape: tuple[int, int, int], decisions: int) -> Figu
 
 
 def count_again(run: Run) -> object:
-    """All statistics once more, from the stored decisions."""
-    return merge_statistics(_counted_again(run.folder, run.trace, read_manifest(run.folder)["parts"]))
+    """All statistics once more, from the stored decisions, as ``verify`` counts them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return merge_statistics(_counted_again(run.folder, run.trace, read_manifest(run.folder)["parts"]), Path(scratch))
 
 
 def measure(query: str, engine: str, folder: Path, tiny: Path) -> Figures | dict[str, str]:
