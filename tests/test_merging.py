@@ -165,12 +165,14 @@ def counted(tables: list[pa.Table], sites: int) -> KeyCounts:
 
 @pytest.mark.parametrize("span", [40, 2**31 - 1], ids=["vocabulary", "ids far apart"])
 def test_the_counts_of_parts_add_up_to_those_of_a_group_by(span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stored and read again; cells that overflow 8 bits, keys that find no place, a part with a site more, one that counted nothing, a table between."""
+    """Stored and read again; cells that overflow 8 bits, keys and experts that find no place, a part with a site more, one that counted nothing, a table between."""
     monkeypatch.setattr(merging, "SPILL_ROWS", 300)
     tables = []
-    for n, wide, most in ((900, span, 9), (700, 40, 300), (3, 40, 9), (0, 40, 9), (800, 200, 70_000), (900, span, 9)):
+    for n, wide, most in ((900, span, 9), (700, 40, 300), (3, 40, 9), (0, 40, 9), (800, 200, 70_000), (900, span, 200)):
         table, rng = made(BY_TOKEN, n, n + most, wide), np.random.default_rng(n)
-        changed = {"count": pa.array(rng.integers(1, most, n))} | ({"site": pa.array(np.full(n, 3), pa.int16())} if n == 800 else {})
+        changed = {"count": pa.array(rng.integers(1, most, n))}
+        changed |= {"site": pa.array(np.full(n, 3), pa.int16())} if n == 800 else {}
+        changed |= {"expert": pa.array(np.arange(14, 14 + n), pa.int32())} if n == 3 else {}
         tables.append(pa.table([changed.get(x, table[x]) for x in BY_TOKEN.names], schema=BY_TOKEN))
     total, arrays = LongSum(BY_TOKEN, "token_id", tmp_path), []
     for i, table in enumerate(tables):
