@@ -204,7 +204,8 @@ def _locked(folder: Path, name: str) -> int:
 
 def _check_same_capture(place: Place, folder: Path, card: ModelCard, options: Mapping[str, Any]) -> None:
     """Record what is being captured, or compare with the record of the interrupted capture."""
-    mine = json.loads(json.dumps({"model": card.to_json(), "options": dict(options), "schema_version": SCHEMA_VERSION}))
+    known = {"model": card.to_json(), "options": dict(options), "schema_version": SCHEMA_VERSION, "progress files": _PROGRESS}
+    mine = json.loads(json.dumps(known))
     if not place.holds(CAPTURE):
         write_json(folder / CAPTURE, mine)
         place.store(folder, CAPTURE)
