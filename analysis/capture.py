@@ -38,6 +38,7 @@ from .trace import (
     SiteScores,
     Trace,
     check_part,
+    gate_weights,
     id_dtype,
     join_routing,
     join_scores,
@@ -128,11 +129,12 @@ def capture_parts(
     Batches never straddle parts, so a resumed capture runs exactly the batches of an uninterrupted one. ``committed``
     holds (digest, label, name) of the documents already recorded, which are compared and passed over. ``first_document``,
     ``first_part`` and ``first_rows`` are the numbers that the first text, its part and its rows get.
-    ``weights`` "8-bit" rounds gate weights before anything is counted, so that all figures of a run follow from what it holds (rounding.py).
+    ``weights`` "8-bit" rounds gate weights before anything is counted, so that all figures of a run follow from what it holds (rounding.py);
+    "none" has them counted as executed, and drops them when the part is stored.
     Raises PromptTooLong, CaptureCancelled, CaptureError, RouterError, TraceError.
     """
     if weights not in WEIGHTS:
-        raise CaptureError(f"no way {weights!r} to keep gate weights: there are {' and '.join(WEIGHTS)}")
+        raise CaptureError(f"no way {weights!r} to keep gate weights: there are {', '.join(WEIGHTS)}")
     sites = find_sites(model)
     batch_size = 1 if any(s.kind.mixes for s in sites) else batch_size
     total = len(texts) if isinstance(texts, Sequence) else None
@@ -156,9 +158,9 @@ def capture_parts(
         if not pieces:
             return
         part = _part(index, pieces, sites, pieces_of, rows)
-        if weights != "exact":
-            routing = tuple(replace(r, weights=rounded(r.weights)) for r in part.routing)
-            part = replace(part, routing=routing, weights=weights)
+        if weights == "8-bit":
+            part = replace(part, routing=tuple(replace(r, weights=rounded(gate_weights(r, "this part"))) for r in part.routing))
+        part = replace(part, weights=weights)
         check_part(part, [s.info for s in sites])
         for stream in {p.stream for p in pieces}:
             rows[stream] = rows.get(stream, 0) + sum(len(p.ids) for p in pieces if p.stream == stream)
