@@ -208,6 +208,8 @@ def _site_tensors(group: Group, sites: Sequence[Site], routed: Sequence[Routed],
             raise RouterError(
                 f"{site.info.name} routed each token to {whole.ids.shape[1]} experts, its configuration says {site.info.top_k}"
             )
+        if kept is not None and kept.device != whole.ids.device:
+            kept = to_device(kept, whole.ids.device)
         rows = _rows(whole, kept)
         narrow = torch.int16 if id_dtype(site.info.n_classes) == np.int16 else torch.int32
         mine = {"ids": rows.ids.to(narrow), "weights": rows.weights} | _score_tensors(site.info, rows, lengths, probabilities)
@@ -221,9 +223,8 @@ def _rows(whole: Routed, kept: Tensor | None) -> Routed:
     logits = None if whole.logits is None else whole.logits.flatten(0, -2)
     if kept is None:
         return replace(whole, logits=logits)
-    at = to_device(kept, whole.ids.device)
-    ids = whole.ids[at]
-    return Routed(ids, whole.weights[at], ids if whole.chosen is whole.ids else whole.chosen[at], None if logits is None else logits[at])
+    ids, weights, logits = whole.ids[kept], whole.weights[kept], None if logits is None else logits[kept]
+    return Routed(ids, weights, ids if whole.chosen is whole.ids else whole.chosen[kept], logits)
 
 
 def _score_tensors(info: LayerInfo, routed: Routed, lengths: Sequence[int], probabilities: bool) -> dict[str, Tensor]:
