@@ -134,8 +134,8 @@ def _capture(arguments: argparse.Namespace) -> int:
     streams = dict.fromkeys(x.stream for x in trace.layers)
     tokens = ", ".join(f"{trace.n_tokens(s):,} {s} tokens" for s in streams)
     _say(f"\n{arguments.out}: {tokens}, {len(trace.layers)} routed layers", sys.stderr)
-    if trace.rounding:
-        _say(trace.rounding, sys.stderr)
+    if trace.weights_note:
+        _say(trace.weights_note, sys.stderr)
     return 0
 
 
@@ -221,7 +221,7 @@ def _stats(arguments: argparse.Namespace) -> int:
     if arguments.cluster:
         from .cluster import Cluster, statistics_on_cluster
 
-        if not same_counts(trace.stats, statistics_on_cluster(arguments.run, Cluster(arguments.cluster))):
+        if not same_counts(trace.stats, statistics_on_cluster(arguments.run, Cluster(arguments.cluster)), trace.weights_kept):
             raise RunError(f"{trace.name}: its statistics are not those of its decisions, counted again: try python -m analysis verify")
         _say(
             "counted again from the recorded decisions on the cluster: equal to the stored statistics\n",
@@ -233,8 +233,8 @@ def _stats(arguments: argparse.Namespace) -> int:
     table = balance_table(trace).to_pandas()
     table.insert(0, "", [x.title for x in trace.layers])
     _say(f"{trace.name}: {trace.model.name} ({trace.model.family}), one column per routed layer, n = tokens\n")
-    if trace.rounding:
-        _say(f"{trace.rounding}\n")
+    if trace.weights_note:
+        _say(f"{trace.weights_note}\n")
     shown = table.drop(columns=["site", "layer", "stack"]).set_index("").T
     # One metric a line, so that the definitions can stand below and the table stays narrow; 8 layers fit 100 columns.
     for start in range(0, shown.shape[1], 8):

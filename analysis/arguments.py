@@ -91,7 +91,8 @@ def _add_capture_options(capture: argparse.ArgumentParser) -> None:
     capture.add_argument("--max-tokens", type=_at_least_one, help="refuse longer documents (default: the model's context)")
     capture.add_argument("--probabilities", action="store_true", help="keep every expert's probability (large)")
     capture.add_argument("--weights", choices=WEIGHTS, default="exact",
-                         help=f"how gate weights are kept: exact (default), or rounded to 8 bits (within {100 * LARGEST_ERROR:.1f} %%)")  # fmt: skip
+                         help=f"how gate weights are kept: exact (default), rounded to 8 bits (within {100 * LARGEST_ERROR:.1f} %%), or not at all: then only"
+                         " sums of them, counted while recording, are known")  # fmt: skip
     _add_cluster_options(capture)
     capture.add_argument("--workers", type=_at_least_one, help="with --cluster: copies of the model (default: as many as have room)")
     capture.add_argument("--gpus", type=_at_least_none, default=0, help="with --cluster: GPUs per copy (default 0)")

@@ -5,7 +5,8 @@ cheap (``at``) and the whole curve costs one pass (``curves``). Capacity is coun
 any native drop. overflow.py has policies and definitions, slots.py capacities and batches.
 
 The gate weight of a natively dropped assignment is not recorded: at sites that dropped any, gate mass is NaN and the
-policies that order by weight are refused. Everything else there is exact.
+policies that order by weight are refused. Everything else there is exact. So it is in a run that stored no gate weights, but that first
+choices are known there, and with them "choice".
 """
 
 from __future__ import annotations

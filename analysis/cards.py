@@ -20,7 +20,7 @@ from .pair_tests import PairTest, coactivation_test, flow_test
 from .specialization import ROWS, Preferences, Reading, assignments_reading, by_label, documents_of, effects, one_pass
 from .token_classes import class_codes, class_reading, present_classes
 from .token_use import DocumentUse, TokenUse, leading_ids, top_tokens, use_reading
-from .trace import Trace
+from .trace import Trace, gate_weights
 from .vocabulary import LEAST, TokenCounts, input_tokens
 
 LEAST_LIFT = 1.5  # a preference below it may be significant, but is no description
@@ -295,7 +295,7 @@ def passages(trace: Trace, site: int, expert: int, most: int = 5, width: int = 2
     """The stretches of ``width`` tokens with most gate weight on the expert, at most one per document; ties by position.
 
     Chosen to show the expert at its strongest, not at its usual: read them beside its statistics. Documents are cut into
-    stretches from their first token. One pass over the site, ``ROWS`` tokens at a time. TraceError without decisions.
+    stretches from their first token. One pass over the site, ``ROWS`` tokens at a time. TraceError without decisions or gate weights.
     """
     stream = trace.layers[site].stream
     rows = [r for r in trace.documents.to_pylist() if r["stack"] == stream and r["n_tokens"] and label in (None, r["label"])]
@@ -303,7 +303,7 @@ def passages(trace: Trace, site: int, expert: int, most: int = 5, width: int = 2
     def best(chunk: list[dict[str, Any]]) -> list[tuple[float, int, dict[str, Any]]]:
         start, stop = chunk[0]["first_row"], chunk[-1]["first_row"] + chunk[-1]["n_tokens"]
         routing = trace.routing(site, start, stop)
-        weight = np.where(routing.experts == expert, routing.weights, 0).sum(1, dtype=np.float64)
+        weight = np.where(routing.experts == expert, gate_weights(routing, f"run {trace.name!r}"), 0).sum(1, dtype=np.float64)
         found = []
         for row in chunk:
             mine = weight[row["first_row"] - start : row["first_row"] - start + row["n_tokens"]]
@@ -335,7 +335,7 @@ def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def _passage(trace: Trace, site: int, expert: int, start: int, stop: int, row: dict[str, Any]) -> Passage:
     routing = trace.routing(site, start, stop)
     here = routing.experts == expert
-    weights = np.where(here, routing.weights, 0).sum(1)
+    weights = np.where(here, gate_weights(routing, f"run {trace.name!r}"), 0).sum(1)
     texts = trace.stream_tokens(trace.layers[site].stream, start, stop, ["token"])["token"].to_pylist()
     return Passage(row["document"], row["name"], row["label"], start - row["first_row"], start, stop, tuple(texts), tuple(weights.tolist()), int(here.any(1).sum()),
                    float(weights.sum(dtype=np.float64)))  # fmt: skip

@@ -147,7 +147,7 @@ def capture_on_cluster(
 def statistics_on_cluster(run: Path, cluster: Cluster) -> Statistics:
     """The statistics of a stored run, counted again from its decisions part by part on the nodes, and added up here in order.
 
-    Counts equal the stored ones; sums of router probabilities, which only the capture knew, are 0. Raises ClusterError, RunError.
+    Counts equal the stored ones; what only the capture knew is 0: sums of router probabilities, and of gate weights not stored. Raises ClusterError, RunError.
     """
     run = run.resolve()
     numbers = [p["index"] for p in read_manifest(run)["parts"]]

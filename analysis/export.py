@@ -70,7 +70,8 @@ def _decisions(trace: Trace) -> Iterator[pa.Table]:
             columns["layer"] = pa.array([layer.layer] * len(rows), pa.int32())
             for i in range(width):
                 columns[f"expert_{i}"] = _slot(routing.experts, i, pa.int32())
-                columns[f"weight_{i}"] = _slot(routing.weights, i, pa.float32())
+                if routing.weights is not None:
+                    columns[f"weight_{i}"] = _slot(routing.weights, i, pa.float32())
                 if native:
                     columns[f"chosen_{i}"] = _slot(routing.chosen, i, pa.int32())
             for name in ("entropy", "margin", "logsumexp"):
@@ -180,7 +181,12 @@ TABLES: Mapping[str, ExportTable] = MappingProxyType(
 def describe(trace: Trace, table: str, settings: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """What a reader of an export must know: the run, its model, n, what a row is and depends on, and what the columns mean."""
     one = TABLES[table]
-    about = _about(trace) | {"table": table, "row": one.definition, "definitions": dict(one.columns)}
+    absent = {"weight_i"} if trace.weights_kept == "none" else set()
+    about = _about(trace) | {
+        "table": table,
+        "row": one.definition,
+        "definitions": {n: d for n, d in one.columns.items() if n not in absent},
+    }
     return about | ({"settings": settled} if (settled := _settled(table, settings)) else {})
 
 
@@ -221,7 +227,7 @@ def _about(trace: Trace) -> dict[str, Any]:
         "model": trace.model.name,
         "model_digest": trace.model.digest,
         "tokens": {s: trace.n_tokens(s) for s in dict.fromkeys(x.stream for x in trace.layers)},
-        "gate_weights": trace.rounding or "exact, as executed",
+        "gate_weights": trace.weights_note or "exact, as executed",
         "schema_version": SCHEMA_VERSION,
         "routerscope": __version__,
     }

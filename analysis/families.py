@@ -22,16 +22,25 @@ class RouterError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Flaw:
+    """A contradiction that the device looks for while the forward goes on: ``found`` bool [] there; true means ``error``."""
+
+    found: Tensor
+    error: Exception
+
+
+@dataclass(frozen=True)
 class Routed:
     """What one forward sent to one site's experts, before padding is taken out.
 
-    ids, chosen  int64 [N, k] (-1 = none); weights [N, k] in the dtype executed; logits [N, C] or None.
+    ids, chosen  int64 [N, k] (-1 = none); weights [N, k] in the dtype executed; logits [N, C] or None. Void where a flaw is found.
     """
 
     ids: Tensor
     weights: Tensor
     chosen: Tensor
     logits: Tensor | None
+    flaws: tuple[Flaw, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,11 @@ class Call:
     ids: Tensor | None
     weights: Tensor | None
     logits: Tensor | None
+
+
+def differs(a: Tensor, b: Tensor) -> Tensor:
+    """bool [] on their device: not ``torch.equal``, which waits for the device to tell."""
+    return (a != b).any() if a.shape == b.shape else torch.ones((), dtype=torch.bool, device=a.device)
 
 
 def _as_given(call: Call) -> Routed:
@@ -69,18 +83,18 @@ def _after_capacity(call: Call) -> Routed:
     chosen = logits.softmax(-1, dtype=torch.float32).argmax(-1, keepdim=True)
     kept = hot.sum(-1, keepdim=True) > 0
     ids = torch.where(kept, hot.argmax(-1, keepdim=True), NO_EXPERT)
-    if not torch.equal(ids[kept], chosen[kept]):
-        raise RouterError("the Switch dispatch mask disagrees with the argmax of its router's probabilities")
-    return Routed(ids, torch.where(kept, given.weights.reshape(-1, 1), 0), chosen, logits)
+    wrong = Flaw(
+        ((ids != chosen) & kept).any(), RouterError("the Switch dispatch mask disagrees with the argmax of its router's probabilities")
+    )
+    return Routed(ids, torch.where(kept, given.weights.reshape(-1, 1), 0), chosen, logits, (wrong,))
 
 
 def _scaled_input(call: Call) -> Routed:
     """Llama 4: every expert runs on every token, its input multiplied by a score [N, E] that is 0 unless chosen."""
     scores, logits = call.output[0].detach(), _scores_of(call)
     ids = logits.topk(int(call.router.top_k), dim=-1).indices
-    if scores.scatter(1, ids, 0).any():
-        raise RouterError("the Llama 4 router gave a score to an expert outside its top k")
-    return Routed(ids, scores.gather(1, ids), ids, logits)
+    wrong = Flaw(scores.scatter(1, ids, 0).any(), RouterError("the Llama 4 router gave a score to an expert outside its top k"))
+    return Routed(ids, scores.gather(1, ids), ids, logits, (wrong,))
 
 
 def _sorted_by_expert(call: Call) -> Routed:
@@ -88,7 +102,8 @@ def _sorted_by_expert(call: Call) -> Routed:
     order, _, gates, sizes, logits = call.output
     if list(call.arguments["expert_size"]) != list(sizes):
         raise RouterError("the JetMoE experts got other group sizes than the router gave")
-    experts = torch.repeat_interleave(torch.arange(len(sizes), device=order.device), torch.tensor(sizes, device=order.device))
+    counts = torch.tensor(sizes).to(order.device, non_blocking=True)
+    experts = torch.repeat_interleave(torch.arange(len(sizes), device=order.device), counts, output_size=len(order))
     k = int(call.router.top_k)
     ids = torch.empty_like(order).scatter_(0, order, experts).view(-1, k)
     weights = torch.empty_like(gates).scatter_(0, order, gates).view(-1, k)
@@ -104,12 +119,11 @@ def _product_keys(call: Call) -> Routed:
     pairs = (rows.unsqueeze(-1) * halves.shape[-1] + columns.unsqueeze(-2)).flatten(1)
     scores, at = sums.topk(int(call.block.top_k), dim=-1)
     ids = pairs.gather(-1, at)
-    if not torch.equal(ids, call.arguments["input"]):
-        raise RouterError("Doge looked up other experts than its product keys select")
+    wrong = Flaw(differs(ids, call.arguments["input"]), RouterError("Doge looked up other experts than its product keys select"))
     weights = scores.softmax(-1)
     if call.block.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
-    return Routed(ids, weights, ids, torch.cat([halves[0], halves[1]], dim=-1))
+    return Routed(ids, weights, ids, torch.cat([halves[0], halves[1]], dim=-1), (wrong,))
 
 
 def _with_skip(call: Call) -> Routed:
@@ -118,9 +132,9 @@ def _with_skip(call: Call) -> Routed:
     biased = logits.softmax(-1).float() + call.router.balancing_biases
     ids = biased.topk(given.ids.shape[1], dim=-1).indices
     skipped = ids == logits.shape[-1] - 1
-    if not torch.equal(ids.masked_fill(skipped, 0), given.ids) or given.weights[skipped].any():
-        raise RouterError("the ZAYA experts got other ids than its biased probabilities select")
-    return Routed(ids, given.weights, ids, logits)
+    found = differs(ids.masked_fill(skipped, 0), given.ids) | given.weights.masked_fill(~skipped, 0).any()
+    wrong = Flaw(found, RouterError("the ZAYA experts got other ids than its biased probabilities select"))
+    return Routed(ids, given.weights, ids, logits, (wrong,))
 
 
 def _configured(attribute: str, **renamed: str) -> Callable[[nn.Module, Any], str]:

@@ -5,7 +5,7 @@ know integers of that kind, and DuckDB and Polars take twice as long); weights a
 float16 values exactly at their own cost; pages carry checksums. Rounded weights are float32 too, so that every reader has the values,
 but dictionary-coded: an index of at most 8 bits each, as long as a site's weights span no more than 16 octaves. Ids of balanced experts
 have no codec, which would make them 1 to 2 % smaller for a quarter of the time of writing them. Columns that cannot hold a null say so,
-which saves a fifth of writing them.
+which saves a fifth of writing them. A run that keeps no weights has no columns for them, and its ids by falling weight.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .trace import NO_EXPERT, LayerInfo, Part, SiteRouting, SiteScores, id_dtype
+from .trace import NO_EXPERT, LayerInfo, Part, SiteRouting, SiteScores, id_dtype, kept_routing
 
 GROUP_ROWS = 16_384  # a document of 1,000 tokens costs a quarter of what it does in groups of 65,536, for 1 % more bytes
 _SAMPLE = 1_024  # rows of a site that tell whether its ids are worth a codec
@@ -59,10 +60,10 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def write_routing(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
-    """Decisions of a part: row, site, document, e*, w* and, for models with native capacity, c*."""
+    """Decisions of a part: row, site, document, e*, w* (unless it keeps none) and, for models with native capacity, c*."""
     width = max(x.top_k for x in layers)
     ids = pa.uint8() if max(x.n_classes for x in layers) <= 256 else pa.uint16()
-    kinds = [("e", ids), ("w", pa.float32())]
+    kinds = [("e", ids), ("w", pa.float32())][: 1 if part.weights == "none" else 2]
     if any(x.native_capacity is not None for x in layers):
         kinds.append(("c", ids))
     columns = [(f"{kind}{i}", type_) for kind, type_ in kinds for i in range(width)]
@@ -73,8 +74,9 @@ def write_routing(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
     split = [n for n, _ in columns if n[0] == "w" and part.weights == "exact"]
 
     def tables() -> Iterator[pa.Table]:
-        for layer, routing in zip(layers, part.routing, strict=True):
-            arrays = {"e": routing.experts, "w": routing.weights, "c": routing.chosen}
+        for i, layer in enumerate(layers):
+            routing = kept_routing(part, i)
+            arrays: dict[str, Any] = {"e": routing.experts, "w": routing.weights, "c": routing.chosen}
             values = [c for kind, type_ in kinds for c in _columns(arrays[kind], width, type_)]
             yield pa.table([*keys(layer), *values], schema=schema)
 
@@ -111,16 +113,19 @@ def write_scores(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
     _write_groups(tables(), schema, path, columns, columns)
 
 
-def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> SiteRouting:
-    """Rows start to stop (within the part) of one site, from the row groups that hold them alone; ``footer`` where it was read before."""
+def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None, weighted: bool = True) -> SiteRouting:
+    """Rows start to stop (within the part) of one site, from the row groups that hold them alone; ``footer`` where it was read before.
+
+    ``weighted`` False: of a run that keeps no gate weights.
+    """
     footer = Footer.of(path) if footer is None else footer
     with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
         chosen = "c0" in file.schema_arrow.names
-        names = [f"{kind}{i}" for kind in ("e", "w", "c")[: 3 if chosen else 2] for i in range(layer.top_k)]
+        names = [f"{kind}{i}" for kind in "e" + "w" * weighted + "c" * chosen for i in range(layer.top_k)]
         table = _read_rows(file, footer, layer.index, names, start, stop)
     dtype = id_dtype(layer.n_classes)
     experts = _matrix(table, "e", layer.top_k, dtype, NO_EXPERT)
-    weights = _matrix(table, "w", layer.top_k, np.dtype(np.float32), 0.0)
+    weights = _matrix(table, "w", layer.top_k, np.dtype(np.float32), 0.0) if weighted else None
     before = _matrix(table, "c", layer.top_k, dtype, NO_EXPERT) if chosen else experts
     return SiteRouting(experts, weights, experts if np.array_equal(before, experts) else before)
 

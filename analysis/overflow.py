@@ -254,19 +254,24 @@ class Queues:
         return self._answer(self.experts != NO_EXPERT, -(-self.loads // block) * block)
 
 
-def rank_site(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches: Batches, policy: str = "position", *,
+def rank_site(experts: np.ndarray, weights: np.ndarray | None, n_experts: int, batches: Batches, policy: str = "position", *,
               n_special: int = 0, seed: int | Sequence[int] = 0, preference: np.ndarray | None = None, weights_known: bool = True) -> Queues:  # fmt: skip
     """Rank every assignment of a site once.
 
     experts int [tokens, k], ids 0..n_experts-1 need a slot, the next ``n_special`` do not, -1 = none; weights float
-    [tokens, k], finite; preference float [tokens, >= n_experts], for "reroute". ``seed`` is for "random".
+    [tokens, k], finite, or None where they are not known but the slots are in the order of falling weight; preference float
+    [tokens, >= n_experts], for "reroute". ``seed`` is for "random".
     Raises CapacityError for an unknown policy, arrays that do not fit, ids or weights out of range, or what is missing.
     """
     from . import queues
 
-    experts, weights = _checked(experts, weights, batches, policy)
+    if weights is None and policy in ("probability", "batch_priority"):
+        raise MissingScores(f"policy {policy!r} orders by gate weights, which this run did not store")
     if not weights_known and (policy in ("probability", "batch_priority") or (policy == "choice" and experts.shape[1] > 1)):
         raise MissingScores(f"policy {policy!r} orders by gate weights, and those of natively dropped assignments were not recorded")
+    if weights is None:  # any that fall will do: their order is known, and no sum of them is answered
+        weights, weights_known = np.broadcast_to(np.arange(experts.shape[-1], 0, -1), experts.shape), False
+    experts, weights = _checked(experts, weights, batches, policy)
     if weights.size and not (np.isfinite(weights.min()) and np.isfinite(weights.max())):  # NaN passes through min
         raise CapacityError(BAD_WEIGHT)
     if experts.size and experts.max() >= n_experts + n_special:

@@ -1,5 +1,7 @@
 """Hooks that see every routing decision of a forward, and the Recorder that keeps them apart by site and thread.
 
+No hook waits for the device: what it finds wrong with what was recorded is looked at once per forward (``take``).
+
 A pre-hook on what executes a site sees the ids and weights executed; a hook on the router adds its scores. Hooks exist only
 inside ``recording`` and answer only to the thread that opened it, so captures in several threads never see each other's data.
 """
@@ -9,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .families import Flaw, differs
 from .routers import Call, Routed, Site, find_sites
 
 _ACTIVE: ContextVar[Recorder | None] = ContextVar("routerscope_recorder", default=None)
@@ -54,18 +57,29 @@ class Recorder:
         self._outputs[at][-1] = None
         ids, weights = (arguments[n].detach().clone() if n else None for n in (site.id_name, site.weight_name))
         said = output[site.kind.ids_at] if isinstance(output, tuple) and site.kind.ids_at is not None else None
-        if isinstance(said, Tensor) and ids is not None and said.numel() == ids.numel() and not torch.equal(said.reshape(ids.shape), ids):
-            raise CaptureError(f"{site.info.name}: the experts got other ids than the router gave; a patch sits between"
-                               " them (expert placement, remapping): remove it and capture again")  # fmt: skip
         call = Call(site.router, site.block, output, arguments, ids, weights, _logits(site, output))
-        self._routed[at].append(site.kind.adapter(call))
+        routed = site.kind.adapter(call)
+        if isinstance(said, Tensor) and ids is not None and said.numel() == ids.numel():
+            patched = CaptureError(f"{site.info.name}: the experts got other ids than the router gave; a patch sits between"
+                                   " them (expert placement, remapping): remove it and capture again")  # fmt: skip
+            routed = replace(routed, flaws=(Flaw(differs(said.reshape(ids.shape), ids), patched), *routed.flaws))
+        self._routed[at].append(routed)
         self._order.append(at)
 
     def take(self, forwards: int | None = 1) -> list[list[Routed]]:
-        """Per site, what each forward routed; empties the recorder.
+        """Per site, what each forward routed; empties the recorder. Waits for the device.
 
-        Raises CaptureError unless every site fired exactly ``forwards`` times (None: equally often), in their order.
+        Raises CaptureError unless every site fired exactly ``forwards`` times (None: equally often), in their order; and what the first
+        flaw says that was found.
         """
+        taken = self.hand_over(forwards)
+        for flaw in (f for forward in zip(*taken, strict=True) for routed in forward for f in routed.flaws):
+            if flaw.found:
+                raise flaw.error
+        return taken
+
+    def hand_over(self, forwards: int | None = 1) -> list[list[Routed]]:
+        """``take`` without waiting: whether there is a flaw is for the caller to see, before anything is made of it."""
         counts = [len(r) for r in self._routed]
         wanted = counts[0] if forwards is None else forwards
         for site, routed, outputs in zip(self.sites, self._routed, self._outputs, strict=True):

@@ -324,7 +324,9 @@ def router_scores(info: LayerInfo, given: Tensor) -> tuple[Tensor, Tensor | None
     if info.selection in ("hash", "group-limited top-k") or (biased and info.router["bias"] is None):
         return probabilities, None, volume
     selection = given if info.router.get("bias_on") == "logits" else scores
-    return probabilities, selection + torch.tensor(info.router["bias"], device=selection.device) if biased else selection, volume
+    if biased:
+        selection = selection + torch.tensor(info.router["bias"]).to(selection.device, non_blocking=True)
+    return probabilities, selection, volume
 
 
 def _all_pairs(info: LayerInfo, halves: Tensor) -> Tensor:

@@ -224,7 +224,10 @@ def following_sites(layers: Sequence[LayerInfo]) -> tuple[int | None, ...]:
 
 
 def part_statistics(part: Part, layers: Sequence[LayerInfo]) -> Statistics:
-    """Statistics of one part, counted in one pass over its decisions. Raises ValueError for an expert id out of range."""
+    """Statistics of one part, counted in one pass over its decisions; gate mass is 0 where it has no weights.
+
+    Raises ValueError for an expert id out of range.
+    """
     from .tally import part_counts, sorted_blocks  # pays for numba, which opening a stored run must not
 
     blocks, tokens, documents = part_counts(part, layers, BINS)
@@ -295,5 +298,5 @@ def _core_table(blocks: Sequence[Block]) -> pa.Table:
 
 def first_choices(routing: SiteRouting) -> np.ndarray:
     """int [n]: the expert with each token's largest gate weight, -1 where none was executed."""
-    best = np.where(routing.experts >= 0, routing.weights, -np.inf).argmax(1)
+    best = np.where(routing.experts >= 0, 0 if routing.weights is None else routing.weights, -np.inf).argmax(1)  # the earliest of equals
     return routing.experts[np.arange(len(best)), best].astype(np.int64)

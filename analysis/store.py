@@ -7,7 +7,8 @@ sha256. While a capture is under way the folder has ``progress/`` instead, from 
     tokens/part-00000.parquet    one row per token (schema trace.TOKENS)
     routing/part-00000.parquet   row, site, document, e0.. (ids, null = none), w0.. (gate weights), c0.. (chosen, only for
                                  models with a native capacity); a row group holds one site,
-                                 the groups of a site are in the order of its rows
+                                 the groups of a site are in the order of its rows. Where the run was captured with weights
+                                 "none" there are no w0.., and the ids of a row are in the order of falling weight: e0 is the first choice
     scores/part-00000.parquet    row, site, entropy, margin, logsumexp, p0.. (only when asked for); row groups alike
 """
 
@@ -77,9 +78,10 @@ class StoredRouting:
     def __init__(self, folder: Path, layers: Sequence[LayerInfo], manifest: Mapping[str, Any]) -> None:
         self._folder, self._layers, self._parts, self._version = folder, layers, manifest["parts"], manifest["schema_version"]
         self._footers: dict[str, Footer] = {}
+        self._decisions = partial(read_routing, weighted=manifest["options"].get("weights") != "none")
 
     def routing(self, site: int, start: int, stop: int) -> SiteRouting:
-        return join_routing(self._read(read_routing, "routing", site, start, stop))
+        return join_routing(self._read(self._decisions, "routing", site, start, stop))
 
     def experts(self, site: int, start: int, stop: int) -> np.ndarray:
         return np.concatenate(self._read(read_experts, "routing", site, start, stop))
@@ -174,9 +176,7 @@ def open_run(folder: str | Path) -> Trace:
     stats = Statistics(core, tokens, by_document, tuple(x.n_classes for x in card.layers), following_sites(card.layers))
     parts = manifest["parts"]
     if (kept := manifest["options"].get("weights", "exact")) not in WEIGHTS:
-        raise RunError(
-            f"{folder.name} keeps gate weights as {kept!r}, this program reads {' and '.join(WEIGHTS)}: open it with a later one"
-        )
+        raise RunError(f"{folder.name} keeps gate weights as {kept!r}, this program reads {', '.join(WEIGHTS)}: open it with a later one")
 
     def load_tokens() -> pa.Table:
         tables = []
@@ -208,14 +208,16 @@ def verify_run(folder: str | Path) -> tuple[str, ...]:
         trace = open_run(folder)
         with tempfile.TemporaryDirectory() as scratch:
             again = merge_statistics(_counted_again(folder, trace, manifest["parts"]), Path(scratch))
-            problems += [f"{n}: counts differ from those of the recorded decisions" for n in _other_counts(trace.stats, again)]
+            differing = _other_counts(trace.stats, again, trace.weights_kept)
+            problems += [f"{n}: counts differ from those of the recorded decisions" for n in differing]
     except (RunError, TraceError, pa.ArrowException, OSError) as error:
         return (str(error),)
     return tuple(problems)
 
 
 def _counted_again(folder: Path, trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:
-    """Statistics of each part, checked and counted again from the stored decisions; probability sums, which only the capture knew, are 0.
+    """Statistics of each part, checked and counted again from the stored decisions; what only the capture knew is 0: probability sums, and
+    gate mass where weights are not stored.
 
     Raises TraceError for a part that breaks an invariant, or parts that together are not the documents' tokens.
     """
@@ -230,7 +232,7 @@ def _counted_again(folder: Path, trace: Trace, parts: Sequence[Mapping[str, Any]
 def _count_part(folder: Path, trace: Trace, record: Mapping[str, Any]) -> Statistics:
     part = stored_part(folder, trace, record)
     check_part(part, trace.layers)
-    if trace.rounding and not all(np.array_equal(rounded(r.weights), r.weights) for r in part.routing):
+    if trace.weights_kept == "8-bit" and not all(np.array_equal(rounded(w), w) for r in part.routing if (w := r.weights) is not None):
         raise TraceError(
             f"{folder.name}: routing/part-{part.index:05d}.parquet has gate weights that are not rounded, as run.json says they are"
         )
@@ -248,34 +250,35 @@ def stored_part(folder: Path, trace: Trace, record: Mapping[str, Any]) -> Part:
     routing = tuple(trace.routing(i, a, a + n) for i, (a, n) in enumerate(ranges))
     scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))
     zeros = tuple(np.zeros(x.n_classes) for x in trace.layers)
-    return Part(record["index"], tokens, trace.documents, routing, scores, zeros, record["first_rows"])
+    return Part(record["index"], tokens, trace.documents, routing, scores, zeros, record["first_rows"], trace.weights_kept)
 
 
-def same_counts(a: Statistics, b: Statistics) -> bool:
-    """Whether two statistics agree in every key, count and sum, but for the probability sums, which only the capture knew."""
-    return not list(_other_counts(a, b))
+def same_counts(a: Statistics, b: Statistics, weights: str = "exact") -> bool:
+    """Whether two statistics agree in every key, count and sum, but for what only the capture knew: the probability sums, and the gate mass
+    of a run that keeps its weights as "none"."""
+    return not list(_other_counts(a, b, weights))
 
 
-def _other_counts(stored: Statistics, counted: Statistics) -> Iterator[str]:
+def _other_counts(stored: Statistics, counted: Statistics, weights: str) -> Iterator[str]:
     """The files whose rows are not those counted again: the long tables are compared site by site, as the order of sites is free."""
     pairs = zip(STATISTICS, (stored.core_rows, stored.token_rows, stored.document_rows),
                 (counted.core_rows, counted.token_rows, counted.document_rows), strict=True)  # fmt: skip
     for (name, _), a, b in pairs:
         sites = range(len(stored.classes))
         tables = [(whole(a), whole(b))] if name == "stats.parquet" else ((where(a, "site", s), where(b, "site", s)) for s in sites)
-        same = [len(x) if _same_counts(x, y) else -1 for x, y in tables]
+        same = [len(x) if _same_counts(x, y, ("probability", *(("load",) if weights == "none" else ()))) else -1 for x, y in tables]
         if min(same) < 0 or sum(same) != a.num_rows:
             yield name
 
 
-def _same_counts(a: pa.Table, b: pa.Table) -> bool:
-    """Equal keys and counts, and sums within 1e-9, but for the probability sums, which only the capture knew."""
+def _same_counts(a: pa.Table, b: pa.Table, unknown: Sequence[str]) -> bool:
+    """Equal keys and counts, and sums within 1e-9, but for those of the statistics ``unknown``."""
     columns = [n for n in a.column_names if n != "sum"]
     if not a.select(columns).combine_chunks().equals(b.select(columns).combine_chunks()):
         return False
     if "sum" not in a.column_names:
         return True
-    derivable = pc.not_equal(a["statistic"], "probability")
+    derivable = pc.invert(pc.is_in(a["statistic"], pa.array(unknown)))
     mine, other = (t["sum"].filter(derivable).to_numpy() for t in (a, b))
     return bool(np.allclose(mine, other, rtol=1e-9, atol=1e-9))
 

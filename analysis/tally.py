@@ -138,7 +138,9 @@ def _site_blocks(site: int, width: int, routing: SiteRouting, rows: StreamRows) 
     experts, n_slots = np.ascontiguousarray(routing.experts), width + 1
     counting.check_ids(experts, width)
     by_run = np.zeros((len(rows.bucket), n_slots), np.int32)
-    first, words, mass = counting.take_rows(experts, np.ascontiguousarray(routing.weights, np.float32), n_slots)
+    # without weights the earliest slot is the first choice, as among equal ones, and the mass is 0
+    weights = np.zeros(experts.shape, np.float32) if routing.weights is None else np.ascontiguousarray(routing.weights, np.float32)
+    first, words, mass = counting.take_rows(experts, weights, n_slots)
     mine = SiteRows(site, experts, first, words, bittables.bits_of(words, n_slots, experts.shape[1]))
     if mine.bits is None:
         counting.count_runs(mine.slots, rows.runs, by_run)

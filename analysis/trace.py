@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .rounding import ROUNDED
+from .rounding import NOTES, by_falling_weight
 
 if TYPE_CHECKING:
     from .stats import Statistics
@@ -147,13 +147,13 @@ class SiteRouting:
     """Decisions of one site for n tokens.
 
     experts  int16 or int32 [n, k]; executed expert ids, -1 = none (dropped natively or skipped).
-    weights  float32 [n, k]; gate weights as executed (Trace.rounding: or rounded); 0 where there is no expert.
+    weights  float32 [n, k]; gate weights as executed (Trace.weights_note: or rounded); 0 where there is no expert. None: not stored.
     chosen   [n, k]; ids before native capacity; the same array object where nothing was dropped.
-    Slot order is not rank.
+    Slot order is not rank, but where weights are None it is that of falling weight.
     """
 
     experts: np.ndarray
-    weights: np.ndarray
+    weights: np.ndarray | None
     chosen: np.ndarray
 
 
@@ -179,7 +179,7 @@ class Part:
 
     ``first_rows`` gives, per stream, the row number of the part's first token. ``probability_sums`` holds, per site,
     the sum over tokens of the router's probabilities, float64 [n_classes] (NaN-free; zeros where unknown).
-    ``weights`` says how gate weights are kept, one of rounding.WEIGHTS.
+    ``weights`` says how gate weights are kept, one of rounding.WEIGHTS: under "none" ``routing`` has them until it is stored, to be counted.
     """
 
     index: int
@@ -240,9 +240,14 @@ class Trace:
         return tuple(sorted({x for x in self.documents["label"].to_pylist() if x is not None}))
 
     @property
-    def rounding(self) -> str:
+    def weights_kept(self) -> str:
+        """How gate weights are kept, one of rounding.WEIGHTS."""
+        return str(self.options.get("weights", "exact"))
+
+    @property
+    def weights_note(self) -> str:
         """What a reader of gate weights must know, in sentences; "" where they are exact."""
-        return ROUNDED if self.options.get("weights", "exact") != "exact" else ""
+        return NOTES[self.weights_kept]
 
     def n_tokens(self, stream: str = "decoder") -> int:
         """Tokens recorded in a stream."""
@@ -285,8 +290,8 @@ class Trace:
         return source.experts(layer, start, stop)
 
     def weights(self, layer: int) -> np.ndarray:
-        """float32 [tokens, k]: gate weights as executed; rounded where ``rounding`` says so."""
-        return self.routing(layer).weights
+        """float32 [tokens, k]: gate weights as executed; rounded where ``weights_note`` says so. TraceError where they are not stored."""
+        return gate_weights(self.routing(layer), f"run {self.name!r}")
 
     def chosen(self, layer: int) -> np.ndarray:
         """As ``experts`` but before native capacity; the same array where nothing was dropped."""
@@ -304,14 +309,14 @@ class PartsInMemory:
     """RoutingSource over captured parts, concatenated once."""
 
     def __init__(self, parts: Sequence[Part], n_sites: int) -> None:
-        self._routing = [join_routing([p.routing[s] for p in parts]) for s in range(n_sites)]
+        self._routing = [join_routing([kept_routing(p, s) for p in parts]) for s in range(n_sites)]
         self._scores = [join_scores([p.scores[s] for p in parts]) for s in range(n_sites)]
 
     def routing(self, site: int, start: int, stop: int) -> SiteRouting:
         whole = self._routing[site]
         executed = whole.experts[start:stop]
         chosen = executed if whole.chosen is whole.experts else whole.chosen[start:stop]
-        return SiteRouting(executed, whole.weights[start:stop], chosen)
+        return SiteRouting(executed, None if whole.weights is None else whole.weights[start:stop], chosen)
 
     def experts(self, site: int, start: int, stop: int) -> np.ndarray:
         return self._routing[site].experts[start:stop]
@@ -323,11 +328,30 @@ class PartsInMemory:
 
 
 def join_routing(pieces: Sequence[SiteRouting]) -> SiteRouting:
-    """Concatenate decisions of one site along tokens; keeps ``chosen is experts`` where no piece differs."""
+    """Concatenate decisions of one site along tokens; keeps ``chosen is experts`` where no piece differs, weights where all have them."""
     experts = np.concatenate([p.experts for p in pieces])
     same = all(p.chosen is p.experts for p in pieces)
     chosen = experts if same else np.concatenate([p.chosen for p in pieces])
-    return SiteRouting(experts, np.concatenate([p.weights for p in pieces]), chosen)
+    weights = [p.weights for p in pieces if p.weights is not None]
+    return SiteRouting(experts, np.concatenate(weights) if len(weights) == len(pieces) else None, chosen)
+
+
+def kept_routing(part: Part, site: int) -> SiteRouting:
+    """One site's decisions as the part keeps them: without weights and by falling weight where ``part.weights`` is "none"."""
+    routing = part.routing[site]
+    if part.weights != "none" or routing.weights is None:
+        return routing
+    order = by_falling_weight(routing.experts, routing.weights)
+    experts = np.take_along_axis(routing.experts, order, 1)
+    same = routing.chosen is routing.experts
+    return SiteRouting(experts, None, experts if same else np.take_along_axis(routing.chosen, order, 1))
+
+
+def gate_weights(routing: SiteRouting, where: str) -> np.ndarray:
+    """float32 [n, k]: the gate weights. Raises TraceError where they are not stored; ``where`` names the run."""
+    if routing.weights is None:
+        raise TraceError(f"{where} stored no gate weights (it was captured with weights 'none'): capture it again with exact or 8-bit ones")
+    return routing.weights
 
 
 def join_scores(pieces: Sequence[SiteScores]) -> SiteScores:
@@ -352,9 +376,9 @@ def check_site(layer: LayerInfo, routing: SiteRouting, n_tokens: int, where: str
     """Raise TraceError unless one site's decisions are [n_tokens, k], finite, in range and distinct per token."""
     shape = (n_tokens, layer.top_k)
     for what, array in (("experts", routing.experts), ("weights", routing.weights), ("chosen", routing.chosen)):
-        if array.shape != shape:
+        if array is not None and array.shape != shape:
             raise TraceError(f"{where}, {layer.name}: {what} has shape {array.shape}, expected {shape}")
-    if not np.isfinite(routing.weights).all():
+    if routing.weights is not None and not np.isfinite(routing.weights).all():
         raise TraceError(f"{where}, {layer.name}: a gate weight is NaN or infinite; the model's output is unusable")
     for ids in (routing.experts,) if routing.chosen is routing.experts else (routing.experts, routing.chosen):
         if ids.size and (ids.min() < NO_EXPERT or ids.max() >= layer.n_classes):

@@ -7,7 +7,7 @@ from streamlit.runtime.scriptrunner import StopException
 
 from analysis.store import RunError
 from app import figures, jobs, tour
-from app.selection import header, publish, show_rounding
+from app.selection import header, publish, show_weights_note
 from app.text import show_error
 
 st.set_page_config(page_title="Routerscope", page_icon="app/static/favicon.png", layout="wide")
@@ -30,7 +30,7 @@ header()
 figures.begin()
 try:
     if page.url_path not in ("runs", "glossary"):
-        show_rounding()
+        show_weights_note()
     tour.show(page.url_path)
     page.run()
 except RunError as error:  # a file of the run that only this view needs is missing or damaged

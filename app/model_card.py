@@ -13,8 +13,8 @@ from analysis.trace import LayerInfo, ModelCard, Trace
 def origin(trace: Trace) -> str:
     """Where a figure or a report comes from; what their captions end in."""
     made = trace.options.get("created")
-    rounding = " Gate weights rounded to 8 bits." if trace.rounding else ""
-    return f"Run {trace.name}{f' of {made}' if made else ''}; Routerscope {analysis.__version__}.{rounding}"
+    kept = {"exact": "", "8-bit": " Gate weights rounded to 8 bits.", "none": " Gate weights not stored."}[trace.weights_kept]
+    return f"Run {trace.name}{f' of {made}' if made else ''}; Routerscope {analysis.__version__}.{kept}"
 
 
 def router_rows(layers: Sequence[LayerInfo]) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ def _opening(draft: _Draft, finding: Finding | None) -> None:
     draft.sections.append(
         f"<header>\n<h1>What does the router of {markup(trace.model.name)} do?</h1>\n<p>In every routed layer, a router picks a few small"
         " networks, the experts, for each token; only those compute. This file shows what was chosen, as executed: "
-        f"{counted} through {len(trace.layers):,} routed layers. <strong>{markup(trace.rounding)}</strong></p>\n"
+        f"{counted} through {len(trace.layers):,} routed layers. <strong>{markup(trace.weights_note)}</strong></p>\n"
         f'<p class="note">{markup(draft.origin)}</p>\n</header>'
     )
     if finding is None:
@@ -142,9 +142,8 @@ def _opening(draft: _Draft, finding: Finding | None) -> None:
         first = first_text(trace, finding)
         draft.strip.append(strip_data(first.texts, first.breaks, first.experts, first.weights, first.layers, first.hues, id="report",
                                       layer=first.layer, spotlight=finding.expert))  # fmt: skip
-        told = (f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; the stronger the"
-                f" colour, the larger the gate weight of expert {finding.expert}. Press its button for all experts, ◀ and ▶ for other"
-                f" layers. {HUES} · is a space, ⏎ a line end.")  # fmt: skip
+        told = (f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; {first.strength(finding.expert)}."
+                f" Press its button for all experts, ◀ and ▶ for other layers. {HUES} · is a space, ⏎ a line end.")  # fmt: skip
         body = f'<div id="strip"><div class="strip"></div></div>\n<p class="caption">{draft.told(told)}</p>'
     draft.add(finding.claim, finding.evidence, body)
 

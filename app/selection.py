@@ -192,10 +192,10 @@ def current_trace() -> Trace:
         st.stop()
 
 
-def show_rounding() -> None:
+def show_weights_note() -> None:
     """Says what the gate weights of the header's run have lost, where they have."""
-    if rounding := current_trace().rounding:
-        show_warning(rounding)
+    if note := current_trace().weights_note:
+        show_warning(note)
 
 
 def comparable_runs(trace: Trace) -> dict[str, Trace]:

@@ -22,16 +22,22 @@ HUES = (
 
 @dataclass(frozen=True)
 class StripText:
-    """Tokens of one text through the layers of its stream: visible texts, line ends, experts and weights [n, k], ``hues`` per layer."""
+    """Tokens of one text through the layers of its stream: visible texts, line ends, experts and weights [n, k] (None: not stored), ``hues`` per layer."""
 
     texts: list[str]
     breaks: list[bool]
     experts: list[np.ndarray]
-    weights: list[np.ndarray]
+    weights: list[np.ndarray | None]
     layers: list[str]
     layer: int
     document: dict[str, Any]
     hues: list[list[int]]
+
+    def strength(self, expert: int) -> str:
+        """What the strength of a colour says while one expert is in the spotlight."""
+        if any(w is None for w in self.weights):
+            return f"coloured where expert {expert} is used"
+        return f"the stronger the colour, the larger the gate weight of expert {expert}"
 
 
 def hues(trace: Trace, layers: Sequence[LayerInfo]) -> list[list[int]]:
@@ -55,15 +61,16 @@ def first_text(trace: Trace, finding: Finding) -> StripText:
                      [r.experts for r in read], [r.weights for r in read], [x.title for x in sites], sites.index(site), document, hues(trace, sites))  # fmt: skip
 
 
-def strip_data(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[np.ndarray], weights: Sequence[np.ndarray],
+def strip_data(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[np.ndarray], weights: Sequence[np.ndarray | None],
                layers: Sequence[str], hues: Sequence[Sequence[int]], **state: Any) -> dict[str, Any]:  # fmt: skip
-    """What strip.js reads. ``hues`` are experts per layer in the order of palette.EXPERTS; all others are grey. Ids are int16 and weights float16, in base64; ``state`` is what the strip starts with."""
+    """What strip.js reads. ``hues`` are experts per layer in the order of palette.EXPERTS; all others are grey. Ids are int16 and weights float16, in base64 (weights None: not stored); ``state`` is what the strip starts with."""
     plain = {"layer": 0, "token": -1, "spotlight": None, "compact": False, "lost": None, "tells": False}
     return plain | state | {
         "texts": list(texts),
         "breaks": [int(b) for b in breaks],
         "layers": [
-            {"title": t, "k": e.shape[1], "hues": [int(x) for x in h], "experts": _packed(e.astype("<i2")), "weights": _packed(w.astype("<f2").view("<u2"))}
+            {"title": t, "k": e.shape[1], "hues": [int(x) for x in h], "experts": _packed(e.astype("<i2")),
+             "weights": None if w is None else _packed(w.astype("<f2").view("<u2"))}
             for t, h, e, w in zip(layers, hues, experts, weights, strict=True)
         ],
         "colours": list(palette.EXPERTS),

@@ -54,11 +54,14 @@ def _router(trace: Trace) -> str:
     at = trace.document_range(document, layer.stream)[0] + position
     token, routing = trace.stream_tokens(layer.stream, at, at + 1, ["token"])["token"][0].as_py(), trace.routing(layer.index, at, at + 1)
     shown = text.visible_name(token or "") or "⟨empty⟩"
-    pairs = sorted(((w, e) for w, e in zip(routing.weights[0].tolist(), routing.experts[0].tolist(), strict=True) if e >= 0), reverse=True)
+    weights = np.zeros_like(routing.experts[0], float) if routing.weights is None else routing.weights[0]
+    pairs = [(float(weights[s]), int(routing.experts[0, s])) for s in np.argsort(-weights, kind="stable") if routing.experts[0, s] >= 0]
     went = " and ".join(f"expert {e}" for _, e in pairs) or "no expert"
     parts = abs(sum(w for w, _ in pairs) - 1) < 0.01  # not every router's weights add up to one
     count = " and ".join(f"{w:.0%}" if parts else f"{w:.2f}" for w, _ in pairs)
-    counted = ("", f", which counts {count} (gate weight)", f", which count {count} (gate weights)")[min(len(pairs), 2)]
+    counted = ("", f", which counts {count} (gate weight)", f", which count {count} (gate weights)")[
+        0 if routing.weights is None else min(len(pairs), 2)
+    ]
     return f"{said} At {layer.title} “{shown}” went to {went}{counted}. Click another token to follow it; the arrows beside the layer's name step through the layers."
 
 

@@ -197,7 +197,7 @@ def differences(a: Trace, b: Trace) -> list[str]:
         p, q = a.scores(layer.index), b.scores(layer.index)
         for what, u, v in (("experts", x.experts, y.experts), ("weights", x.weights, y.weights), ("chosen", x.chosen, y.chosen),
                            ("entropy", p.entropy, q.entropy), ("margin", p.margin, q.margin)):  # fmt: skip
-            if not np.array_equal(u, v, equal_nan=u.dtype.kind == "f"):
+            if (u is None) != (v is None) or (u is not None and not np.array_equal(u, v, equal_nan=u.dtype.kind == "f")):
                 out.append(f"{layer.name}.{what}")
     for what in ("core", "by_token", "by_document"):
         mine, other = getattr(a.stats, what), getattr(b.stats, what)

@@ -74,6 +74,14 @@ def test_every_file_equals_that_of_one_process(nodes: str, model: Path, alone: P
     assert seen[-1].tokens == trace.n_tokens("decoder")
 
 
+def test_without_weights_files_equal_those_of_one_process(nodes: str, model: Path, tmp_path: Path) -> None:
+    given = {**OPTIONS, "weights": "none"}
+    capture(*load_model(model), TEXTS[:9], labels=LABELS[:9], out=tmp_path / "alone", model_path=model, **given)
+    spread(model, tmp_path / "spread", TEXTS[:9], labels=LABELS[:9], weights="none")
+    assert contents(tmp_path / "spread") == contents(tmp_path / "alone") and verify_run(tmp_path / "spread") == ()
+    assert main(["stats", str(tmp_path / "spread"), "--cluster", nodes]) == 0  # counted again without weights
+
+
 def test_two_streams_equal_those_of_one_process(nodes: str, tmp_path: Path) -> None:
     model = saved(tmp_path / "model", "switch_transformers")
     capture(*load_model(model), TEXTS[:6], labels=LABELS[:6], out=tmp_path / "alone", model_path=model, **OPTIONS)

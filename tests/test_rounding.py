@@ -56,7 +56,7 @@ def test_the_bound_is_met_and_an_octave_has_its_values() -> None:
 
 def test_a_run_differs_from_the_exact_one_in_weights_alone(run: Path) -> None:
     trace, exact = open_run(run), capture(tiny.build("olmoe"), tiny.tokenizer(), TEXTS, labels=["a", "b", "a"], part_tokens=20)
-    assert not exact.rounding and trace.rounding == ROUNDED and verify_run(run) == ()
+    assert not exact.weights_note and trace.weights_note == ROUNDED and verify_run(run) == ()
     for layer in trace.layers:
         mine, other = trace.routing(layer.index), exact.routing(layer.index)
         assert np.array_equal(mine.experts, other.experts) and np.array_equal(mine.weights, rounded(other.weights))
@@ -64,7 +64,7 @@ def test_a_run_differs_from_the_exact_one_in_weights_alone(run: Path) -> None:
         assert np.array_equal(trace.stats.load(layer.index), exact.stats.load(layer.index))
         np.testing.assert_allclose(trace.stats.gate_mass(layer.index), exact.stats.gate_mass(layer.index), rtol=LARGEST_ERROR)
     memory = capture(tiny.build("olmoe"), tiny.tokenizer(), TEXTS, labels=["a", "b", "a"], part_tokens=20, weights="8-bit")
-    assert differences(memory, trace) == [] and memory.rounding == ROUNDED
+    assert differences(memory, trace) == [] and memory.weights_note == ROUNDED
 
 
 def test_every_reader_has_the_values_and_a_file_stores_indices(run: Path) -> None:

@@ -116,7 +116,8 @@ def who_pays(trace: Trace, applied: AppliedCapacity, site: int, total: dict[str,
         struck_text(trace, applied, site)
         return {}
     if np.isnan(total[share]):
-        text.show_note(f"The {unit} of natively dropped assignments at {layer.title} was not recorded: its loss cannot be told.")
+        whose = "single tokens" if trace.weights_kept == "none" else f"natively dropped assignments at {layer.title}"
+        text.show_note(f"The {unit} of {whose} was not recorded: its loss cannot be told.")
         return {}
     if asked == "token":
         return {"by token": ("one row per token id", token_table(trace, applied.by_token(), total[share], lost))}

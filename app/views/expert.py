@@ -188,6 +188,10 @@ def show_weights() -> pa.Table | None:
 def show_passages() -> None:
     """Passages with the expert's tokens marked by gate weight."""
     layer = trace.layers[site]
+    if trace.weights_kept == "none":
+        text.show_note("Not known: passages are chosen by the gate weights of single tokens, which this run did not store (captured with weights"
+                       " none). Capture it again with exact or 8-bit weights to see them.")  # fmt: skip
+        return
     label = of.removeprefix("label-") if of.startswith("label-") else None
     found = examples(trace, run, site, expert, label)
     for i, p in enumerate(found):

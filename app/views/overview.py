@@ -28,8 +28,8 @@ def first_lines(trace: Trace, finding: Finding) -> None:
                        f"overview-{recording_id(trace)}", layer=first.layer, spotlight=finding.expert,
                        on_layer=lambda _: None)  # fmt: skip
     text.show_note(
-        f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; the stronger the colour, the larger the"
-        f" gate weight of expert {finding.expert}. Click a token to follow it through every layer.",
+        f"The first {len(first.texts):,} of {first.document['n_tokens']:,} tokens of {first.document['name']}; {first.strength(finding.expert)}."
+        " Click a token to follow it through every layer.",
         f"Press its button for all experts. {HUES}",
     )
     if told.token is not None:

@@ -97,12 +97,16 @@ if chosen is not None:
     text.show_note(facts)
     table = []
     for layer, (routing, scores) in zip(sites, read, strict=True):
-        order = np.argsort(-routing.weights[chosen], kind="stable")
-        pairs = [(int(routing.experts[chosen, s]), float(routing.weights[chosen, s])) for s in order]
+        ids, weights = routing.experts[chosen].tolist(), routing.weights
+        if weights is None:  # ids stand by falling weight
+            heading, used = "experts, largest gate weight first", [f"{e}" for e in ids if e >= 0]
+        else:
+            order = np.argsort(-weights[chosen], kind="stable")
+            heading, used = "expert (gate weight)", [f"{ids[s]} ({weights[chosen, s]:.3f})" for s in order if ids[s] >= 0]
         table.append(
             {
                 "layer": layer.title,
-                "expert (gate weight)": ", ".join(f"{e} ({w:.3f})" for e, w in pairs if e >= 0) or "none (dropped)",
+                heading: ", ".join(used) or "none (dropped)",
                 "entropy": float(scores.entropy[chosen]),
                 "undecided": float(np.log(layer.n_classes)),
                 "margin": float(scores.margin[chosen]),

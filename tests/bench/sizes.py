@@ -32,7 +32,12 @@ def sizes_table(folder: Path) -> str:
     read = [trace.routing(x.index, 0, n) for x in layers]
     ids = np.stack([r.experts for r in read], 1)  # [tokens, sites, k]
     weights = np.stack([r.weights for r in read], 1)
-    rows = [*_own(folder, trace), *_rounded(folder, trace), *_others(ids, weights, layers[0].n_classes)]
+    rows = [
+        *_own(folder, trace),
+        *_kept(folder, trace, "8-bit"),
+        *_kept(folder, trace, "none"),
+        *_others(ids, weights, layers[0].n_classes),
+    ]
     tokens = trace.stream_tokens("decoder")["token_id"].to_numpy()[:n]
     bound = _id_bits(ids, tokens, layers[0].n_classes), _weight_bits(weights)
     rows += [("entropy bound", "ids, given the token id", bound[0] / 8), ("entropy bound", "ids and bfloat16 weights", sum(bound) / 8)]
@@ -68,17 +73,21 @@ def _columns(paths: Iterable[Path]) -> tuple[int, int]:
     return found["e"], found["w"]
 
 
-def _rounded(folder: Path, trace: Trace) -> list[tuple[str, str, float]]:
-    """The first part written again as capture(..., weights="8-bit") does."""
-    part = stored_part(folder, trace, read_manifest(folder)["parts"][0])
-    part = replace(part, weights="8-bit", routing=tuple(replace(r, weights=rounded(r.weights)) for r in part.routing))
+def _kept(folder: Path, trace: Trace, weights: str) -> list[tuple[str, str, float]]:
+    """The first part written again as capture(..., weights=weights) does."""
+    part = replace(stored_part(folder, trace, read_manifest(folder)["parts"][0]), weights=weights)
+    if weights == "8-bit":
+        part = replace(part, routing=tuple(replace(r, weights=rounded(r.weights)) for r in part.routing))
     decisions = sum(r.experts.size for r in part.routing)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "routing.parquet"
         write_routing(part, trace.layers, path)
-        (ids, weights), whole = _columns([path]), path.stat().st_size
-    return [("ours: routing, 8-bit weights", "ids and weights", (ids + weights) / decisions),
-            ("ours: routing, 8-bit weights", "whole file: with row, site, document, footers, checksums", whole / decisions)]  # fmt: skip
+        (ids, weights_size), whole = _columns([path]), path.stat().st_size
+    name, holds = (
+        ("ours: routing, 8-bit weights", "ids and weights") if weights_size else ("ours: routing, no weights", "ids by falling weight")
+    )
+    return [(name, holds, (ids + weights_size) / decisions),
+            (name, "whole file: with row, site, document, footers, checksums", whole / decisions)]  # fmt: skip
 
 
 def _others(ids: np.ndarray, weights: np.ndarray, classes: int) -> list[tuple[str, str, float]]:

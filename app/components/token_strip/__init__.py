@@ -50,14 +50,14 @@ class _Mounted:
     told: list[int | None]
 
 
-def token_strip(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[np.ndarray], weights: Sequence[np.ndarray],
+def token_strip(texts: Sequence[str], breaks: Sequence[bool], experts: Sequence[np.ndarray], weights: Sequence[np.ndarray | None],
                 layers: Sequence[str], hues: Sequence[Sequence[int]], place: str, *, layer: int, token: int | None = None, spotlight: int | None = None,
                 lost: Sequence[int] | None = None, slot: str = "strip",
                 compact: bool = False, on_layer: Callable[[int], None] | None = None) -> Stripped:  # fmt: skip
     """Draw the strip; returns what was clicked and stepped to.
 
     texts [n] visible text per token; breaks [n] True where the token holds a line end (shown as ⏎); experts and weights one
-    [n, k] array per layer; ``hues`` the experts with a hue (strip_data.hues); ``place`` names the page and the text. The strip keeps its own ``layer`` and ``token``, and starts
+    [n, k] array per layer (weights None: not stored, experts by falling weight); ``hues`` the experts with a hue (strip_data.hues); ``place`` names the page and the text. The strip keeps its own ``layer`` and ``token``, and starts
     again where new ones are given that it did not tell itself. ``spotlight`` is the expert shown alone at first. ``lost`` [n] strikes tokens out:
     1 lost some of its experts, 2 all of them. ``slot`` tells several strips of a page apart; ``compact`` leaves out the controls.
     ``on_layer`` is called

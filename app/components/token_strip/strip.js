@@ -30,8 +30,9 @@ export default function ({ data, parentElement, setStateValue }) {
   const layers = data.layers.map((l) => ({
     title: l.title, k: l.k, hues: l.hues,
     experts: new Int16Array(bytes(l.experts)),
-    weights: new Uint16Array(bytes(l.weights)),
+    weights: l.weights === null ? null : new Uint16Array(bytes(l.weights)), // not stored: experts stand by falling weight
   }));
+  const weighted = layers.every((l) => l.weights);
   let at = data.layer, chosen = data.token, spotlight = data.spotlight;
   const timers = {};
 
@@ -79,7 +80,7 @@ export default function ({ data, parentElement, setStateValue }) {
 
   function choices(i, layer = at) {
     const l = layers[layer], out = [];
-    for (let s = 0; s < l.k; s++) out.push([l.experts[i * l.k + s], half(l.weights[i * l.k + s])]);
+    for (let s = 0; s < l.k; s++) out.push([l.experts[i * l.k + s], weighted ? half(l.weights[i * l.k + s]) : 1]);
     return out.filter((c) => c[0] >= 0).sort((a, b) => b[1] - a[1]);
   }
 
@@ -90,7 +91,7 @@ export default function ({ data, parentElement, setStateValue }) {
   }
 
   function describe(i) {
-    const found = choices(i).map(([e, w]) => `expert ${e} (${w.toFixed(3)})`);
+    const found = choices(i).map(([e, w]) => `expert ${e}${weighted ? ` (${w.toFixed(3)})` : ""}`);
     const fate = data.lost ? ["; processed by all of them", "; dropped by some of them", "; dropped by all of them"][data.lost[i]] : "";
     hover.textContent = `token ${i} “${data.texts[i]}” at ${layers[at].title}: ` + (found.join(", ") || "no expert") + fate;
   }
@@ -103,7 +104,8 @@ export default function ({ data, parentElement, setStateValue }) {
       const parts = Math.abs(mine.reduce((sum, c) => sum + c[1], 0) - 1) < 0.01; // not every router's weights add up to one
       element("span", "hint", `${l.title} →`, hop);
       for (const [e, w] of mine) {
-        element("span", "chip", `expert ${e} (${parts ? `${(100 * w).toFixed(0)}%` : w.toFixed(2)})`, hop).style.setProperty("--hue", colourOf(n, e));
+        const told = parts ? ` (${(100 * w).toFixed(0)}%)` : ` (${w.toFixed(2)})`;
+        element("span", "chip", `expert ${e}${weighted ? told : ""}`, hop).style.setProperty("--hue", colourOf(n, e));
       }
       if (!mine.length) element("span", "hint", "no expert", hop);
     });
@@ -146,7 +148,7 @@ export default function ({ data, parentElement, setStateValue }) {
     }
     follow();
     if (chosen >= 0) describe(chosen);
-    else hover.textContent = data.compact ? "" : "Point at a token to see its experts and gate weights; click it to follow it through all layers.";
+    else hover.textContent = data.compact ? "" : `Point at a token to see its experts${weighted ? " and gate weights" : ""}; click it to follow it through all layers.`;
   }
 
   function step(by) {
