@@ -243,6 +243,7 @@ def test_damage_at_an_address_is_named(s3: str, there: str, alone: Path) -> None
 def test_the_command_line_takes_addresses(there: str, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said, tables = [], []
     for run in (str(alone), there):
+        capsys.readouterr()
         assert main(["stats", run]) == 0
         said.append(capsys.readouterr().out.removeprefix(Place.of(run).name))
         assert main(["export", run, "--table", "decisions", "--format", "csv", "-o", str(tmp_path / "table.csv")]) == 0
