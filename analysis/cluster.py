@@ -8,6 +8,7 @@ there. A part is fixed beforehand by its documents and row numbers, so who captu
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 from .places import Place, RunError
 from .stats import Statistics, merge_statistics, part_statistics
 from .store import open_run, read_manifest, stored_part
-from .trace import ModelCard, Trace
+from .trace import ModelCard, Part, Trace
 from .writing import CAPTURE, RunWriter, write_part
 
 if TYPE_CHECKING:
     from .capture import PlannedPart, Progress
 
 RETRIES = 8  # of a part whose process died; one that kills every process it meets must not do so for ever
+AT_ONCE = 2  # parts of a replica: one that is captured, one that is written
 POLL_SECONDS = 0.2
 STORE_BYTES = 128 * 2**20  # of a cluster started here, through which only texts and counts pass
 
@@ -49,13 +51,18 @@ class Cluster:
 
 
 class Replica:
-    """One copy of the model in a process of a node. It loads when first asked, so that what fails is an answer and not a dead process."""
+    """One copy of the model in a process of a node. It loads when first asked, so that what fails is an answer and not a dead process.
+
+    It may be asked from AT_ONCE threads: parts take turns at the model, and one is written while the next is captured, as in one process.
+    """
 
     def __init__(self, model: Path, loading: Mapping[str, Any], threads: int) -> None:
         self.folder, self.loading, self.threads = model, dict(loading), threads
         self.loaded: tuple[Any, Any, ModelCard] | None = None
+        self.turn = threading.Lock()
 
     def _model(self) -> tuple[Any, Any, ModelCard]:
+        """What is loaded; for whom ``turn`` is."""
         if self.loaded is None:
             import torch
 
@@ -70,23 +77,29 @@ class Replica:
 
     def load(self) -> None:
         """Load the model ahead of being asked to capture with it, which raises what fails here."""
-        with suppress(Exception):
+        with self.turn, suppress(Exception):
             self._model()
 
     def plan(self, texts: Sequence[str], labels: Any, names: Any, limits: Mapping[str, Any]) -> tuple[ModelCard, list[PlannedPart]]:
         """The model's card, and the parts that ``texts`` make."""
         from .capture import plan_parts
 
-        model, tokenizer, card = self._model()
-        return card, plan_parts(model, tokenizer, texts, labels=labels, names=names, **limits)
+        with self.turn:
+            model, tokenizer, card = self._model()
+            return card, plan_parts(model, tokenizer, texts, labels=labels, names=names, **limits)
 
     def capture(self, planned: PlannedPart, card: ModelCard, texts: Sequence[str], run: str, options: Mapping[str, Any]) -> None:
         """Capture one planned part and store it in the folder or below the address ``run``. Raises ClusterError where nodes differ."""
-        from .capture import capture_parts
-
         place = Place.of(run)
         if not place.holds(CAPTURE):
             raise ClusterError(f"node {os.uname().nodename} does not see the folder of {place.name}: --out must be shared by all nodes")
+        with self.turn:
+            part = self._captured(planned, card, texts, options)
+        write_part(place, part, card.layers)
+
+    def _captured(self, planned: PlannedPart, card: ModelCard, texts: Sequence[str], options: Mapping[str, Any]) -> Part:
+        from .capture import capture_parts
+
         model, tokenizer, mine = self._model()
         if mine != card:
             raise ClusterError(f"node {os.uname().nodename} has other weights or another tokenizer in {self.folder.name}: copy it again")
@@ -97,7 +110,7 @@ class Replica:
         found = [(p.first_rows, {s: len(p.stream_tokens(s)) for s in p.first_rows}) for p in parts]
         if found != [(planned.first_rows, planned.rows)]:
             raise ClusterError(f"part {planned.index} came out with other rows than planned ({found}): report this with its documents")
-        write_part(place, parts[0], card.layers)
+        return parts[0]
 
 
 def capture_on_cluster(
@@ -191,7 +204,7 @@ class _Crew:
             raise ClusterError(f"the cluster has room for {self.room} replicas of {cluster.threads} CPUs and {cluster.gpus} GPUs:"
                                " ask for fewer, for fewer threads each, or add nodes")  # fmt: skip
         actor = ray.remote(num_cpus=cluster.threads, num_gpus=cluster.gpus, max_restarts=-1, max_task_retries=RETRIES,
-                           scheduling_strategy="SPREAD")(Replica)  # fmt: skip
+                           max_concurrency=AT_ONCE, scheduling_strategy="SPREAD")(Replica)  # fmt: skip
         self._new = lambda: actor.remote(model, dict(loading), cluster.threads)
         self.actors: list[Any] = []
 
@@ -207,7 +220,7 @@ class _Crew:
 
     def capture(self, jobs: Sequence[tuple[Any, ...]], plan: Sequence[PlannedPart], progress: Callable[[Progress], None] | None,
                 cancelled: Callable[[], bool] | None) -> None:  # fmt: skip
-        """Spread ``jobs``, the arguments of Replica.capture, over the replicas; one at a time each."""
+        """Spread ``jobs``, the arguments of Replica.capture, over the replicas: AT_ONCE each, the last ones to whoever is free."""
         from .capture import Progress
         from .recorder import CaptureCancelled
 
@@ -218,11 +231,11 @@ class _Crew:
         running: dict[Any, tuple[Any, PlannedPart]] = {}
 
         def hand_out(actor: Any) -> None:
-            if waiting:
+            if waiting and (len(waiting) > len(self.actors) or all(other is not actor for other, _ in running.values())):
                 job = waiting.popleft()
                 running[actor.capture.remote(*job)] = actor, job[0]
 
-        for actor in self.actors:
+        for actor in self.actors * AT_ONCE:
             hand_out(actor)
         while running:
             if cancelled is not None and cancelled():

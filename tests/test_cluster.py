@@ -32,6 +32,7 @@ from .s3server import CREDENTIALS, bucket
 TEXTS = documents(24)
 LABELS = ["x", None, "y"] * 8
 OPTIONS: dict[str, Any] = {"batch_size": 3, "part_tokens": 80}
+pytestmark = pytest.mark.timeout(1200)  # every replica imports torch anew: with ten times as much work as cores, minutes each
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +188,9 @@ def test_the_command_line(nodes: str, model: Path, alone: Path, tmp_path: Path, 
     assert "8 decoder tokens" in capsys.readouterr().err and verify_run(out) == ()
     assert main(["stats", str(out), "--cluster", "auto"]) == 0
     assert "on the cluster: equal to the stored statistics" in capsys.readouterr().out
-    monkeypatch.setattr("analysis.cluster.statistics_on_cluster", lambda *_: open_run(alone).stats)
-    assert main(["stats", str(out), "--cluster", "auto"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("analysis.cluster.statistics_on_cluster", lambda *_: open_run(alone).stats)
+        assert main(["stats", str(out), "--cluster", "auto"]) == 2
     assert "its statistics are not those of its decisions" in capsys.readouterr().err
     with bucket() as addresses:
         address = addresses % "run"
@@ -225,8 +227,8 @@ for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
     for socket in process.net_connections("inet"):
         print(process.name(), socket.status, socket.laddr.ip)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
-                          capture_output=True, text=True, timeout=300, check=True)  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True)
     found = [line.split() for line in done.stdout.splitlines()]
     listening = {name for name, status, _ in found if status in ("LISTEN", "NONE")}
     assert {"gcs_server", "raylet"} <= listening and len(listening) > 3
