@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .places import Place, RunError
 from .stats import Statistics, merge_statistics, part_statistics
 from .store import open_run, read_manifest, stored_part
+from .tokens import Pieces
 from .trace import ModelCard, Part, Trace
 from .writing import CAPTURE, RunWriter, write_part
 
@@ -58,10 +59,10 @@ class Replica:
 
     def __init__(self, model: Path, loading: Mapping[str, Any], threads: int) -> None:
         self.folder, self.loading, self.threads = model, dict(loading), threads
-        self.loaded: tuple[Any, Any, ModelCard] | None = None
+        self.loaded: tuple[Any, Any, ModelCard, Pieces] | None = None
         self.turn = threading.Lock()
 
-    def _model(self) -> tuple[Any, Any, ModelCard]:
+    def _model(self) -> tuple[Any, Any, ModelCard, Pieces]:
         """What is loaded; for whom ``turn`` is."""
         if self.loaded is None:
             import torch
@@ -72,7 +73,7 @@ class Replica:
             torch.set_num_threads(self.threads)
             model, tokenizer = load_model(self.folder, **self.loading)
             canary(model)
-            self.loaded = model, tokenizer, model_card(model, tokenizer, self.folder)
+            self.loaded = model, tokenizer, model_card(model, tokenizer, self.folder), Pieces.of(tokenizer)
         return self.loaded
 
     def load(self) -> None:
@@ -85,7 +86,7 @@ class Replica:
         from .capture import plan_parts
 
         with self.turn:
-            model, tokenizer, card = self._model()
+            model, tokenizer, card, _ = self._model()
             return card, plan_parts(model, tokenizer, texts, labels=labels, names=names, **limits)
 
     def capture(self, planned: PlannedPart, card: ModelCard, texts: Sequence[str], run: str, options: Mapping[str, Any]) -> None:
@@ -100,13 +101,13 @@ class Replica:
     def _captured(self, planned: PlannedPart, card: ModelCard, texts: Sequence[str], options: Mapping[str, Any]) -> Part:
         from .capture import capture_parts
 
-        model, tokenizer, mine = self._model()
+        model, tokenizer, mine, pieces_of = self._model()
         if mine != card:
             raise ClusterError(f"node {os.uname().nodename} has other weights or another tokenizer in {self.folder.name}: copy it again")
         _, labels, names = zip(*planned.documents, strict=True)
         numbers: dict[str, Any] = {
             "first_document": planned.first_document, "first_part": planned.index, "first_rows": planned.first_rows}  # fmt: skip
-        parts = list(capture_parts(model, tokenizer, texts, labels=labels, names=names, **numbers, **options))
+        parts = list(capture_parts(model, tokenizer, texts, labels=labels, names=names, pieces_of=pieces_of, **numbers, **options))
         found = [(p.first_rows, {s: len(p.stream_tokens(s)) for s in p.first_rows}) for p in parts]
         if found != [(planned.first_rows, planned.rows)]:
             raise ClusterError(f"part {planned.index} came out with other rows than planned ({found}): report this with its documents")

@@ -10,13 +10,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from analysis import places
+from analysis import cluster, places
 from analysis.__main__ import main
 from analysis.capture import CaptureError, PlannedPart, capture
 from analysis.cluster import Replica
@@ -137,6 +138,37 @@ def test_the_same_capture_in_a_folder_needs_no_scratch(planned: Planned, alone: 
         writer.refresh()
         writer.commit()
     assert contents(tmp_path / "run") == contents(alone)
+
+
+def test_a_part_is_written_while_the_next_is_captured(
+    planned: Planned, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cluster asks a replica from two threads; at the model itself parts take turns."""
+    out, write, capture_it = tmp_path / "run", cluster.write_part, Replica._captured
+    after, at_the_model, most = threading.Event(), [], []
+
+    def writing(place: Place, part: Any, layers: Any) -> None:
+        if part.index:
+            after.set()
+        elif not after.wait(60):
+            raise TimeoutError("nothing was captured while part 0 was written")
+        write(place, part, layers)
+
+    def capturing(*given: Any) -> Any:
+        at_the_model.append(1)
+        most.append(len(at_the_model))
+        part = capture_it(*given)
+        at_the_model.pop()
+        return part
+
+    monkeypatch.setattr(cluster, "write_part", writing)
+    monkeypatch.setattr(Replica, "_captured", capturing)
+    with RunWriter.open(out, planned[1], OPTIONS) as writer:
+        with ThreadPoolExecutor(cluster.AT_ONCE) as pool:
+            list(pool.map(lambda i: captured(planned, str(out), range(i, i + 1)), range(len(planned[2]))))
+        writer.refresh()
+        writer.commit()
+    assert set(most) == {1} and contents(out) == contents(alone)
 
 
 def test_scratch_of_a_killed_process_goes_with_the_next_one(own_scratch: Path) -> None:
