@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ class Place:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file there."""
+        if self.folder is not None:  # pyarrow cannot list a name that is not UTF-8, which a folder may hold
+            return dict(_files(self.folder))
         found = self.filesystem.get_file_info(pfs.FileSelector(self.path, allow_not_found=True, recursive=True))
         return {f.path[len(self.path) + 1 :]: f.size for f in found if f.is_file}
 
@@ -111,6 +114,14 @@ class Place:
     def remove(self, below: str) -> None:
         """Delete a folder of the run."""
         self.filesystem.delete_dir(f"{self.path}/{below}")
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # a temporary file that another process has renamed, a link to nowhere
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode):
+                yield str(path.relative_to(folder)), found.st_size
 
 
 def copy_file(from_: Any, source: str, to: Any, target: str) -> None:
