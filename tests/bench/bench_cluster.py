@@ -117,7 +117,8 @@ def report(found: dict[tuple[str, int], Rate], loads: Sequence[float]) -> None:
     print(f"{LAYERS} layers, {EXPERTS} experts, top {TOP_K}; medians of {ROUNDS} times {SECONDS:.0f} s after loading; {os.cpu_count()} cores,"
           f" load {min(loads):.1f} to {max(loads):.1f}")  # fmt: skip
     for (name, n), rate in found.items():
-        print(f"{n} {name}{'es' if name == 'process' else 's'}: {rate.wall:,.0f} tokens/s, {rate.cpu:,.0f} per CPU second,"
+        plural = "" if n == 1 else "es" if name == "process" else "s"
+        print(f"{n} {name}{plural}: {rate.wall:,.0f} tokens/s, {rate.cpu:,.0f} per CPU second,"
               f" {rate.cores:.2f} cores got, {rate.around:.2f} cores around them")  # fmt: skip
     gain = {name: found[name, 2].wall / found[name, 1].wall for name in ("process", "worker")}
     print(f"a second process gains {gain['process']:.2f}x: what this machine has to give (efficiency {gain['process'] / 2:.2f})")
