@@ -19,8 +19,9 @@ GROUP_ROWS = 65_536
 class LongTable:
     """A table in a Parquet file, of which nothing is read before it is asked for.
 
-    ``path`` may be an open file of pyarrow's, of an object store. ``reading`` surrounds every access, so that the owner of the file can name it in errors. Pages carry checksums, but what the footer
-    says of them does not: a text there must be one of ``texts``, and ``where`` can be told what the counts must add up to.
+    ``path`` may be an open file of pyarrow's, of an object store. ``reading`` surrounds every access, so that the owner of the file can
+    name it in errors. Pages carry checksums, but what the footer says of them does not: a text there must be one of ``texts``, and
+    ``where`` can be told what the counts must add up to.
     """
 
     def __init__(self, path: Path | Any, schema: pa.Schema, reading: Callable[[], AbstractContextManager[None]] = nullcontext,

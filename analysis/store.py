@@ -345,7 +345,7 @@ def _naming(place: Place, name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        reason = "missing" if isinstance(error, FileNotFoundError) else "damaged" if place.folder else "damaged or out of reach"
         raise RunError(f"{place.name}/{name} is {reason}: restore it, or capture the run again ({type(error).__name__})") from error
 
 
