@@ -128,9 +128,6 @@ def _capture(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _say(f"\nstopped: finished parts are kept in {arguments.out}; repeat the same command to go on after them", sys.stderr)
         return 130
-    if trace is None:
-        _say(f"\n{arguments.out}: written; to open it: python -m analysis copy ADDRESS FOLDER", sys.stderr)
-        return 0
     streams = dict.fromkeys(x.stream for x in trace.layers)
     tokens = ", ".join(f"{trace.n_tokens(s):,} {s} tokens" for s in streams)
     _say(f"\n{arguments.out}: {tokens}, {len(trace.layers)} routed layers", sys.stderr)

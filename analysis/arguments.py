@@ -48,14 +48,14 @@ def parser() -> argparse.ArgumentParser:
     stats = add("stats", "print a run's load balance per layer", "stats data/demo-run")
     compare = add("compare", "print how far two runs over the same tokens choose the same experts, per layer, with interval and chance",
                   "compare data/runs/early data/runs/late")  # fmt: skip
-    compare.add_argument("run", type=Path, help="folder of a run")
-    compare.add_argument("other", type=Path, help="folder of another over the same texts and tokenizer, such as a later checkpoint's")
+    compare.add_argument("run", help="folder or address of a run")
+    compare.add_argument("other", help="another over the same texts and tokenizer, such as a later checkpoint's")
     compare.add_argument("--json", action="store_true", help="print JSON")
     verify = add("verify", "check every file, invariant and count of a run", "verify data/demo-run")
     export = add("export", "write a table of a run", "export data/demo-run --table load --format csv -o load.csv")
     report = add("report", "write one HTML file of a run's main views that opens without a network", "report data/demo-run -o report.html")
     for command in (stats, verify, export, report):
-        command.add_argument("run", type=Path, help="folder of the run")
+        command.add_argument("run", help="folder or address (s3://..., gs://...) of the run")
     _add_cluster_options(stats)
     stats.add_argument("--json", action="store_true", help="print the table, n and the definitions as JSON")
     export.add_argument(

@@ -8,24 +8,27 @@ there. A part is fixed beforehand by its documents and row numbers, so who captu
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .places import Place
+from .places import Place, RunError
 from .stats import Statistics, merge_statistics, part_statistics
-from .store import RunError, open_run, read_manifest, stored_part
-from .trace import ModelCard, Trace
+from .store import open_run, read_manifest, stored_part
+from .tokens import Pieces
+from .trace import ModelCard, Part, Trace
 from .writing import CAPTURE, RunWriter, write_part
 
 if TYPE_CHECKING:
     from .capture import PlannedPart, Progress
 
 RETRIES = 8  # of a part whose process died; one that kills every process it meets must not do so for ever
+AT_ONCE = 2  # parts of a replica: one that is captured, one that is written
 POLL_SECONDS = 0.2
 STORE_BYTES = 128 * 2**20  # of a cluster started here, through which only texts and counts pass
 
@@ -49,13 +52,18 @@ class Cluster:
 
 
 class Replica:
-    """One copy of the model in a process of a node. It loads when first asked, so that what fails is an answer and not a dead process."""
+    """One copy of the model in a process of a node. It loads when first asked, so that what fails is an answer and not a dead process.
+
+    It may be asked from AT_ONCE threads: parts take turns at the model, and one is written while the next is captured, as in one process.
+    """
 
     def __init__(self, model: Path, loading: Mapping[str, Any], threads: int) -> None:
         self.folder, self.loading, self.threads = model, dict(loading), threads
-        self.loaded: tuple[Any, Any, ModelCard] | None = None
+        self.loaded: tuple[Any, Any, ModelCard, Pieces] | None = None
+        self.turn = threading.Lock()
 
-    def _model(self) -> tuple[Any, Any, ModelCard]:
+    def _model(self) -> tuple[Any, Any, ModelCard, Pieces]:
+        """What is loaded; for whom ``turn`` is."""
         if self.loaded is None:
             import torch
 
@@ -65,34 +73,45 @@ class Replica:
             torch.set_num_threads(self.threads)
             model, tokenizer = load_model(self.folder, **self.loading)
             canary(model)
-            self.loaded = model, tokenizer, model_card(model, tokenizer, self.folder)
+            self.loaded = model, tokenizer, model_card(model, tokenizer, self.folder), Pieces.of(tokenizer)
         return self.loaded
+
+    def load(self) -> None:
+        """Load the model ahead of being asked to capture with it, which raises what fails here."""
+        with self.turn, suppress(Exception):
+            self._model()
 
     def plan(self, texts: Sequence[str], labels: Any, names: Any, limits: Mapping[str, Any]) -> tuple[ModelCard, list[PlannedPart]]:
         """The model's card, and the parts that ``texts`` make."""
         from .capture import plan_parts
 
-        model, tokenizer, card = self._model()
-        return card, plan_parts(model, tokenizer, texts, labels=labels, names=names, **limits)
+        with self.turn:
+            model, tokenizer, card, _ = self._model()
+            return card, plan_parts(model, tokenizer, texts, labels=labels, names=names, **limits)
 
     def capture(self, planned: PlannedPart, card: ModelCard, texts: Sequence[str], run: str, options: Mapping[str, Any]) -> None:
         """Capture one planned part and store it in the folder or below the address ``run``. Raises ClusterError where nodes differ."""
-        from .capture import capture_parts
-
         place = Place.of(run)
         if not place.holds(CAPTURE):
             raise ClusterError(f"node {os.uname().nodename} does not see the folder of {place.name}: --out must be shared by all nodes")
-        model, tokenizer, mine = self._model()
+        with self.turn:
+            part = self._captured(planned, card, texts, options)
+        write_part(place, part, card.layers)
+
+    def _captured(self, planned: PlannedPart, card: ModelCard, texts: Sequence[str], options: Mapping[str, Any]) -> Part:
+        from .capture import capture_parts
+
+        model, tokenizer, mine, pieces_of = self._model()
         if mine != card:
             raise ClusterError(f"node {os.uname().nodename} has other weights or another tokenizer in {self.folder.name}: copy it again")
         _, labels, names = zip(*planned.documents, strict=True)
         numbers: dict[str, Any] = {
             "first_document": planned.first_document, "first_part": planned.index, "first_rows": planned.first_rows}  # fmt: skip
-        parts = list(capture_parts(model, tokenizer, texts, labels=labels, names=names, **numbers, **options))
+        parts = list(capture_parts(model, tokenizer, texts, labels=labels, names=names, pieces_of=pieces_of, **numbers, **options))
         found = [(p.first_rows, {s: len(p.stream_tokens(s)) for s in p.first_rows}) for p in parts]
         if found != [(planned.first_rows, planned.rows)]:
             raise ClusterError(f"part {planned.index} came out with other rows than planned ({found}): report this with its documents")
-        write_part(place, parts[0], card.layers)
+        return parts[0]
 
 
 def capture_on_cluster(
@@ -107,13 +126,12 @@ def capture_on_cluster(
     progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     **options: Any,
-) -> Trace | None:
+) -> Trace:
     """As ``capture(..., out=out)`` in one process, spread over replicas of the model in the folder ``model``.
 
     ``out`` and ``model`` are the same folders on every node; ``loading`` goes to load_model. ``out`` may also be an address that pyarrow.fs
-    opens, with the credentials of each node: parts go there from the nodes, and the answer is None, for a run is read from a folder
-    (copying). An interrupted capture is resumed, whoever started it. Raises ClusterError and what ``capture`` raises; generation is
-    refused: row numbers must be known beforehand.
+    opens, with the credentials of each node: parts go there from the nodes. An interrupted capture is resumed, whoever started it. Raises
+    ClusterError and what ``capture`` raises; generation is refused: row numbers must be known beforehand.
     """
     from .capture import PART_TOKENS
 
@@ -125,6 +143,7 @@ def capture_on_cluster(
     with _connected(cluster.address) as ray:
         crew = _Crew(ray, cluster, model, loading or {})
         try:
+            crew.grow(1 + sum(len(t.encode()) for t in texts) // limits["part_tokens"])  # a text has seldom more tokens than bytes
             card, plan = crew.plan(list(texts), labels, names, limits)
             with RunWriter.open(run, card, options) as writer:
                 done = writer.refresh()
@@ -139,31 +158,32 @@ def capture_on_cluster(
                     )
                 _check_stored(writer, plan, done)  # again: an address has no lock
                 writer.finish()
-                return open_run(place.folder) if place.folder else None
+                return open_run(run)
         finally:
             crew.dismiss()
 
 
-def statistics_on_cluster(run: Path, cluster: Cluster) -> Statistics:
+def statistics_on_cluster(run: str | Path, cluster: Cluster) -> Statistics:
     """The statistics of a stored run, counted again from its decisions part by part on the nodes, and added up here in order.
 
     Counts equal the stored ones; what only the capture knew is 0: sums of router probabilities, and of gate weights not stored. Raises ClusterError, RunError.
     """
-    run = run.resolve()
-    numbers = [p["index"] for p in read_manifest(run)["parts"]]
+    place = Place.of(run)
+    run = str(place.folder or place.address)
+    numbers = [p["index"] for p in read_manifest(place)["parts"]]
     with _connected(cluster.address) as ray:
         task = ray.remote(num_cpus=cluster.threads, max_retries=RETRIES, scheduling_strategy="SPREAD")(count_part)
         window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         return merge_statistics(_in_order(ray, task, run, numbers, window))
 
 
-def count_part(run: Path, number: int) -> Statistics:
+def count_part(run: str | Path, number: int) -> Statistics:
     """The statistics of one part of a stored run, from its decisions."""
-    trace = open_run(run)
-    return part_statistics(stored_part(run, trace, read_manifest(run)["parts"][number]), trace.layers)
+    place, trace = Place.of(run), open_run(run)
+    return part_statistics(stored_part(place, trace, read_manifest(place)["parts"][number]), trace.layers)
 
 
-def _in_order(ray: Any, task: Any, run: Path, numbers: Iterable[int], window: int) -> Iterator[Statistics]:
+def _in_order(ray: Any, task: Any, run: str, numbers: Iterable[int], window: int) -> Iterator[Statistics]:
     """Results of ``task`` in the order of ``numbers``, at most ``window`` of them waiting."""
     waiting: deque[Any] = deque()
     for number in numbers:
@@ -185,9 +205,15 @@ class _Crew:
             raise ClusterError(f"the cluster has room for {self.room} replicas of {cluster.threads} CPUs and {cluster.gpus} GPUs:"
                                " ask for fewer, for fewer threads each, or add nodes")  # fmt: skip
         actor = ray.remote(num_cpus=cluster.threads, num_gpus=cluster.gpus, max_restarts=-1, max_task_retries=RETRIES,
-                           scheduling_strategy="SPREAD")(Replica)  # fmt: skip
+                           max_concurrency=AT_ONCE, scheduling_strategy="SPREAD")(Replica)  # fmt: skip
         self._new = lambda: actor.remote(model, dict(loading), cluster.threads)
-        self.actors = [self._new()]
+        self.actors: list[Any] = []
+
+    def grow(self, parts: int) -> None:
+        """As many replicas as there are parts, or as there may be; they load all at once, and while the first one plans."""
+        while len(self.actors) < min(self.cluster.replicas or self.room, parts):
+            self.actors.append(self._new())
+            self.actors[-1].load.remote()
 
     def plan(self, *given: Any) -> tuple[ModelCard, list[PlannedPart]]:
         answer: tuple[ModelCard, list[PlannedPart]] = _answer(self.ray, self.actors[0].plan.remote(*given))
@@ -195,26 +221,30 @@ class _Crew:
 
     def capture(self, jobs: Sequence[tuple[Any, ...]], plan: Sequence[PlannedPart], progress: Callable[[Progress], None] | None,
                 cancelled: Callable[[], bool] | None) -> None:  # fmt: skip
-        """Spread ``jobs``, the arguments of Replica.capture, over the replicas; one at a time each."""
+        """Spread ``jobs``, the arguments of Replica.capture, over the replicas: AT_ONCE each, the last ones to whoever is free."""
         from .capture import Progress
         from .recorder import CaptureCancelled
 
-        while len(self.actors) < min(self.cluster.replicas or self.room, len(jobs)):
-            self.actors.append(self._new())
+        self.grow(len(jobs))
         began, total, tokens = time.monotonic(), sum(len(p.documents) for p in plan), 0
         documents = total - sum(len(job[0].documents) for job in jobs)
-        waiting, idle = deque(jobs), list(self.actors)
+        waiting = deque(jobs)
         running: dict[Any, tuple[Any, PlannedPart]] = {}
-        while waiting or running:
-            while waiting and idle:
-                actor, job = idle.pop(), waiting.popleft()
+
+        def hand_out(actor: Any) -> None:
+            if waiting and (len(waiting) > len(self.actors) or all(other is not actor for other, _ in running.values())):
+                job = waiting.popleft()
                 running[actor.capture.remote(*job)] = actor, job[0]
+
+        for actor in self.actors * AT_ONCE:
+            hand_out(actor)
+        while running:
             if cancelled is not None and cancelled():
                 raise CaptureCancelled("capture cancelled")
             for answer in self.ray.wait(list(running), timeout=POLL_SECONDS)[0]:
                 actor, planned = running.pop(answer)
                 _answer(self.ray, answer)
-                idle.append(actor)
+                hand_out(actor)  # first, so that no replica waits for whom progress is told
                 documents, tokens = documents + len(planned.documents), tokens + max(planned.rows.values())
                 if progress is not None:
                     progress(Progress(documents, total, tokens, time.monotonic() - began))
@@ -260,8 +290,26 @@ def _connected(address: str) -> Iterator[Any]:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         if address != "auto" or not isinstance(error, ConnectionError):
             raise ClusterError(f"no cluster answers at {address!r} ({type(error).__name__}): give host:port of its head node") from error
-        ray.init(include_dashboard=False, object_store_memory=STORE_BYTES, _node_ip_address="127.0.0.1", **quiet)
+        _start_here(ray, quiet)
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _start_here(ray: Any, quiet: Mapping[str, Any]) -> None:
+    """Start a cluster all of whose ports are on the loopback address.
+
+    Ray does that where it has no clusters, on other systems than Linux, and has no option for it: its own switch is turned for as long as
+    the cluster starts, here and in the processes that it starts. Later connections to other clusters need the machine's own address.
+    """
+    switch, constants = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray._private.ray_constants
+    before, possible = os.environ.get(switch), constants.ENABLE_RAY_CLUSTER
+    os.environ[switch], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        ray.init("local", include_dashboard=False, object_store_memory=STORE_BYTES, _node_ip_address="127.0.0.1", **quiet)
+    finally:
+        constants.ENABLE_RAY_CLUSTER = possible
+        os.environ.pop(switch)
+        if before is not None:
+            os.environ[switch] = before

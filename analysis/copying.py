@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .places import Place, copy_file, digest
-from .store import MANIFEST, RunError, checked_manifest, listed_files, valid_run_name
+from .places import Place, RunError, copy_file
+from .store import MANIFEST, checked_manifest, listed_files, valid_run_name
 
 
 def copy_run(source: str, target: str, progress: Callable[[int, int], None] | None = None) -> int:
@@ -27,7 +27,7 @@ def copy_run(source: str, target: str, progress: Callable[[int, int], None] | No
     files = listed_files(checked_manifest(raw, source))
     for done, (name, listed) in enumerate(sorted(files.items())):
         copy_file(from_.filesystem, f"{from_.path}/{name}", to.filesystem, f"{to.path}/{name}")
-        if digest(to.filesystem, f"{to.path}/{name}") != listed["sha256"]:
+        if to.digest(name) != listed["sha256"]:
             raise RunError(f"{name} arrived at {target} with another sha256 than its manifest says: verify {source}, then copy again")
         if progress is not None:
             progress(done + 1, len(files))

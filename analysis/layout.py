@@ -35,7 +35,7 @@ class Footer:
     metadata: pq.FileMetaData
 
     @classmethod
-    def of(cls, path: Path) -> Footer:
+    def of(cls, path: Path | Any) -> Footer:
         return cls(pq.read_metadata(path))
 
     @cached_property
@@ -48,6 +48,11 @@ class Footer:
             if known is not None:  # none in a group of no rows
                 found.setdefault(known.min, []).append((i, group.num_rows))
         return found
+
+
+def _parquet(path: Path | Any, footer: Footer) -> pq.ParquetFile:
+    """A file to read from, at a path or opened by pyarrow below an address, where ranges that lie together are asked for together."""
+    return pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True, pre_buffer=not isinstance(path, Path))
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -113,13 +118,15 @@ def write_scores(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
     _write_groups(tables(), schema, path, columns, columns)
 
 
-def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None, weighted: bool = True) -> SiteRouting:
+def read_routing(
+    path: Path | Any, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None, weighted: bool = True
+) -> SiteRouting:
     """Rows start to stop (within the part) of one site, from the row groups that hold them alone; ``footer`` where it was read before.
 
     ``weighted`` False: of a run that keeps no gate weights.
     """
     footer = Footer.of(path) if footer is None else footer
-    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
+    with _parquet(path, footer) as file:
         chosen = "c0" in file.schema_arrow.names
         names = [f"{kind}{i}" for kind in "e" + "w" * weighted + "c" * chosen for i in range(layer.top_k)]
         table = _read_rows(file, footer, layer.index, names, start, stop)
@@ -130,10 +137,10 @@ def read_routing(path: Path, layer: LayerInfo, start: int, stop: int, footer: Fo
     return SiteRouting(experts, weights, experts if np.array_equal(before, experts) else before)
 
 
-def read_experts(path: Path, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> np.ndarray:
+def read_experts(path: Path | Any, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> np.ndarray:
     """The experts of ``read_routing`` alone: a third of the bytes, and no weight is unpacked."""
     footer = Footer.of(path) if footer is None else footer
-    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
+    with _parquet(path, footer) as file:
         table = _read_rows(file, footer, layer.index, [f"e{i}" for i in range(layer.top_k)], start, stop)
     return _matrix(table, "e", layer.top_k, id_dtype(layer.n_classes), NO_EXPERT)
 
@@ -149,10 +156,10 @@ def _matrix(table: pa.Table, kind: str, top_k: int, type_: np.dtype, missing: fl
     return out
 
 
-def read_scores(path: Path, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> SiteScores:
+def read_scores(path: Path | Any, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> SiteScores:
     """Rows start to stop (within the part) of one site's scores; ``footer`` as in ``read_routing``."""
     footer = Footer.of(path) if footer is None else footer
-    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
+    with _parquet(path, footer) as file:
         kept = "p0" in file.schema_arrow.names
         names = ["entropy", "margin", "logsumexp", *(f"p{i}" for i in range(layer.n_classes if kept else 0))]
         table = _read_rows(file, footer, layer.index, names, start, stop)
@@ -160,11 +167,11 @@ def read_scores(path: Path, layer: LayerInfo, start: int, stop: int, footer: Foo
     return SiteScores(columns[0], columns[1], columns[2], np.stack(columns[3:], axis=1) if kept else None)
 
 
-def read_tokens(path: Path, stream: str, start: int, stop: int, columns: Sequence[str], alone: bool,
+def read_tokens(path: Path | Any, stream: str, start: int, stop: int, columns: Sequence[str], alone: bool,
                 footer: Footer | None = None) -> pa.Table:  # fmt: skip
     """Rows start to stop (within the part) of one stream, from the row groups that hold them; ``alone``: the part has no other stream."""
     footer = Footer.of(path) if footer is None else footer
-    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
+    with _parquet(path, footer) as file:
         if alone:
             rows = np.arange(start, min(stop, file.metadata.num_rows))
         else:

@@ -21,11 +21,12 @@ GROUP_ROWS = 65_536
 class LongTable:
     """A table in a Parquet file, of which nothing is read before it is asked for.
 
-    ``reading`` surrounds every access, so that the owner of the file can name it in errors. Pages carry checksums, but what the footer
-    says of them does not: a text there must be one of ``texts``, and ``where`` can be told what the counts must add up to.
+    ``path`` may be an open file of pyarrow's, of an object store. ``reading`` surrounds every access, so that the owner of the file can
+    name it in errors. Pages carry checksums, but what the footer says of them does not: a text there must be one of ``texts``, and
+    ``where`` can be told what the counts must add up to.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+    def __init__(self, path: Path | Any, schema: pa.Schema, reading: Callable[[], AbstractContextManager[None]] = nullcontext,
                  texts: frozenset[str] = frozenset()) -> None:  # fmt: skip
         self.path, self.schema, self._reading, self._texts = path, schema, reading, texts
 
@@ -51,7 +52,7 @@ class LongTable:
     def opened(self) -> pq.ParquetFile:
         """The file, to be closed by the caller, for ``group``."""
         with self._reading():
-            return pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True)
+            return self._open()
 
     def group(self, file: pq.ParquetFile, number: int) -> pa.Table:
         """One row group of the ``opened`` file."""
@@ -81,8 +82,12 @@ class LongTable:
             out.append(extent)
         return out
 
+    def _open(self) -> pq.ParquetFile:
+        beside = not isinstance(self.path, Path)  # ranges that lie together are asked for together
+        return pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True, pre_buffer=beside)
+
     def _read(self, groups: Sequence[int]) -> pa.Table:
-        with pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True) as file:
+        with self._open() as file:
             return file.read_row_groups(list(groups), columns=self.schema.names).select(self.schema.names).cast(self.schema)
 
 

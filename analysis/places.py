@@ -1,14 +1,18 @@
-"""Where the files of a run lie: in a folder, or below an address that pyarrow.fs opens (s3://, gs://). They are written in a folder either way.
+"""Where the files of a run lie: in a folder, or below an address that pyarrow.fs opens (s3://, gs://).
 
-In the place of a folder that folder is the run's own and nothing is copied; below an address it is scratch, and every file is read back and
-its digest compared where it arrived. An object store shows an object whole or not at all, which is what renaming does in a folder.
+They are read where they lie, by the ranges that are asked for. They are written in a folder either way: in the place of a folder that folder
+is the run's own and nothing is copied; below an address it is scratch, and every file is read back and its digest compared where it
+arrived. An object store shows an object whole or not at all, which is what renaming does in a folder.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,15 @@ from typing import Any
 import pyarrow.fs as pfs
 
 from .files import scratch, stamp
-from .store import RunError
 
 CHUNK = 2**20
+AT_ONCE = 16  # requests to an object store, each of which waits longer than it works
+_COLLAPSED = re.compile(r"[a-z][a-z0-9+]+:/[^/]")
 _LOCAL = pfs.LocalFileSystem()
+
+
+class RunError(ValueError):
+    """A run that cannot be used; the message says which file, what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,14 @@ class Place:
     path: str
 
     @classmethod
-    def of(cls, where: str | Path) -> Place:
+    def of(cls, where: str | Path | Place) -> Place:
         """The place at a folder or a URI. Raises RunError."""
+        if isinstance(where, Place):
+            return where
         address = str(where)
         try:
+            if isinstance(where, Path) and _COLLAPSED.match(address):
+                raise ValueError("give it as text, for a Path has one slash of the two")
             if "://" not in address:
                 return cls(address, _LOCAL, str(Path(address).absolute()))
             filesystem, path = pfs.FileSystem.from_uri(address)
@@ -63,6 +76,8 @@ class Place:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file there."""
+        if self.folder is not None:  # pyarrow cannot list a name that is not UTF-8, which a folder may hold
+            return dict(_files(self.folder))
         found = self.filesystem.get_file_info(pfs.FileSelector(self.path, allow_not_found=True, recursive=True))
         return {f.path[len(self.path) + 1 :]: f.size for f in found if f.is_file}
 
@@ -70,24 +85,43 @@ class Place:
         """Whether the file is there."""
         return bool(self.filesystem.get_file_info(f"{self.path}/{name}").is_file)
 
-    def fetch(self, name: str, folder: Path) -> Path:
-        """The file in ``folder``, a workspace; copied there where it does not lie there yet."""
-        if not (folder / name).exists():
-            copy_file(self.filesystem, f"{self.path}/{name}", _LOCAL, str(folder / name))
-        return folder / name
+    def file(self, name: str) -> Any:
+        """What pyarrow reads the file from: its path in a folder, else an open file of which only what is asked for comes here."""
+        return self.folder / name if self.folder is not None else self.filesystem.open_input_file(f"{self.path}/{name}")
+
+    def digest(self, name: str) -> str:
+        """sha256 hex of the file as it is there. Raises OSError."""
+        return digest(self.filesystem, f"{self.path}/{name}")
+
+    def fetch(self, folder: Path, *names: str) -> None:
+        """Copy those of the files that are not in ``folder``, a workspace, there; several at a time."""
+        missing = [n for n in names if folder != self.folder and not (folder / n).exists()]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda n: copy_file(self.filesystem, f"{self.path}/{n}", _LOCAL, str(folder / n)), missing))
 
     def store(self, folder: Path, *names: str) -> None:
-        """Bring files of ``folder``, a workspace, where the run lies, one after the other. RunError where a digest differs there."""
-        if folder == self.folder:
-            return
-        for name in names:
+        """Bring files of ``folder``, a workspace, where the run lies, several at a time. RunError where a digest differs there."""
+
+        def bring(name: str) -> None:
             copy_file(_LOCAL, str(folder / name), self.filesystem, f"{self.path}/{name}")
-            if digest(self.filesystem, f"{self.path}/{name}") != stamp(folder / name)["sha256"]:
+            if self.digest(name) != stamp(folder / name)["sha256"]:
                 raise RunError(f"{name} arrived in {self.name} with another sha256 than it was sent with: repeat the command")
+
+        if folder != self.folder:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(bring, names))
 
     def remove(self, below: str) -> None:
         """Delete a folder of the run."""
         self.filesystem.delete_dir(f"{self.path}/{below}")
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # a temporary file that another process has renamed, a link to nowhere
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode):
+                yield str(path.relative_to(folder)), found.st_size
 
 
 def copy_file(from_: Any, source: str, to: Any, target: str) -> None:

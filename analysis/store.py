@@ -1,7 +1,7 @@
 """Runs on disk, read: listed, opened, verified, deleted. Parquet that any reader opens; ``writing`` writes them.
 
-A run is a folder. ``run.json`` is written last, and its presence is the commit; it lists every file with its size and
-sha256. While a capture is under way the folder has ``progress/`` instead, from which it is resumed.
+A run is a folder, or lies below an address (places). ``run.json`` is written last, and its presence is the commit; it lists every file with
+its size and sha256. While a capture is under way the folder has ``progress/`` instead, from which it is resumed.
 
     run.json  documents.parquet  stats.parquet  token_stats.parquet  document_stats.parquet
     tokens/part-00000.parquet    one row per token (schema trace.TOKENS)
@@ -31,9 +31,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .files import stamp
 from .layout import Footer, read_experts, read_routing, read_scores, read_tokens
 from .longtables import LongTable, where, whole
+from .places import Place
+from .places import RunError as RunError
 from .rounding import WEIGHTS, rounded
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, NAMES, Statistics, following_sites, merge_statistics, part_statistics
 from .trace import (
@@ -57,12 +58,7 @@ READABLE = (1, SCHEMA_VERSION)
 STATISTICS = (("stats.parquet", CORE), ("token_stats.parquet", BY_TOKEN), ("document_stats.parquet", BY_DOCUMENT))
 _Piece = TypeVar("_Piece", SiteRouting, SiteScores, np.ndarray)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/")
 _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))})
-
-
-class RunError(ValueError):
-    """A run that cannot be used; the message says which file, what is wrong and what to do."""
 
 
 def valid_run_name(name: str) -> str:
@@ -75,9 +71,9 @@ def valid_run_name(name: str) -> str:
 class StoredRouting:
     """RoutingSource over a run's parts; reads only the row groups a range needs."""
 
-    def __init__(self, folder: Path, layers: Sequence[LayerInfo], manifest: Mapping[str, Any]) -> None:
-        self._folder, self._layers, self._parts, self._version = folder, layers, manifest["parts"], manifest["schema_version"]
-        self._footers: dict[str, Footer] = {}
+    def __init__(self, place: Place, layers: Sequence[LayerInfo], manifest: Mapping[str, Any]) -> None:
+        self._place, self._layers, self._parts, self._version = place, layers, manifest["parts"], manifest["schema_version"]
+        self._opened: dict[str, tuple[Any, Footer]] = {}
         self._decisions = partial(read_routing, weighted=manifest["options"].get("weights") != "none")
 
     def routing(self, site: int, start: int, stop: int) -> SiteRouting:
@@ -95,8 +91,9 @@ class StoredRouting:
         tables = []
         for part, a, b in self._pieces(stream, start, stop):
             name, alone = f"tokens/part-{part['index']:05d}.parquet", sum(map(bool, part["rows"].values())) <= 1
-            with _naming(self._folder, name):
-                tables.append(read_tokens(self._folder / name, stream, a, b, there, alone, self._footer(name)))
+            with _naming(self._place, name):
+                file, footer = self._open(name)
+                tables.append(read_tokens(file, stream, a, b, there, alone, footer))
         rows = pa.concat_tables(tables).unify_dictionaries()
         if len(there) < len(columns):
             rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
@@ -106,14 +103,16 @@ class StoredRouting:
         pieces = []
         for part, a, b in self._pieces(self._layers[site].stream, start, stop):
             name = f"{kind}/part-{part['index']:05d}.parquet"
-            with _naming(self._folder, name):
-                pieces.append(read(self._folder / name, self._layers[site], a, b, self._footer(name)))
+            with _naming(self._place, name):
+                file, footer = self._open(name)
+                pieces.append(read(file, self._layers[site], a, b, footer))
         return pieces
 
-    def _footer(self, name: str) -> Footer:
-        if name not in self._footers:
-            self._footers[name] = Footer.of(self._folder / name)
-        return self._footers[name]
+    def _open(self, name: str) -> tuple[Any, Footer]:
+        if name not in self._opened:
+            file = self._place.file(name)
+            self._opened[name] = file, Footer.of(file)
+        return self._opened[name]
 
     def _pieces(self, stream: str, start: int, stop: int) -> list[tuple[Mapping[str, Any], int, int]]:
         out: list[tuple[Mapping[str, Any], int, int]] = []
@@ -125,21 +124,23 @@ class StoredRouting:
         return out
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(run: str | Path | Place) -> dict[str, Any]:
     """The manifest of a run. RunError where there is none, or it is not one."""
-    path = folder / MANIFEST
+    place = Place.of(run)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        if place.folder is None:
+            with place.file(MANIFEST) as file:
+                raw = file.read()
+        else:
+            with os.fdopen(os.open(place.folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                raw = file.read()
     except FileNotFoundError:
-        if _ADDRESS.match(str(folder)):  # a Path has one slash of the two
-            raise RunError(f"{folder.name} lies in an object store: python -m analysis copy ADDRESS FOLDER, then open the folder") from None
-        unfinished = (folder / "progress").is_dir()
+        unfinished = place.holds("progress/capture.json")
         hint = "its capture did not finish: repeat the capture command to resume it" if unfinished else "there is no run.json"
-        raise RunError(f"{folder.name} is not a finished run: {hint}") from None
+        raise RunError(f"{place.name} is not a finished run: {hint}") from None
     except OSError as error:
-        raise RunError(f"{folder.name}/{MANIFEST} cannot be opened: {error.strerror}") from None
-    with os.fdopen(descriptor, "rb") as file:
-        return checked_manifest(file.read(), folder.name)
+        raise RunError(f"{place.name}/{MANIFEST} cannot be opened: {error.strerror or error}") from None
+    return checked_manifest(raw, place.name)
 
 
 def checked_manifest(raw: bytes, name: str) -> dict[str, Any]:
@@ -156,58 +157,56 @@ def checked_manifest(raw: bytes, name: str) -> dict[str, Any]:
     return dict(manifest)
 
 
-def open_run(folder: str | Path) -> Trace:
-    """The stored run in ``folder``; reads the manifest and the documents, and everything else when it is asked for.
+def open_run(run: str | Path) -> Trace:
+    """The stored run in a folder or at an address; reads the manifest and the documents, and everything else when it is asked for.
 
     Raises RunError for a missing, unfinished or damaged run: sizes are compared here, pages when they are read, digests in ``verify_run``.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    for name, listed in listed_files(manifest).items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != listed["bytes"]:
-            raise RunError(f"{folder.name}/{name} is missing or has the wrong size: restore it, or capture the run again")
+    place = Place.of(run)
+    manifest = read_manifest(place)
+    _check_sizes(place, listed_files(manifest))
     try:
         card = ModelCard.from_json(manifest["model"])
-        documents = _read(folder / "documents.parquet", DOCUMENTS)
-        core, tokens, by_document = (LongTable(folder / n, schema, partial(_naming, folder, n), NAMES) for n, schema in STATISTICS)
+        with _naming(place, "documents.parquet"):
+            documents = pq.read_table(place.file("documents.parquet"), page_checksum_verification=True)
+            documents = documents.select(DOCUMENTS.names).cast(DOCUMENTS)
+        core, tokens, by_document = (_long(place, n, schema) for n, schema in STATISTICS)
     except (TypeError, KeyError) as error:
-        raise RunError(f"{folder.name} is damaged ({error}): run `python -m analysis verify`") from error
+        raise RunError(f"{place.name} is damaged ({error}): run `python -m analysis verify`") from error
     stats = Statistics(core, tokens, by_document, tuple(x.n_classes for x in card.layers), following_sites(card.layers))
     parts = manifest["parts"]
     if (kept := manifest["options"].get("weights", "exact")) not in WEIGHTS:
-        raise RunError(f"{folder.name} keeps gate weights as {kept!r}, this program reads {', '.join(WEIGHTS)}: open it with a later one")
+        raise RunError(f"{place.name} keeps gate weights as {kept!r}, this program reads {', '.join(WEIGHTS)}: open it with a later one")
 
     def load_tokens() -> pa.Table:
         tables = []
         for name in (f"tokens/part-{p['index']:05d}.parquet" for p in parts):
-            with _naming(folder, name):
-                rows = pq.read_table(folder / name, page_checksum_verification=True)
+            with _naming(place, name):
+                rows = pq.read_table(place.file(name), page_checksum_verification=True)
                 if manifest["schema_version"] == 1:
                     rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
                 tables.append(rows.select(TOKENS.names))
         return pa.concat_tables(tables).unify_dictionaries()
 
     options = {**manifest["options"], "created": manifest["created"]}
-    source = StoredRouting(folder, card.layers, manifest)
-    return Trace(card, documents, stats, source, load_tokens, options, folder.name, source.tokens)
+    source = StoredRouting(place, card.layers, manifest)
+    return Trace(card, documents, stats, source, load_tokens, options, place.name, source.tokens)
 
 
-def verify_run(folder: str | Path) -> tuple[str, ...]:
+def verify_run(run: str | Path) -> tuple[str, ...]:
     """Problems found, in words; empty where the run is sound: digests, no stray files, invariants, statistics."""
-    folder = Path(folder)
     try:
-        manifest = read_manifest(folder)
-        listed = listed_files(manifest)
+        place = Place.of(run)
+        manifest = read_manifest(place)
+        listed, there = listed_files(manifest), place.sizes()
         problems = [f"{n}: its sha256 differs from the manifest" for n, s in listed.items()
-                    if not (folder / n).is_file() or stamp(folder / n)["sha256"] != s["sha256"]]  # fmt: skip
-        there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-        problems += [f"{n}: not part of the run" for n in sorted(there - set(listed))]
+                    if n not in there or place.digest(n) != s["sha256"]]  # fmt: skip
+        problems += [f"{n}: not part of the run" for n in sorted(there.keys() - {MANIFEST, *listed})]
         if problems:
             return tuple(problems)
-        trace = open_run(folder)
+        trace = open_run(run)
         with tempfile.TemporaryDirectory() as scratch:
-            again = merge_statistics(_counted_again(folder, trace, manifest["parts"]), Path(scratch))
+            again = merge_statistics(_counted_again(place, trace, manifest["parts"]), Path(scratch))
             differing = _other_counts(trace.stats, again, trace.weights_kept)
             problems += [f"{n}: counts differ from those of the recorded decisions" for n in differing]
     except (RunError, TraceError, pa.ArrowException, OSError) as error:
@@ -215,7 +214,20 @@ def verify_run(folder: str | Path) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _counted_again(folder: Path, trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:
+def _long(place: Place, name: str, schema: pa.Schema) -> LongTable:
+    with _naming(place, name):
+        return LongTable(place.file(name), schema, partial(_naming, place, name), NAMES)
+
+
+def _check_sizes(place: Place, listed: Mapping[str, Mapping[str, Any]]) -> None:
+    """RunError unless every file is there and as large as the manifest says."""
+    there = place.sizes()
+    for name, file in listed.items():
+        if there.get(name) != file["bytes"]:
+            raise RunError(f"{place.name}/{name} is missing or has the wrong size: restore it, or capture the run again")
+
+
+def _counted_again(place: Place, trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:
     """Statistics of each part, checked and counted again from the stored decisions; what only the capture knew is 0: probability sums, and
     gate mass where weights are not stored.
 
@@ -224,28 +236,28 @@ def _counted_again(folder: Path, trace: Trace, parts: Sequence[Mapping[str, Any]
     for stream in {x.stream for x in trace.layers}:
         rows = sum(record["rows"].get(stream, 0) for record in parts)
         if rows != trace.n_tokens(stream):
-            raise TraceError(f"{folder.name}: {rows} tokens in the parts of stream {stream}, {trace.n_tokens(stream)} in documents.parquet")
+            raise TraceError(f"{place.name}: {rows} tokens in the parts of stream {stream}, {trace.n_tokens(stream)} in documents.parquet")
     for record in parts:
-        yield _count_part(folder, trace, record)  # in a function, so that no part is held while the next is read
+        yield _count_part(place, trace, record)  # in a function, so that no part is held while the next is read
 
 
-def _count_part(folder: Path, trace: Trace, record: Mapping[str, Any]) -> Statistics:
-    part = stored_part(folder, trace, record)
+def _count_part(place: Place, trace: Trace, record: Mapping[str, Any]) -> Statistics:
+    part = stored_part(place, trace, record)
     check_part(part, trace.layers)
     if trace.weights_kept == "8-bit" and not all(np.array_equal(rounded(w), w) for r in part.routing if (w := r.weights) is not None):
         raise TraceError(
-            f"{folder.name}: routing/part-{part.index:05d}.parquet has gate weights that are not rounded, as run.json says they are"
+            f"{place.name}: routing/part-{part.index:05d}.parquet has gate weights that are not rounded, as run.json says they are"
         )
     return part_statistics(part, trace.layers)
 
 
-def stored_part(folder: Path, trace: Trace, record: Mapping[str, Any]) -> Part:
+def stored_part(place: Place, trace: Trace, record: Mapping[str, Any]) -> Part:
     """The part that a manifest's ``record`` lists, read again; its probability sums are 0, its documents are all of the run's."""
     name = f"tokens/part-{record['index']:05d}.parquet"
-    with _naming(folder, name):
-        tokens = pq.read_table(folder / name, page_checksum_verification=True)
-    own = {"parts": [record], "schema_version": SCHEMA_VERSION}  # so that footers, a MB each, go with the part
-    trace = replace(trace, source=StoredRouting(folder, trace.layers, own))
+    with _naming(place, name):
+        tokens = pq.read_table(place.file(name), page_checksum_verification=True)
+    own = {"parts": [record], "schema_version": SCHEMA_VERSION, "options": trace.options}  # so that footers, a MB each, go with the part
+    trace = replace(trace, source=StoredRouting(place, trace.layers, own))
     ranges = [(record["first_rows"][x.stream], record["rows"][x.stream]) for x in trace.layers]
     routing = tuple(trace.routing(i, a, a + n) for i, (a, n) in enumerate(ranges))
     scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))
@@ -338,19 +350,14 @@ def listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _read(path: Path, schema: pa.Schema) -> pa.Table:
-    with _naming(path.parent, path.name):
-        return pq.read_table(path, page_checksum_verification=True).select(schema.names).cast(schema)
-
-
 @contextmanager
-def _naming(folder: Path, name: str) -> Iterator[None]:
+def _naming(place: Place, name: str) -> Iterator[None]:
     """Turn whatever a damaged or vanished file raises on reading into a RunError that names it."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        raise RunError(f"{folder.name}/{name} is {reason}: restore it, or capture the run again ({type(error).__name__})") from error
+        reason = "missing" if isinstance(error, FileNotFoundError) else "damaged" if place.folder else "damaged or out of reach"
+        raise RunError(f"{place.name}/{name} is {reason}: restore it, or capture the run again ({type(error).__name__})") from error
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:

@@ -21,12 +21,13 @@ from .files import stamp, sweep, write_atomically, write_json
 from .keycounts import KeyCounts
 from .layout import write_routing, write_scores, write_table
 from .longtables import LongTable, by_site, write_long
-from .places import Place
+from .places import Place, RunError
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, following_sites, merge_statistics, part_statistics
-from .store import MANIFEST, STATISTICS, RunError, open_run, valid_run_name
+from .store import MANIFEST, STATISTICS, open_run, valid_run_name
 from .trace import SCHEMA_VERSION, LayerInfo, ModelCard, Part, Trace
 
 CAPTURE = "progress/capture.json"  # what is being captured, there before any part
+_DOCUMENTS = "documents-{}.parquet"  # of a part
 _PROGRESS = ("core-{}.parquet", "tokens-{}.npz", "by_documents-{}.parquet")  # the statistics of a part, as STATISTICS those of the run
 
 
@@ -64,6 +65,7 @@ class RunWriter:
     def refresh(self) -> frozenset[int]:
         """Look again at what is stored; numbers of the whole parts, of which those after a gap do not count yet."""
         stored = _part_records(self.place, self.folder)
+        self.place.fetch(self.folder, *(_of_part(_DOCUMENTS, i) for i in stored))
         self._records: list[dict[str, Any]] = []
         self.parts, self.documents = 0, 0
         self.rows: dict[str, int] = {}
@@ -88,10 +90,10 @@ class RunWriter:
         return [rows[d] for d in sorted(rows)]
 
     def _documents_of(self, part: int) -> pa.Table:
-        return pq.read_table(self._progress("documents-{}.parquet", part), page_checksum_verification=True)
+        return pq.read_table(self._progress(_DOCUMENTS, part), page_checksum_verification=True)
 
     def _progress(self, name: str, part: int) -> Path:
-        return self.place.fetch(f"progress/{name.format(f'{part:05d}')}", self.folder)
+        return self.folder / _of_part(name, part)
 
     def __enter__(self) -> RunWriter:
         return self
@@ -115,6 +117,7 @@ class RunWriter:
         if not self._records:
             raise RunError("nothing was captured: no documents were given")
         sweep(self.folder)  # what killed workers of a cluster left
+        self.place.fetch(self.folder, *(_of_part(name, i) for i in range(self.parts) for name in _PROGRESS))
         documents = pa.concat_tables([self._documents_of(i) for i in range(self.parts)])
         write_atomically(self.folder / "documents.parquet", partial(write_table, documents))
         sums = self.folder / "progress" / "sums"
@@ -164,7 +167,7 @@ def write_part(place: Place, part: Part, layers: Sequence[LayerInfo]) -> dict[st
     number = f"{part.index:05d}"
     stats = part_statistics(part, layers)
     files = [f"{kind}/part-{number}.parquet" for kind in ("tokens", "routing", "scores")]
-    progress = [f"progress/{name.format(number)}" for name in ("documents-{}.parquet", *_PROGRESS)]
+    progress = [_of_part(name, part.index) for name in (_DOCUMENTS, *_PROGRESS)]
     with place.workspace() as folder:
         write_atomically(folder / files[0], lambda p: write_table(part.tokens, p))
         write_atomically(folder / files[1], lambda p: write_routing(part, layers, p))
@@ -183,6 +186,10 @@ def write_part(place: Place, part: Part, layers: Sequence[LayerInfo]) -> dict[st
         write_json(folder / _record(part.index), record)
         place.store(folder, _record(part.index))
     return record
+
+
+def _of_part(name: str, part: int) -> str:
+    return f"progress/{name.format(f'{part:05d}')}"
 
 
 def _record(part: int) -> str:
@@ -210,7 +217,8 @@ def _check_same_capture(place: Place, folder: Path, card: ModelCard, options: Ma
         write_json(folder / CAPTURE, mine)
         place.store(folder, CAPTURE)
         return
-    started = json.loads(place.fetch(CAPTURE, folder).read_text(encoding="utf-8"))
+    place.fetch(folder, CAPTURE)
+    started = json.loads((folder / CAPTURE).read_text(encoding="utf-8"))
     for what in mine:
         if started.get(what) != mine[what]:
             raise RunError(f"the interrupted capture in this folder used other {what}: use the same, or delete the run")
@@ -220,9 +228,10 @@ def _part_records(place: Place, folder: Path) -> dict[int, dict[str, Any]]:
     """Records of stored parts by number; a part counts only when its record and all its files are whole."""
     records: dict[int, dict[str, Any]] = {}
     sizes = place.sizes()
-    for name in sizes:
-        if fnmatch(name, "progress/part-*.json"):
-            record = json.loads(place.fetch(name, folder).read_text(encoding="utf-8"))
-            if all(sizes.get(f) == s["bytes"] for f, s in record["files"].items()):
-                records[record["index"]] = record
+    names = [n for n in sizes if fnmatch(n, "progress/part-*.json")]
+    place.fetch(folder, *names)
+    for name in names:
+        record = json.loads((folder / name).read_text(encoding="utf-8"))
+        if all(sizes.get(f) == s["bytes"] for f, s in record["files"].items()):
+            records[record["index"]] = record
     return records

@@ -26,7 +26,11 @@ page = st.navigation(
     ],
     position="top",
 )
-header()
+try:
+    header()
+except RunError as error:  # the folder of runs is none
+    show_error(str(error))
+    st.stop()
 figures.begin()
 try:
     if page.url_path not in ("runs", "glossary"):

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from analysis.checkpoints import ModelError, read_config
-from analysis.store import RunSummary, list_runs
+from analysis.places import Place
+from analysis.store import RunError, RunSummary, list_runs
 from analysis.trace import ModelCard
 
 HOME = Path(__file__).resolve().parent.parent
@@ -18,8 +19,10 @@ DEMO = "demo-run"
 
 
 def runs_root() -> Path:
-    """The folder of the user's runs; made if missing, readable by its owner alone."""
-    root = Path(os.environ.get("ROUTERSCOPE_RUNS") or HOME / "data" / "runs")
+    """The folder of the user's runs; made if missing, readable by its owner alone. RunError for an address, which is not listed."""
+    root = Place.of(os.environ.get("ROUTERSCOPE_RUNS") or HOME / "data" / "runs").folder
+    if root is None:
+        raise RunError("ROUTERSCOPE_RUNS names an address, and the dashboard lists a folder: copy runs to one (python -m analysis copy)")
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     return root
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,12 +25,14 @@ from analysis.places import Place, digest
 from analysis.stats import merge_statistics
 from analysis.store import RunError, open_run, verify_run
 
+from .conftest import ROOT
 from .raylets import documents, saved, two_nodes
 from .s3server import CREDENTIALS, bucket
 
 TEXTS = documents(24)
 LABELS = ["x", None, "y"] * 8
 OPTIONS: dict[str, Any] = {"batch_size": 3, "part_tokens": 80}
+pytestmark = pytest.mark.timeout(1200)  # every replica imports torch anew: with ten times as much work as cores, minutes each
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +147,8 @@ def test_to_an_object_store_also_where_a_worker_is_killed(nodes: str, model: Pat
         out = addresses % "spread"
         with monkeypatch.context() as patch:
             patch.setattr(places, "copy_file", noting)
-            assert spread(model, out, progress=killed.one) is None
+            trace = spread(model, out, progress=killed.one)
+        assert trace.tokens.equals(open_run(alone).tokens) and verify_run(out) == ()
         assert killed.pids and not Path(f"/proc/{killed.pids[0]}").exists()
         place = Place.of(out)
         assert place.sizes().keys() == contents(alone).keys()
@@ -176,8 +182,11 @@ def test_a_cancelled_capture_to_an_object_store_resumes(nodes: str, model: Path,
 def test_statistics_over_parts_equal_those_counted_here(nodes: str, alone: Path) -> None:
     parts = len(list((alone / "routing").iterdir()))
     expected = merge_statistics(count_part(alone, i) for i in range(parts))
-    found = statistics_on_cluster(alone, Cluster())
-    assert all(getattr(found, t).equals(getattr(expected, t)) for t in ("core", "by_token", "by_document"))
+    with bucket() as addresses:
+        copy_run(str(alone), addresses % "alone")
+        for run in (alone, addresses % "alone"):
+            found = statistics_on_cluster(run, Cluster())
+            assert all(getattr(found, t).equals(getattr(expected, t)) for t in ("core", "by_token", "by_document"))
 
 
 def test_the_command_line(nodes: str, model: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -187,13 +196,15 @@ def test_the_command_line(nodes: str, model: Path, alone: Path, tmp_path: Path, 
     assert "8 decoder tokens" in capsys.readouterr().err and verify_run(out) == ()
     assert main(["stats", str(out), "--cluster", "auto"]) == 0
     assert "on the cluster: equal to the stored statistics" in capsys.readouterr().out
-    monkeypatch.setattr("analysis.cluster.statistics_on_cluster", lambda *_: open_run(alone).stats)
-    assert main(["stats", str(out), "--cluster", "auto"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("analysis.cluster.statistics_on_cluster", lambda *_: open_run(alone).stats)
+        assert main(["stats", str(out), "--cluster", "auto"]) == 2
     assert "its statistics are not those of its decisions" in capsys.readouterr().err
     with bucket() as addresses:
         address = addresses % "run"
         assert main(["capture", "--model", str(model), "--text", "Il pleut", "--out", address, "--cluster", "auto", "--workers", "1"]) == 0
-        assert "written; to open it: python -m analysis copy" in capsys.readouterr().err
+        assert "8 decoder tokens" in capsys.readouterr().err
+        assert main(["stats", address, "--cluster", "auto"]) == 0
         copy_run(address, str(tmp_path / "back"))
     assert contents(tmp_path / "back") == contents(out)
 
@@ -209,6 +220,27 @@ def test_what_a_node_raises_is_raised_here(nodes: str, model: Path, tmp_path: Pa
         spread(model, tmp_path / "d", cluster=Cluster(gpus=1))
     with pytest.raises(ClusterError, match="not known beforehand"):
         spread(model, tmp_path / "e", new_tokens=3)
+
+
+def test_a_cluster_started_here_listens_on_loopback_alone() -> None:
+    """Sockets of every process that Ray starts for ``--cluster auto``, workers included. In a process of its own: this one is connected."""
+    pytest.importorskip("ray", reason="no Ray: pip install -r requirements-cluster.txt")
+    code = """
+import os, psutil, ray
+from analysis.cluster import _start_here
+_start_here(ray, {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False})
+assert ray._private.ray_constants.ENABLE_RAY_CLUSTER and "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+ray.get(ray.remote(num_cpus=1)(lambda: None).remote())
+for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+    for socket in process.net_connections("inet"):
+        print(process.name(), socket.status, socket.laddr.ip)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    found = [line.split() for line in done.stdout.splitlines()]
+    listening = {name for name, status, _ in found if status in ("LISTEN", "NONE")}
+    assert {"gcs_server", "raylet"} <= listening and len(listening) > 3
+    assert {address.removeprefix("::ffff:") for *_, address in found} == {"127.0.0.1"}
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -413,6 +413,8 @@ def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
         path.write_bytes(original)
     (tmp_path / "run" / "extra.txt").write_text("x")
     assert verify_run(tmp_path / "run") == ("extra.txt: not part of the run",)
+    (tmp_path / "run" / "extra.txt").rename(tmp_path / "run" / os.fsdecode(b"\xff"))  # a name that is no text
+    assert verify_run(tmp_path / "run") == ("\udcff: not part of the run",) and open_run(tmp_path / "run").name == "run"
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "[" * 99_999, '{"schema_version": 99}'])

@@ -56,6 +56,15 @@ def store(folder: Path, layers: tuple[LayerInfo, ...], lengths: list[int]) -> No
         writer.commit()
 
 
+def test_an_address_of_runs_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROUTERSCOPE_RUNS", "s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1")
+    monkeypatch.chdir(ROOT)
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180).run()
+    assert not test.exception and [e.value.replace("\\", "") for e in test.error] == [
+        "ROUTERSCOPE_RUNS names an address, and the dashboard lists a folder: copy runs to one (python -m analysis copy)"
+    ]
+
+
 def shown(page: str, run: str) -> AppTest:
     test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
     test.query_params["run"] = run
