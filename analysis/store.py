@@ -18,12 +18,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .files import stamp
-from .layout import Footer, read_experts, read_routing, read_scores, read_tokens
+from .layout import Footer, read_experts, read_routing, read_scores, read_tokens, room_for
 from .longtables import LongTable, where, whole
 from .rounding import WEIGHTS, rounded
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, NAMES, Statistics, following_sites, merge_statistics, part_statistics
@@ -47,14 +47,14 @@ from .trace import (
     Trace,
     TraceError,
     check_part,
-    join_routing,
+    id_dtype,
     join_scores,
 )  # fmt: skip
 
 MANIFEST = "run.json"
 READABLE = (1, SCHEMA_VERSION)
 STATISTICS = (("stats.parquet", CORE), ("token_stats.parquet", BY_TOKEN), ("document_stats.parquet", BY_DOCUMENT))
-_Piece = TypeVar("_Piece", SiteRouting, SiteScores, np.ndarray)
+_Piece = tuple[Mapping[str, Any], int, int]  # a part, and the start and stop within it of the rows that are asked for
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/")
 _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))})
@@ -78,14 +78,30 @@ class StoredRouting:
         self._folder, self._layers, self._parts, self._version = folder, layers, manifest["parts"], manifest["schema_version"]
         self._footers: dict[str, Footer] = {}
 
-    def routing(self, site: int, start: int, stop: int) -> SiteRouting:
-        return join_routing(self._read(read_routing, "routing", site, start, stop))
+    def routings(self, sites: Sequence[int], start: int, stop: int) -> tuple[SiteRouting, ...]:
+        layers, pieces = [self._layers[i] for i in sites], self._pieces(self._layers[sites[0]].stream, start, stop)
+        n, dropping = sum(b - a for _, a, b in pieces), any(x.native_capacity is not None for x in self._layers)
+        whole = [room_for(x, n, dropping) for x in layers]
+        for name, at, a, b in self._files("routing", pieces):
+            with _naming(self._folder, name):
+                read_routing(self._folder / name, layers, a, b, [_rows(r, at, at + b - a) for r in whole], self._footer(name))
+        return tuple(r if r.chosen is r.experts or not np.array_equal(r.chosen, r.experts) else SiteRouting(r.experts, r.weights, r.experts)
+                     for r in whole)  # fmt: skip
 
     def experts(self, site: int, start: int, stop: int) -> np.ndarray:
-        return np.concatenate(self._read(read_experts, "routing", site, start, stop))
+        layer, pieces = self._layers[site], self._pieces(self._layers[site].stream, start, stop)
+        whole = np.empty((sum(b - a for _, a, b in pieces), layer.top_k), id_dtype(layer.n_classes))
+        for name, at, a, b in self._files("routing", pieces):
+            with _naming(self._folder, name):
+                read_experts(self._folder / name, layer, a, b, whole[at : at + b - a], self._footer(name))
+        return whole
 
     def scores(self, site: int, start: int, stop: int) -> SiteScores:
-        return join_scores(self._read(read_scores, "scores", site, start, stop))
+        layer, found = self._layers[site], []
+        for name, _, a, b in self._files("scores", self._pieces(layer.stream, start, stop)):
+            with _naming(self._folder, name):
+                found.append(read_scores(self._folder / name, layer, a, b, self._footer(name)))
+        return join_scores(found)
 
     def tokens(self, stream: str, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
         """Rows start to stop of a stream, ``columns`` of schema TOKENS."""
@@ -100,27 +116,32 @@ class StoredRouting:
             rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
         return rows.select(columns)
 
-    def _read(self, read: Callable[..., _Piece], kind: str, site: int, start: int, stop: int) -> list[_Piece]:
-        pieces = []
-        for part, a, b in self._pieces(self._layers[site].stream, start, stop):
-            name = f"{kind}/part-{part['index']:05d}.parquet"
-            with _naming(self._folder, name):
-                pieces.append(read(self._folder / name, self._layers[site], a, b, self._footer(name)))
-        return pieces
+    @staticmethod
+    def _files(kind: str, pieces: Sequence[_Piece]) -> Iterator[tuple[str, int, int, int]]:
+        """(file, rows read before it, start and stop within it)"""
+        before = 0
+        for part, a, b in pieces:
+            yield f"{kind}/part-{part['index']:05d}.parquet", before, a, b
+            before += b - a
 
     def _footer(self, name: str) -> Footer:
         if name not in self._footers:
             self._footers[name] = Footer.of(self._folder / name)
         return self._footers[name]
 
-    def _pieces(self, stream: str, start: int, stop: int) -> list[tuple[Mapping[str, Any], int, int]]:
-        out: list[tuple[Mapping[str, Any], int, int]] = []
+    def _pieces(self, stream: str, start: int, stop: int) -> list[_Piece]:
+        out: list[_Piece] = []
         for part in self._parts:
             first, n = part["first_rows"].get(stream, 0), part["rows"].get(stream, 0)
             a, b = max(start - first, 0), min(stop - first, n)
             if a < b or (not out and part is self._parts[-1]):
                 out.append((part, a, max(a, b)))
         return out
+
+
+def _rows(routing: SiteRouting, start: int, stop: int) -> SiteRouting:
+    experts = routing.experts[start:stop]
+    return SiteRouting(experts, routing.weights[start:stop], experts if routing.chosen is routing.experts else routing.chosen[start:stop])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

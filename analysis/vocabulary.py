@@ -69,8 +69,9 @@ def input_tokens(trace: Trace, site: int) -> TokenCounts:
     cells, experts, counts = trace.stats.token_load(site)
     layer = trace.layers[site]
     if counts.sum() == trace.stats.n_tokens(site) * layer.top_k:
-        ids, row = np.unique(cells, return_inverse=True)
-        tokens = np.bincount(row, counts, len(ids)).astype(np.int64) // layer.top_k
+        starts = np.flatnonzero(np.append(True, cells[1:] != cells[:-1])[: len(cells)])  # cells are sorted
+        ids, row = cells[starts], np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(cells))))
+        tokens = (np.add.reduceat(counts, starts) if len(starts) else counts) // layer.top_k
     else:  # some tokens have fewer than k experts: their number is in the tokens table only
         recorded = trace.stream_tokens(layer.stream, columns=["token_id"])["token_id"].to_numpy().astype(np.int64)
         ids, tokens = np.unique(recorded, return_counts=True)
