@@ -30,13 +30,13 @@ class LongTable:
     def table(self) -> pa.Table:
         """The whole table."""
         with self._reading():
-            return self._read(range(self._footer.num_row_groups))
+            return self._read(range(self._footer.num_row_groups)).cast(self.schema)
 
     def where(self, column: str, value: str | int, total: int | None = None) -> pa.Table:
         """The rows with ``value`` in ``column``, in the file's order. ValueError where their counts do not sum to ``total``."""
         with self._reading():
             groups = [i for i, x in enumerate(self._extents(column)) if x is not None and x[0] <= value <= x[1]]
-            found = _where(self._read(groups), column, value)
+            found = _where(self._read(groups), column, value).cast(self.schema)
             if total is not None and (pc.sum(found["count"]).as_py() or 0) != total:
                 raise ValueError(f"the counts where {column} is {value} do not add up to {total}")
             return found
@@ -80,8 +80,10 @@ class LongTable:
         return out
 
     def _read(self, groups: Sequence[int]) -> pa.Table:
-        with pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True) as file:
-            return file.read_row_groups(list(groups), columns=self.schema.names).select(self.schema.names).cast(self.schema)
+        """Texts as dictionaries: what is not asked for is never spelled out."""
+        texts = [f.name for f in self.schema if pa.types.is_string(f.type)]
+        with pq.ParquetFile(self.path, metadata=self._footer, read_dictionary=texts, page_checksum_verification=True) as file:
+            return file.read_row_groups(list(groups), columns=self.schema.names).select(self.schema.names)
 
 
 def whole(rows: pa.Table | LongTable) -> pa.Table:
@@ -95,8 +97,13 @@ def where(rows: pa.Table | LongTable, column: str, value: str | int, total: int 
 
 
 def _where(table: pa.Table, column: str, value: str | int) -> pa.Table:
-    if pa.types.is_integer(table.schema.field(column).type):
-        found = np.flatnonzero(table[column].to_numpy() == value)
+    values, sought = table[column], value
+    if pa.types.is_dictionary(values.type):
+        values = values.unify_dictionaries()
+        sought = values.chunk(0).dictionary.index(value).as_py() if values.num_chunks else -1
+        values = pa.chunked_array([x.indices for x in values.chunks], values.type.index_type)
+    if pa.types.is_integer(values.type):
+        found = np.flatnonzero(values.to_numpy() == sought)
         if len(found) and found[-1] - found[0] == len(found) - 1:  # one stretch, as in every table sorted by the column
             return table.slice(found[0], len(found))
     return table.filter(pc.equal(table[column], value))

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -183,8 +184,11 @@ def open_run(folder: str | Path) -> Trace:
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, listed in listed_files(manifest).items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != listed["bytes"]:
+        try:
+            there = os.stat(f"{folder}/{name}")  # once for each: a run of 10^9 decisions has hundreds of files
+        except OSError:
+            there = None
+        if there is None or not stat.S_ISREG(there.st_mode) or there.st_size != listed["bytes"]:
             raise RunError(f"{folder.name}/{name} is missing or has the wrong size: restore it, or capture the run again")
     try:
         card = ModelCard.from_json(manifest["model"])
@@ -352,7 +356,8 @@ def listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:
     with _naming(path.parent, path.name):
-        return pq.read_table(path, page_checksum_verification=True).select(schema.names).cast(schema)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read(columns=schema.names).select(schema.names).cast(schema)
 
 
 @contextmanager
