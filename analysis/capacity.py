@@ -11,7 +11,7 @@ policies that order by weight are refused. Everything else there is exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from types import MappingProxyType
@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from .overflow import BLOCK, FACTORS, POLICIES, MissingScores, Overflow, Queues, chance_curve, rank_site
 from .slots import Batches, CapacityError, CapacityRule, ExpertShape, capacity_rule, make_batches, slot_cost
-from .trace import LayerInfo, ModelCard, SiteRouting, Trace, by_document
+from .trace import LayerInfo, ModelCard, Trace, by_document
 
 _BYTES: Mapping[str, float] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1})
 ADDITIVE = ("tokens", "assignments", "dropped", "kept", "rerouted", "fully_dropped", "partly_dropped", "top1_dropped", "slots", "idle",
@@ -224,12 +224,9 @@ def _ranked(trace: Trace, policy: str, scope: str, size: int | None, shuffles: S
     if not len(chosen):
         raise CapacityError("no layer is chosen: give at least one site number")
     with ThreadPoolExecutor(1) as pool:  # the next site is read while this one is ranked
-        ahead: Future[SiteRouting] = Future()
-        ahead.set_result(trace.routing(chosen[0]))
+        routing = trace.routing(chosen[0])
         for i, following in zip(chosen, [*chosen[1:], None], strict=True):
-            routing = ahead.result()
-            if following is not None:
-                ahead = pool.submit(trace.routing, following)
+            ahead = None if following is None else pool.submit(trace.routing, following)
             layer = trace.layers[i]
             known = routing.chosen is routing.experts or bool((routing.chosen == routing.experts).all())
             preference = trace.scores(i).probabilities if policy == "reroute" else None
@@ -238,6 +235,7 @@ def _ranked(trace: Trace, policy: str, scope: str, size: int | None, shuffles: S
                     batches[same] = batches_of(trace, layer.stream, scope, size, mixed)
                 yield i, mixed, rank_site(routing.chosen, routing.weights, layer.n_experts, batches[same], policy, n_special=layer.n_special,
                                           seed=[seed, i], preference=preference, weights_known=known)  # fmt: skip
+            routing = routing if ahead is None else ahead.result()
 
 
 def _curve_tables(

@@ -94,7 +94,7 @@ def write_scores(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
 
 
 def room_for(layer: LayerInfo, n: int, dropping: bool) -> SiteRouting:
-    """Arrays for n tokens of a site, to be filled; ``chosen`` has its own where the model drops natively."""
+    """Arrays for n tokens of a site, to be filled; ``chosen`` has its own where the model drops natively and files hold it."""
     experts = np.empty((n, layer.top_k), id_dtype(layer.n_classes))
     return SiteRouting(experts, np.empty(experts.shape, np.float32), np.empty_like(experts) if dropping else experts)
 

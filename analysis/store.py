@@ -81,11 +81,12 @@ class StoredRouting:
 
     def routings(self, sites: Sequence[int], start: int, stop: int) -> tuple[SiteRouting, ...]:
         layers, pieces = [self._layers[i] for i in sites], self._pieces(self._layers[sites[0]].stream, start, stop)
-        n, dropping = sum(b - a for _, a, b in pieces), any(x.native_capacity is not None for x in self._layers)
-        whole = [room_for(x, n, dropping) for x in layers]
+        whole, n = tuple[SiteRouting, ...](), sum(b - a for _, a, b in pieces)
         for name, at, a, b in self._files("routing", pieces):
             with _naming(self._folder, name):
-                read_routing(self._folder / name, layers, a, b, [_rows(r, at, at + b - a) for r in whole], self._footer(name))
+                footer = self._footer(name)
+                whole = whole or tuple(room_for(x, n, "c0" in footer.metadata.schema.names) for x in layers)
+                read_routing(self._folder / name, layers, a, b, [_rows(r, at, at + b - a) for r in whole], footer)
         return tuple(r if r.chosen is r.experts or not np.array_equal(r.chosen, r.experts) else SiteRouting(r.experts, r.weights, r.experts)
                      for r in whole)  # fmt: skip
 

@@ -275,10 +275,11 @@ class Trace:
         return source.routings([layer], start, stop)[0]
 
     def routings(self, layers: Sequence[int], start: int, stop: int) -> tuple[SiteRouting, ...]:
-        """``routing`` of several sites of one stream, read together: what a document is shown from. ValueError for sites of two streams."""
+        """``routing`` of several sites of one stream, read together: what a document is shown from. TraceError for sites of two streams."""
+        sources = [self._range(i, stop)[0] for i in layers]
         if len({self.layers[i].stream for i in layers}) > 1:
-            raise ValueError("sites of two streams have different rows: ask for each stream on its own")
-        return self._range(layers[0], stop)[0].routings(layers, start, stop) if len(layers) else ()
+            raise TraceError("sites of two streams have different rows: ask for each stream on its own")
+        return sources[0].routings(layers, start, stop) if sources else ()
 
     def scores(self, layer: int, start: int = 0, stop: int | None = None) -> SiteScores:
         """Router scores of one site, rows start to stop (default all)."""
