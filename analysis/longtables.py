@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -30,13 +30,13 @@ class LongTable:
     def table(self) -> pa.Table:
         """The whole table."""
         with self._reading():
-            return self._read(range(self._footer.num_row_groups)).cast(self.schema)
+            return self._spelled(self._read(range(self._footer.num_row_groups)), {})
 
     def where(self, column: str, value: str | int, total: int | None = None) -> pa.Table:
         """The rows with ``value`` in ``column``, in the file's order. ValueError where their counts do not sum to ``total``."""
         with self._reading():
             groups = [i for i, x in enumerate(self._extents(column)) if x is not None and x[0] <= value <= x[1]]
-            found = _where(self._read(groups), column, value).cast(self.schema)
+            found = self._spelled(_where(self._read(groups), column, value), {column: value})
             if total is not None and (pc.sum(found["count"]).as_py() or 0) != total:
                 raise ValueError(f"the counts where {column} is {value} do not add up to {total}")
             return found
@@ -78,6 +78,15 @@ class LongTable:
                 raise ValueError(f"row group {i} holds {column} {extent}, which is none")
             out.append(extent)
         return out
+
+    def _spelled(self, table: pa.Table, known: Mapping[str, str | int]) -> pa.Table:
+        """The table in the schema; a text that is ``known``, or null, in every row is not looked up row by row: that would take most of the time."""
+        for i, field in enumerate(self.schema):
+            nothing = table[field.name].null_count == len(table)
+            if pa.types.is_string(field.type) and (nothing or field.name in known):
+                value = pa.scalar(None if nothing else known[field.name], field.type)
+                table = table.set_column(i, field, pa.repeat(value, len(table)))
+        return table.cast(self.schema)
 
     def _read(self, groups: Sequence[int]) -> pa.Table:
         """Texts as dictionaries: what is not asked for is never spelled out."""
