@@ -225,11 +225,9 @@ def _ranked(trace: Trace, policy: str, scope: str, size: int | None, shuffles: S
     if not len(chosen):
         raise CapacityError("no layer is chosen: give at least one site number")
     with ThreadPoolExecutor(1) as pool:  # the next site is read while this one is ranked
-        ahead = pool.submit(trace.routing, chosen[0])
+        routing = trace.routing(chosen[0])
         for i, following in zip(chosen, [*chosen[1:], None], strict=True):
-            routing = ahead.result()
-            if following is not None:
-                ahead = pool.submit(trace.routing, following)
+            ahead = None if following is None else pool.submit(trace.routing, following)
             layer = trace.layers[i]
             known = routing.chosen is routing.experts or bool((routing.chosen == routing.experts).all())
             preference = trace.scores(i).probabilities if policy == "reroute" else None
@@ -238,6 +236,7 @@ def _ranked(trace: Trace, policy: str, scope: str, size: int | None, shuffles: S
                     batches[same] = batches_of(trace, layer.stream, scope, size, mixed)
                 yield i, mixed, rank_site(routing.chosen, routing.weights, layer.n_experts, batches[same], policy, n_special=layer.n_special,
                                           seed=[seed, i], preference=preference, weights_known=known)  # fmt: skip
+            routing = routing if ahead is None else ahead.result()
 
 
 def _curve_tables(

@@ -118,52 +118,61 @@ def write_scores(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
     _write_groups(tables(), schema, path, columns, columns)
 
 
-def read_routing(
-    path: Path | Any, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None, weighted: bool = True
-) -> SiteRouting:
-    """Rows start to stop (within the part) of one site, from the row groups that hold them alone; ``footer`` where it was read before.
+def room_for(layer: LayerInfo, n: int, dropping: bool, weighted: bool = True) -> SiteRouting:
+    """Arrays for n tokens of a site, to be filled; ``chosen`` has its own where the model drops natively and files hold it; no weights unless ``weighted``."""
+    experts = np.empty((n, layer.top_k), id_dtype(layer.n_classes))
+    weights = np.empty(experts.shape, np.float32) if weighted else None
+    return SiteRouting(experts, weights, np.empty_like(experts) if dropping else experts)
 
-    ``weighted`` False: of a run that keeps no gate weights.
+
+def read_routing(path: Path | Any, layers: Sequence[LayerInfo], start: int, stop: int, into: Sequence[SiteRouting],
+                 footer: Footer | None = None) -> None:  # fmt: skip
+    """Fill the arrays of ``into`` with rows start to stop (within the part) of sites ``layers``, from the row groups that hold them alone.
+
+    ``chosen`` is left alone where it is ``experts``; ``footer`` is given where it was read before. To read all sites at once takes two
+    thirds of the time of one after the other, for a document of a model with few experts per token.
     """
     footer = Footer.of(path) if footer is None else footer
-    with _parquet(path, footer) as file:
-        chosen = "c0" in file.schema_arrow.names
-        names = [f"{kind}{i}" for kind in "e" + "w" * weighted + "c" * chosen for i in range(layer.top_k)]
-        table = _read_rows(file, footer, layer.index, names, start, stop)
-    dtype = id_dtype(layer.n_classes)
-    experts = _matrix(table, "e", layer.top_k, dtype, NO_EXPERT)
-    weights = _matrix(table, "w", layer.top_k, np.dtype(np.float32), 0.0) if weighted else None
-    before = _matrix(table, "c", layer.top_k, dtype, NO_EXPERT) if chosen else experts
-    return SiteRouting(experts, weights, experts if np.array_equal(before, experts) else before)
+    weighted, dropping = all(r.weights is not None for r in into), any(r.chosen is not r.experts for r in into)
+    names = [f"{kind}{i}" for kind in "e" + "w" * weighted + "c" * dropping for i in range(max(x.top_k for x in layers))]
+    table, starts = _read_rows(path, footer, [x.index for x in layers], names, start, stop)
+    ids = np.result_type(*(r.experts for r in into))
+    columns = {n: _filled(table[n], 0.0) if n[0] == "w" else _filled(table[n], NO_EXPERT, ids) for n in names}
+    for first, r in zip(starts, into, strict=True):
+        _interleave(columns, "e", first, r.experts)
+        if r.weights is not None:
+            _interleave(columns, "w", first, r.weights)
+        if r.chosen is not r.experts:
+            _interleave(columns, "c", first, r.chosen)
 
 
-def read_experts(path: Path | Any, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> np.ndarray:
+def read_experts(path: Path | Any, layer: LayerInfo, start: int, stop: int, into: np.ndarray, footer: Footer | None = None) -> None:
     """The experts of ``read_routing`` alone: a third of the bytes, and no weight is unpacked."""
-    footer = Footer.of(path) if footer is None else footer
-    with _parquet(path, footer) as file:
-        table = _read_rows(file, footer, layer.index, [f"e{i}" for i in range(layer.top_k)], start, stop)
-    return _matrix(table, "e", layer.top_k, id_dtype(layer.n_classes), NO_EXPERT)
+    names = [f"e{i}" for i in range(layer.top_k)]
+    table, (first,) = _read_rows(path, Footer.of(path) if footer is None else footer, [layer.index], names, start, stop)
+    _interleave({n: _filled(table[n], NO_EXPERT, into.dtype) for n in names}, "e", first, into)
 
 
-def _matrix(table: pa.Table, kind: str, top_k: int, type_: np.dtype, missing: float) -> np.ndarray:
-    """[rows, top_k]: the columns ``kind`` 0 to top_k - 1, ``missing`` where they are null."""
-    out = np.empty((len(table), top_k), type_)
-    for i in range(top_k):
-        column = table[f"{kind}{i}"]
-        if column.null_count:
-            column = pc.fill_null(column.cast(pa.from_numpy_dtype(type_)), missing)
-        out[:, i] = column.to_numpy()
-    return out
+def _filled(column: pa.ChunkedArray, missing: float, type_: np.dtype | type = np.float32) -> np.ndarray:
+    """The column, ``missing`` where it is null; nothing is copied where nothing is null and all is in one piece."""
+    if column.null_count:
+        column = pc.fill_null(column.cast(pa.from_numpy_dtype(type_)), missing)
+    return np.asarray(column.to_numpy())
+
+
+def _interleave(columns: Mapping[str, np.ndarray], kind: str, first: int, out: np.ndarray) -> None:
+    """out [n, k]: rows ``first`` and after of the columns ``kind`` 0 to k - 1."""
+    for i in range(out.shape[1]):
+        out[:, i] = columns[f"{kind}{i}"][first : first + len(out)]
 
 
 def read_scores(path: Path | Any, layer: LayerInfo, start: int, stop: int, footer: Footer | None = None) -> SiteScores:
     """Rows start to stop (within the part) of one site's scores; ``footer`` as in ``read_routing``."""
     footer = Footer.of(path) if footer is None else footer
-    with _parquet(path, footer) as file:
-        kept = "p0" in file.schema_arrow.names
-        names = ["entropy", "margin", "logsumexp", *(f"p{i}" for i in range(layer.n_classes if kept else 0))]
-        table = _read_rows(file, footer, layer.index, names, start, stop)
-    columns = [table[n].to_numpy() for n in names]
+    kept = "p0" in footer.metadata.schema.names
+    names = ["entropy", "margin", "logsumexp", *(f"p{i}" for i in range(layer.n_classes if kept else 0))]
+    table, (first,) = _read_rows(path, footer, [layer.index], names, start, stop)
+    columns = [table[n].slice(first, stop - start).to_numpy() for n in names]
     return SiteScores(columns[0], columns[1], columns[2], np.stack(columns[3:], axis=1) if kept else None)
 
 
@@ -188,18 +197,29 @@ def read_tokens(path: Path | Any, stream: str, start: int, stop: int, columns: S
     return table.slice(rows[0], len(rows)) if together else table.take(pa.array(rows))
 
 
-def _read_rows(file: pq.ParquetFile, footer: Footer, site: int, names: list[str], start: int, stop: int) -> pa.Table:
-    """Rows start to stop of a site; ValueError where the file has fewer."""
-    groups, skipped, rows = [], 0, 0
-    for i, n in footer.sites.get(site, ()):
-        if rows + n <= start:
-            skipped += n
-        elif rows < stop and start < stop:
-            groups.append(i)
-        rows += n
-    if rows < stop:
-        raise ValueError(f"{rows} rows of site {site} instead of {stop} or more")
-    return file.read_row_groups(groups, columns=names).slice(start - skipped, stop - start)
+def _read_rows(
+    path: Path | Any, footer: Footer, sites: Sequence[int], names: Sequence[str], start: int, stop: int
+) -> tuple[pa.Table, list[int]]:
+    """(the row groups that hold rows start to stop of the sites, where row ``start`` of each site is in them); ValueError where one has fewer."""
+    groups, starts, read = list[int](), list[int](), 0
+    for site in sites:
+        rows, skipped, mine = 0, 0, 0
+        for i, n in footer.sites.get(site, ()):
+            if rows + n <= start:
+                skipped += n
+            elif rows < stop and start < stop:
+                groups.append(i)
+                mine += n
+            rows += n
+        if rows < stop:
+            raise ValueError(f"{rows} rows of site {site} instead of {stop} or more")
+        starts.append(read + start - skipped)
+        read += mine
+    with _parquet(path, footer) as file:
+        table = file.read_row_groups(groups, columns=list(names))
+    if len(table) != read:
+        raise ValueError(f"{len(table)} rows instead of {read}")
+    return table, starts
 
 
 def _keys(part: Part, layers: Sequence[LayerInfo]) -> Callable[[LayerInfo], list[pa.Array]]:

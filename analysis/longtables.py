@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -33,13 +33,13 @@ class LongTable:
     def table(self) -> pa.Table:
         """The whole table."""
         with self._reading():
-            return self._read(range(self._footer.num_row_groups))
+            return self._spelled(self._read(range(self._footer.num_row_groups)), {})
 
     def where(self, column: str, value: str | int, total: int | None = None) -> pa.Table:
         """The rows with ``value`` in ``column``, in the file's order. ValueError where their counts do not sum to ``total``."""
         with self._reading():
             groups = [i for i, x in enumerate(self._extents(column)) if x is not None and x[0] <= value <= x[1]]
-            found = _where(self._read(groups), column, value)
+            found = self._spelled(_where(self._read(groups), column, value), {column: value})
             if total is not None and (pc.sum(found["count"]).as_py() or 0) != total:
                 raise ValueError(f"the counts where {column} is {value} do not add up to {total}")
             return found
@@ -82,13 +82,26 @@ class LongTable:
             out.append(extent)
         return out
 
-    def _open(self) -> pq.ParquetFile:
+    def _open(self, texts: Sequence[str] = ()) -> pq.ParquetFile:
+        """The file; columns ``texts`` as dictionaries."""
         beside = not isinstance(self.path, Path)  # ranges that lie together are asked for together
-        return pq.ParquetFile(self.path, metadata=self._footer, page_checksum_verification=True, pre_buffer=beside)
+        return pq.ParquetFile(
+            self.path, metadata=self._footer, read_dictionary=list(texts), page_checksum_verification=True, pre_buffer=beside
+        )
+
+    def _spelled(self, table: pa.Table, known: Mapping[str, str | int]) -> pa.Table:
+        """The table in the schema; a text that is ``known``, or null, in every row is not looked up row by row: that would take most of the time."""
+        for i, field in enumerate(self.schema):
+            nothing = table[field.name].null_count == len(table)
+            if pa.types.is_string(field.type) and (nothing or field.name in known):
+                value = pa.scalar(None if nothing else known[field.name], field.type)
+                table = table.set_column(i, field, pa.repeat(value, len(table)))
+        return table.cast(self.schema)
 
     def _read(self, groups: Sequence[int]) -> pa.Table:
-        with self._open() as file:
-            return file.read_row_groups(list(groups), columns=self.schema.names).select(self.schema.names).cast(self.schema)
+        """Texts as dictionaries: what is not asked for is never spelled out."""
+        with self._open([f.name for f in self.schema if pa.types.is_string(f.type)]) as file:
+            return file.read_row_groups(list(groups), columns=self.schema.names).select(self.schema.names)
 
 
 def whole(rows: pa.Table | LongTable | KeyCounts) -> pa.Table:
@@ -102,8 +115,13 @@ def where(rows: pa.Table | LongTable | KeyCounts, column: str, value: str | int,
 
 
 def _where(table: pa.Table, column: str, value: str | int) -> pa.Table:
-    if pa.types.is_integer(table.schema.field(column).type):
-        found = np.flatnonzero(table[column].to_numpy() == value)
+    values, sought = table[column], value
+    if pa.types.is_dictionary(values.type):
+        values = values.unify_dictionaries()
+        sought = values.chunk(0).dictionary.index(value).as_py() if values.num_chunks else -1
+        values = pa.chunked_array([x.indices for x in values.chunks], values.type.index_type)
+    if pa.types.is_integer(values.type):
+        found = np.flatnonzero(values.to_numpy() == sought)
         if len(found) and found[-1] - found[0] == len(found) - 1:  # one stretch, as in every table sorted by the column
             return table.slice(found[0], len(found))
     return table.filter(pc.equal(table[column], value))

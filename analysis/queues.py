@@ -288,6 +288,20 @@ def rank_all(experts, bits, order, starts, n_experts, policy):
 
 
 @compiled
+def loads_of(experts, order, starts, n_experts):
+    """int64 [batches, E]: assignments to each expert in each batch; other ids are not counted."""
+    loads, wide = np.zeros((len(starts) - 1, n_experts), np.int64), np.uint64(n_experts)
+    for b in range(len(starts) - 1):
+        mine = loads[b]
+        for row in order[starts[b] : starts[b + 1]]:
+            for s in range(experts.shape[1]):
+                e = np.uint64(np.int64(experts[row, s]))  # -1 becomes the largest number
+                if e < wide:
+                    mine[e] += 1
+    return loads
+
+
+@compiled
 def by_rank(weights, rows, ranks, tokens, mass):
     """Add a batch to tokens[r], tokens whose best rank is r, and mass[r], gate weight served at rank r."""
     for i in range(len(rows)):

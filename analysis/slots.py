@@ -194,9 +194,11 @@ def make_batches(lengths: Sequence[int] | np.ndarray, scope: str = "document", s
 
 def batch_loads(experts: np.ndarray, n_experts: int, batches: Batches) -> np.ndarray:
     """int64 [batches, E]: assignments chosen per expert in each batch; ids outside 0..E-1 are not counted."""
-    cells = batches.of_row[:, None] * np.int64(n_experts) + experts
-    cells = cells[(experts >= 0) & (experts < n_experts)]
-    return np.bincount(cells, minlength=len(batches.sizes) * n_experts).reshape(-1, n_experts)
+    from .queues import loads_of  # pays for numba
+
+    if len(batches.order) != len(experts):
+        raise CapacityError(f"the batches hold {len(batches.order)} tokens, the site {len(experts)}")
+    return np.asarray(loads_of(experts, batches.order, batches.starts, n_experts))
 
 
 def uniform_overflow(tokens: int, n_experts: int, top_k: int, slots: np.ndarray, n_special: int = 0) -> np.ndarray:

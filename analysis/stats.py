@@ -209,7 +209,7 @@ class Statistics:
     def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(token ids, experts, counts), int64 [cells]: assignments of every token id that occur, sorted by id and expert."""
         rows = self._of_site(self.token_rows, site)
-        ids, experts, counts = (rows[n].to_numpy().astype(np.int64) for n in ("token_id", "expert", "count"))
+        ids, experts, counts = (rows[n].to_numpy().astype(np.int64, copy=False) for n in ("token_id", "expert", "count"))
         return ids, experts, counts
 
     def _of_site(self, rows: pa.Table | LongTable | KeyCounts, site: int) -> pa.Table:

@@ -18,20 +18,21 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .layout import Footer, read_experts, read_routing, read_scores, read_tokens
+from .layout import Footer, read_experts, read_routing, read_scores, read_tokens, room_for
 from .longtables import LongTable, where, whole
 from .places import Place
 from .places import RunError as RunError
@@ -49,14 +50,14 @@ from .trace import (
     Trace,
     TraceError,
     check_part,
-    join_routing,
+    id_dtype,
     join_scores,
 )  # fmt: skip
 
 MANIFEST = "run.json"
 READABLE = (1, SCHEMA_VERSION)
 STATISTICS = (("stats.parquet", CORE), ("token_stats.parquet", BY_TOKEN), ("document_stats.parquet", BY_DOCUMENT))
-_Piece = TypeVar("_Piece", SiteRouting, SiteScores, np.ndarray)
+_Piece = tuple[Mapping[str, Any], int, int]  # a part, and the start and stop within it of the rows that are asked for
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))})
 
@@ -74,16 +75,35 @@ class StoredRouting:
     def __init__(self, place: Place, layers: Sequence[LayerInfo], manifest: Mapping[str, Any]) -> None:
         self._place, self._layers, self._parts, self._version = place, layers, manifest["parts"], manifest["schema_version"]
         self._opened: dict[str, tuple[Any, Footer]] = {}
-        self._decisions = partial(read_routing, weighted=manifest["options"].get("weights") != "none")
+        self._weighted = manifest["options"].get("weights") != "none"
 
-    def routing(self, site: int, start: int, stop: int) -> SiteRouting:
-        return join_routing(self._read(self._decisions, "routing", site, start, stop))
+    def routings(self, sites: Sequence[int], start: int, stop: int) -> tuple[SiteRouting, ...]:
+        layers, pieces = [self._layers[i] for i in sites], self._pieces(self._layers[sites[0]].stream, start, stop)
+        whole, n = tuple[SiteRouting, ...](), sum(b - a for _, a, b in pieces)
+        for name, at, a, b in self._files("routing", pieces):
+            with _naming(self._place, name):
+                file, footer = self._open(name)
+                whole = whole or tuple(room_for(x, n, "c0" in footer.metadata.schema.names, self._weighted) for x in layers)
+                read_routing(file, layers, a, b, [_rows(r, at, at + b - a) for r in whole], footer)
+        return tuple(r if r.chosen is r.experts or not np.array_equal(r.chosen, r.experts) else SiteRouting(r.experts, r.weights, r.experts)
+                     for r in whole)  # fmt: skip
 
     def experts(self, site: int, start: int, stop: int) -> np.ndarray:
-        return np.concatenate(self._read(read_experts, "routing", site, start, stop))
+        layer, pieces = self._layers[site], self._pieces(self._layers[site].stream, start, stop)
+        whole = np.empty((sum(b - a for _, a, b in pieces), layer.top_k), id_dtype(layer.n_classes))
+        for name, at, a, b in self._files("routing", pieces):
+            with _naming(self._place, name):
+                file, footer = self._open(name)
+                read_experts(file, layer, a, b, whole[at : at + b - a], footer)
+        return whole
 
     def scores(self, site: int, start: int, stop: int) -> SiteScores:
-        return join_scores(self._read(read_scores, "scores", site, start, stop))
+        layer, found = self._layers[site], []
+        for name, _, a, b in self._files("scores", self._pieces(layer.stream, start, stop)):
+            with _naming(self._place, name):
+                file, footer = self._open(name)
+                found.append(read_scores(file, layer, a, b, footer))
+        return join_scores(found)
 
     def tokens(self, stream: str, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
         """Rows start to stop of a stream, ``columns`` of schema TOKENS."""
@@ -99,14 +119,13 @@ class StoredRouting:
             rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
         return rows.select(columns)
 
-    def _read(self, read: Callable[..., _Piece], kind: str, site: int, start: int, stop: int) -> list[_Piece]:
-        pieces = []
-        for part, a, b in self._pieces(self._layers[site].stream, start, stop):
-            name = f"{kind}/part-{part['index']:05d}.parquet"
-            with _naming(self._place, name):
-                file, footer = self._open(name)
-                pieces.append(read(file, self._layers[site], a, b, footer))
-        return pieces
+    @staticmethod
+    def _files(kind: str, pieces: Sequence[_Piece]) -> Iterator[tuple[str, int, int, int]]:
+        """(file, rows read before it, start and stop within it)"""
+        before = 0
+        for part, a, b in pieces:
+            yield f"{kind}/part-{part['index']:05d}.parquet", before, a, b
+            before += b - a
 
     def _open(self, name: str) -> tuple[Any, Footer]:
         if name not in self._opened:
@@ -114,14 +133,19 @@ class StoredRouting:
             self._opened[name] = file, Footer.of(file)
         return self._opened[name]
 
-    def _pieces(self, stream: str, start: int, stop: int) -> list[tuple[Mapping[str, Any], int, int]]:
-        out: list[tuple[Mapping[str, Any], int, int]] = []
+    def _pieces(self, stream: str, start: int, stop: int) -> list[_Piece]:
+        out: list[_Piece] = []
         for part in self._parts:
             first, n = part["first_rows"].get(stream, 0), part["rows"].get(stream, 0)
             a, b = max(start - first, 0), min(stop - first, n)
             if a < b or (not out and part is self._parts[-1]):
                 out.append((part, a, max(a, b)))
         return out
+
+
+def _rows(routing: SiteRouting, start: int, stop: int) -> SiteRouting:
+    experts, weights = routing.experts[start:stop], None if routing.weights is None else routing.weights[start:stop]
+    return SiteRouting(experts, weights, experts if routing.chosen is routing.experts else routing.chosen[start:stop])
 
 
 def read_manifest(run: str | Path | Place) -> dict[str, Any]:
@@ -168,8 +192,8 @@ def open_run(run: str | Path) -> Trace:
     try:
         card = ModelCard.from_json(manifest["model"])
         with _naming(place, "documents.parquet"):
-            documents = pq.read_table(place.file("documents.parquet"), page_checksum_verification=True)
-            documents = documents.select(DOCUMENTS.names).cast(DOCUMENTS)
+            with pq.ParquetFile(place.file("documents.parquet"), page_checksum_verification=True) as file:
+                documents = file.read(columns=DOCUMENTS.names).select(DOCUMENTS.names).cast(DOCUMENTS)
         core, tokens, by_document = (_long(place, n, schema) for n, schema in STATISTICS)
     except (TypeError, KeyError) as error:
         raise RunError(f"{place.name} is damaged ({error}): run `python -m analysis verify`") from error
@@ -221,10 +245,19 @@ def _long(place: Place, name: str, schema: pa.Schema) -> LongTable:
 
 def _check_sizes(place: Place, listed: Mapping[str, Mapping[str, Any]]) -> None:
     """RunError unless every file is there and as large as the manifest says."""
-    there = place.sizes()
+    there = place.sizes() if place.folder is None else {n: _size(f"{place.folder}/{n}") for n in listed}
     for name, file in listed.items():
         if there.get(name) != file["bytes"]:
             raise RunError(f"{place.name}/{name} is missing or has the wrong size: restore it, or capture the run again")
+
+
+def _size(path: str) -> int:
+    """Bytes of a plain file, -1 where there is none; one call of the system, since a run of 10^9 decisions has hundreds of files."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return -1
+    return there.st_size if stat.S_ISREG(there.st_mode) else -1
 
 
 def _counted_again(place: Place, trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:

@@ -199,7 +199,7 @@ class Part:
 class RoutingSource(Protocol):
     """Where a Trace reads decisions from: memory, or a run on disk. Ranges are rows of the site's stream."""
 
-    def routing(self, site: int, start: int, stop: int) -> SiteRouting: ...
+    def routings(self, sites: Sequence[int], start: int, stop: int) -> tuple[SiteRouting, ...]: ...
 
     def experts(self, site: int, start: int, stop: int) -> np.ndarray: ...
 
@@ -277,7 +277,14 @@ class Trace:
     def routing(self, layer: int, start: int = 0, stop: int | None = None) -> SiteRouting:
         """Decisions of one site, rows start to stop (default all). ``layer`` is LayerInfo.index."""
         source, stop = self._range(layer, stop)
-        return source.routing(layer, start, stop)
+        return source.routings([layer], start, stop)[0]
+
+    def routings(self, layers: Sequence[int], start: int, stop: int) -> tuple[SiteRouting, ...]:
+        """``routing`` of several sites of one stream, read together: what a document is shown from. TraceError for sites of two streams."""
+        sources = [self._range(i, stop)[0] for i in layers]
+        if len({self.layers[i].stream for i in layers}) > 1:
+            raise TraceError("sites of two streams have different rows: ask for each stream on its own")
+        return sources[0].routings(layers, start, stop) if sources else ()
 
     def scores(self, layer: int, start: int = 0, stop: int | None = None) -> SiteScores:
         """Router scores of one site, rows start to stop (default all)."""
@@ -312,7 +319,10 @@ class PartsInMemory:
         self._routing = [join_routing([kept_routing(p, s) for p in parts]) for s in range(n_sites)]
         self._scores = [join_scores([p.scores[s] for p in parts]) for s in range(n_sites)]
 
-    def routing(self, site: int, start: int, stop: int) -> SiteRouting:
+    def routings(self, sites: Sequence[int], start: int, stop: int) -> tuple[SiteRouting, ...]:
+        return tuple(self._sliced(site, start, stop) for site in sites)
+
+    def _sliced(self, site: int, start: int, stop: int) -> SiteRouting:
         whole = self._routing[site]
         executed = whole.experts[start:stop]
         chosen = executed if whole.chosen is whole.experts else whole.chosen[start:stop]

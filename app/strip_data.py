@@ -55,7 +55,7 @@ def first_text(trace: Trace, finding: Finding) -> StripText:
     stop = min(stop, start + FIRST_TOKENS)
     sites = [x for x in trace.layers if x.stream == site.stream]
     rows = trace.stream_tokens(site.stream, start, stop, ["token", "token_bytes"])
-    read = [trace.routing(x.index, start, stop) for x in sites]
+    read = trace.routings([x.index for x in sites], start, stop)
     tokens = rows["token"].to_pylist()
     return StripText(text.token_texts(tokens, rows["token_bytes"].to_pylist()), ["\n" in (t or "") for t in tokens],
                      [r.experts for r in read], [r.weights for r in read], [x.title for x in sites], sites.index(site), document, hues(trace, sites))  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickletools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,8 +134,8 @@ class _Twice:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
 
-    def routing(self, site: int, start: int, stop: int) -> SiteRouting:
-        return self.trace.routing(0, start, stop)
+    def routings(self, sites: Sequence[int], start: int, stop: int) -> tuple[SiteRouting, ...]:
+        return tuple(self.trace.routing(0, start, stop) for _ in sites)
 
 
 def test_native_drops_of_a_recorded_switch_model_are_reproduced() -> None:

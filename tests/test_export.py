@@ -271,10 +271,10 @@ def test_path_is_written_whole_or_not_at_all(format: str, tmp_path: Path, monkey
     monkeypatch.setattr(export, "BATCH", 7)
 
     class Failing:
-        def routing(self, site: int, start: int, stop: int):
+        def routings(self, sites: list[int], start: int, stop: int):
             if start:
                 raise OSError(28, "No space left on device")
-            return trace.source.routing(site, start, stop)
+            return trace.source.routings(sites, start, stop)
 
         def scores(self, site: int, start: int, stop: int):
             return trace.source.scores(site, start, stop)

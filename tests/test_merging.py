@@ -197,3 +197,16 @@ def test_a_changed_byte_in_the_counts_of_a_part_is_an_error(tmp_path: Path) -> N
     path.write_bytes(bytes(content))
     with pytest.raises(zipfile.BadZipFile, match="counts-2"):
         KeyCounts.read(path, BY_TOKEN)
+
+
+def test_rows_of_one_text_are_found_in_every_row_group_that_holds_some(tmp_path: Path) -> None:
+    """Each row group has a dictionary of its own; one statistic begins in the middle of a group and fills the next."""
+    texts = ["chosen"] * 3 + ["flow"] * 4 + ["load"] * 2
+    rows = pa.table({"statistic": texts, "site": [0] * 9, "label": [None, "x"] * 4 + [None], "a": range(9), "b": [None] * 9, "count": range(9),
+                     "sum": [0.5] * 9}).cast(CORE)  # fmt: skip
+    write_long([rows.slice(0, 5), rows.slice(5, 2), rows.slice(7)], CORE, tmp_path / "stats.parquet")
+    found = LongTable(tmp_path / "stats.parquet", CORE, texts=frozenset(texts))
+    for text in ("chosen", "flow", "load", "entropy"):
+        assert found.where("statistic", text).to_pylist() == [r for r in rows.to_pylist() if r["statistic"] == text]
+        assert found.where("statistic", text).schema.equals(CORE)
+    assert found.table().equals(rows)

@@ -18,7 +18,7 @@ from analysis.files import stamp, write_atomically
 from analysis.layout import GROUP_ROWS, write_table
 from analysis.longtables import LongTable
 from analysis.store import RunError, delete_run, list_runs, open_run, valid_run_name, verify_run
-from analysis.trace import TOKENS, LayerInfo, Part, SiteRouting, Trace
+from analysis.trace import TOKENS, LayerInfo, Part, SiteRouting, Trace, TraceError
 from analysis.writing import RunWriter
 
 from .synthetic import MANY, PLAIN, SPECIAL, TWO_STREAMS, card, differences, make_part, make_parts, make_trace, site
@@ -283,6 +283,24 @@ def test_a_range_reads_the_row_groups_that_hold_it_alone(tmp_path: Path, monkeyp
         assert np.array_equal(routing.experts, part.routing[1].experts[start:stop])
         assert np.array_equal(routing.chosen, part.routing[1].chosen[start:stop])
         assert np.array_equal(scores.margin, part.scores[1].margin[start:stop])
+
+
+@pytest.mark.parametrize("layers", [PLAIN, SPECIAL, TWO_STREAMS, MANY], ids=["plain", "special", "two streams", "many"])
+def test_sites_read_together_are_those_of_the_capture(tmp_path: Path, layers: tuple[LayerInfo, ...]) -> None:
+    """Ranges within a part, over parts, of nothing; in an order that is not that of the file."""
+    memory, trace = make_trace(layers), stored(tmp_path / "run", layers)
+    for stream in {x.stream for x in layers}:
+        sites, n = [x.index for x in layers if x.stream == stream][::-1], trace.n_tokens(stream)
+        for start, stop in ((0, n), (3, n - 1), (n - 1, n), (5, 5)):
+            for i, mine in zip(sites, trace.routings(sites, start, stop), strict=True):
+                other = memory.routing(i, start, stop)
+                assert all(np.array_equal(getattr(mine, x), getattr(other, x)) for x in ("experts", "weights", "chosen"))
+                assert (mine.chosen is mine.experts) == np.array_equal(other.chosen, other.experts)
+                assert np.array_equal(trace.experts(i, start, stop), other.experts) and mine.experts.dtype == other.experts.dtype
+    if len({x.stream for x in layers}) > 1:
+        with pytest.raises(TraceError, match="two streams"):
+            trace.routings(range(len(layers)), 0, 1)
+    assert trace.routings([], 0, 1) == ()
 
 
 def test_real_routing_takes_at_most_two_bytes_per_decision(tmp_path: Path, real: Path) -> None:

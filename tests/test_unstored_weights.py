@@ -20,6 +20,7 @@ from analysis.export import describe, export_table
 from analysis.files import stamp
 from analysis.models import model_card
 from analysis.overflow import MissingScores
+from analysis.places import Place
 from analysis.rounding import NOT_STORED, by_falling_weight
 from analysis.stats import first_choices, part_statistics
 from analysis.store import RunError, open_run, read_manifest, same_counts, stored_part, verify_run
@@ -116,7 +117,7 @@ def test_capacity_answers_what_order_and_counts_say(run: Path, exact: Path) -> N
 def test_it_is_verified_and_counted_again(run: Path, exact: Path, tmp_path: Path) -> None:
     assert verify_run(run) == ()
     trace = open_run(run)
-    again = part_statistics(stored_part(run, trace, read_manifest(run)["parts"][0]), trace.layers)
+    again = part_statistics(stored_part(Place.of(run), trace, read_manifest(run)["parts"][0]), trace.layers)
     assert again.gate_mass(0).sum() == 0 and again.first_choice_load(0).sum() == again.n_tokens(0)
 
     def swapped(copy: Path, manifest: dict) -> None:  # another order of slots is other first choices
@@ -152,7 +153,7 @@ def test_a_resumed_and_a_copied_run_are_the_same(run: Path, tmp_path: Path) -> N
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(run)).read_bytes()
     copy_run(str(run), str(tmp_path / "copy"))
     assert verify_run(tmp_path / "copy") == () and resumed.weights_kept == "none"
-    part = stored_part(run, open_run(run), read_manifest(run)["parts"][0])
+    part = stored_part(Place.of(run), open_run(run), read_manifest(run)["parts"][0])
     assert kept_routing(part, 0) is part.routing[0]  # once dropped, nothing is left to sort by
 
 

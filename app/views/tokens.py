@@ -60,7 +60,8 @@ rows = trace.stream_tokens(stream, start, stop)
 @st.cache_resource(max_entries=32, show_spinner=False)
 def decisions(run: str, stream: str, start: int, stop: int) -> list[tuple[SiteRouting, SiteScores]]:
     """Decisions and scores of every layer for a range of rows; ``run`` names the trace with its date."""
-    return [(trace.routing(x.index, start, stop), trace.scores(x.index, start, stop)) for x in sites]
+    routed = trace.routings([x.index for x in sites], start, stop)
+    return [(r, trace.scores(x.index, start, stop)) for r, x in zip(routed, sites, strict=True)]
 
 
 read, hued = decisions(recording_id(trace), stream, start, stop), hues(trace, sites)

@@ -5,7 +5,11 @@
 Runs of 1e6 decisions and every power of ten up to ``--decisions`` are written to FOLDER (kept, and used again) or to a temporary
 one; 1e9 takes 3 GB and an hour. Every question is asked in a process of its own, of one thread, after it was asked once of a tiny
 run; from statistics, the run is opened anew for each asking. Answers are compared: one that differs ends the bench. The best of up to three,
-CPU seconds, because the machine may be shared. Shapes are experts x k x sites. Prints Markdown.
+CPU seconds, because the machine may be shared. Shapes are experts x k x sites. Prints Markdown: for each size a table, how the product's
+answers grow, and the goals that are missed.
+
+"rival / floor" says how many times faster than the better of DuckDB and Polars a reader could be that decodes with Arrow and does nothing
+more.
 """
 
 from __future__ import annotations
@@ -22,16 +26,22 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from analysis.places import Place
 from analysis.stats import merge_statistics, part_statistics
 from analysis.store import _counted_again, open_run, read_manifest
 from analysis.writing import RunWriter
 from tests.bench.bench_stats import peak_memory
-from tests.bench.rivals import ENGINES, FROM_STATISTICS, QUERIES, Run
+from tests.bench.questions import ENGINES, FROM_STATISTICS, QUERIES
+from tests.bench.rivals import Run
+from tests.bench.rivals_decisions import comparable
 from tests.synthetic import card, site, zipf_parts
 
 LIMIT = 900  # seconds of wall time that one question may take
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+OVERVIEW = ("open", *FROM_STATISTICS)  # at most LONGEST ms each, and GROWTH times what the first size takes
+LONGEST, GROWTH, OVER_FLOOR, OVER_RIVALS = 50, 1.2, 2, 4
 Figures = dict[str, float]
 
 
@@ -61,25 +71,35 @@ def write_run(folder: Path, shape: tuple[int, int, int], decisions: int) -> Figu
 def count_again(run: Run) -> object:
     """All statistics once more, from the stored decisions, as ``verify`` counts them."""
     with tempfile.TemporaryDirectory() as scratch:
-        return merge_statistics(_counted_again(run.folder, run.trace, read_manifest(run.folder)["parts"]), Path(scratch))
+        return merge_statistics(_counted_again(Place.of(run.folder), run.trace, read_manifest(run.folder)["parts"]), Path(scratch))
 
 
 def measure(query: str, engine: str, folder: Path, tiny: Path) -> Figures | dict[str, str]:
     """One question to one engine: CPU and wall seconds, MB at the most, MB before, and a digest of the answer."""
-    if query == "open":
-        ask: Callable[[Run], object] = lambda run: open_run(run.folder)  # noqa: E731
-    else:
-        ask = count_again if query == "all statistics" else QUERIES[query][ENGINES.index(engine)]
-    ask(_ready(Run(tiny), engine))
+    ask: Callable[[Run], Any] = open_anew if query == "open" else count_again
+    if query in QUERIES and engine in ENGINES:
+        ask = QUERIES[query][ENGINES.index(engine)]
+    _asked(query, engine, ask, tiny)
     before, cpu, wall, answer = peak_memory(), [], [], None
     while len(cpu) < 3 and sum(cpu) < 10:
-        run = _ready(Run(folder), engine)
-        started = time.process_time(), time.perf_counter()
-        answer = ask(run)
-        cpu.append(time.process_time() - started[0])
-        wall.append(time.perf_counter() - started[1])
-    digest = hashlib.sha256(answer.tobytes()).hexdigest() if hasattr(answer, "tobytes") else ""
-    return {"cpu": min(cpu), "wall": min(wall), "mb": peak_memory(), "before": before, "digest": digest}
+        spent, answer = _asked(query, engine, ask, folder)
+        cpu.append(spent[0])
+        wall.append(spent[1])
+    mb = peak_memory()  # before answers are made alike
+    digest = hashlib.sha256(comparable(answer).tobytes()).hexdigest() if query in QUERIES and engine in ENGINES else ""
+    return {"cpu": min(cpu), "wall": min(wall), "mb": mb, "before": before, "digest": digest}
+
+
+def open_anew(run: Run) -> object:
+    return open_run(run.folder)
+
+
+def _asked(query: str, engine: str, ask: Callable[[Run], Any], folder: Path) -> tuple[tuple[float, float], Any]:
+    """(CPU and wall seconds, the answer); what is no part of the question is done before."""
+    run = _ready(Run(folder), engine)
+    started = time.process_time(), time.perf_counter()
+    answer = ask(run)
+    return (time.process_time() - started[0], time.perf_counter() - started[1]), answer
 
 
 def _ready(run: Run, engine: str) -> Run:
@@ -119,34 +139,63 @@ def ask_all(folder: Path, tiny: Path) -> dict[str, dict[str, Figures | None]]:
 def table(found: dict[str, dict[str, Figures | None]], decisions: float) -> str:
     """CPU milliseconds, ratios and memory, one row per question."""
     lines = [f"{decisions:,.0f} decisions; CPU ms (wall ms of the product); MB is the peak of the whole process.", "",
-             "| question | product | floor | DuckDB | Polars | product / floor | better rival / product | MB product, floor, DuckDB, Polars |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+             "| question | product | floor | DuckDB | Polars | product / floor | DuckDB / product | Polars / product | rival / floor |"
+             " MB product, floor, DuckDB, Polars |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for query, engines in found.items():
-        cpu = [f["cpu"] if (f := engines.get(e)) is not None else None for e in ENGINES]
-        cells = [
-            "" if e not in engines else f"over {LIMIT} s" if c is None else f"{c * 1e3:,.1f}" for e, c in zip(ENGINES, cpu, strict=True)
-        ]
-        ours = engines["product"]
-        if ours is not None:
+        cells = ["" if e not in engines else f"over {LIMIT} s" if (f := engines[e]) is None else f"{f['cpu'] * 1e3:,.1f}" for e in ENGINES]
+        if (ours := engines["product"]) is not None:
             cells[0] += f" ({ours['wall'] * 1e3:,.1f})"
-        rivals = [c for c in cpu[2:] if c is not None]
-        ratios = [f"{cpu[0] / cpu[1]:.2f}" if cpu[0] and cpu[1] else "", f"{min(rivals) / cpu[0]:.1f}" if cpu[0] and rivals else ""]
+        pairs = (("product", "floor"), ("DuckDB", "product"), ("Polars", "product"), ("rival", "floor"))
+        ratios = ["" if (r := ratio(engines, *pair)) is None else f"{r:.2f}" for pair in pairs]
         memory = ", ".join(f"{f['mb']:.0f}" if (f := engines.get(e)) is not None else "-" for e in ENGINES)
         lines.append(f"| {query} | {' | '.join(cells)} | {' | '.join(ratios)} | {memory} |")
+    if (count := found["all statistics"]["product"]) is not None:
+        lines += [
+            "",
+            f"All statistics in one pass: {decisions / 1e6 / count['cpu']:.0f} M decisions per CPU second, peak {count['mb']:.0f} MB.",
+        ]
     return "\n".join(lines)
+
+
+def ratio(engines: dict[str, Figures | None], above: str, below: str) -> float | None:
+    """CPU seconds of one over those of another, None where either is unknown; "rival" is the better of DuckDB and Polars."""
+    seconds = {e: f["cpu"] for e, f in engines.items() if f is not None}
+    if rivals := [seconds[e] for e in ENGINES[2:] if e in seconds]:
+        seconds["rival"] = min(rivals)
+    return seconds[above] / seconds[below] if above in seconds and seconds.get(below) else None
 
 
 def growth(by_size: dict[float, dict[str, dict[str, Figures | None]]]) -> str:
-    """CPU milliseconds of the product at every size, and the last over the first."""
+    """CPU milliseconds and peak MB of the product at every size, and the last over the first."""
     sizes = list(by_size)
     lines = [
-        "| the product's CPU ms at | " + " | ".join(f"{s:,.0f}" for s in sizes) + " | last / first |",
+        "| the product's CPU ms, MB at | " + " | ".join(f"{s:,.0f}" for s in sizes) + " | last / first |",
         "|---|" + "---|" * (len(sizes) + 1),
     ]
     for query in by_size[sizes[0]]:
-        cpu = [f["cpu"] if (f := by_size[s][query]["product"]) is not None else float("nan") for s in sizes]
-        lines.append(f"| {query} | " + " | ".join(f"{c * 1e3:,.1f}" for c in cpu) + f" | {cpu[-1] / cpu[0]:.2f} |")
+        found = [f if (f := by_size[s][query]["product"]) is not None else {"cpu": float("nan"), "mb": float("nan")} for s in sizes]
+        each = " | ".join(f"{f['cpu'] * 1e3:,.1f}, {f['mb']:.0f}" for f in found)
+        lines.append(f"| {query} | {each} | {found[-1]['cpu'] / found[0]['cpu']:.2f} |")
     return "\n".join(lines)
+
+
+def missed(by_size: dict[float, dict[str, dict[str, Figures | None]]]) -> str:
+    """The goals for single questions that are not met, one line each."""
+    lines, first = [], next(iter(by_size.values()))
+    for size, found in by_size.items():
+        for query, engines in found.items():
+            ours, name = engines["product"], f"- {query} at {size:,.0f}:"
+            ms = float("inf") if ours is None else ours["cpu"] * 1e3
+            if query in QUERIES and (r := ratio(engines, "product", "floor")) is not None and r > OVER_FLOOR:
+                lines.append(f"{name} {r:.2f} times the floor, {OVER_FLOOR} at most")
+            if query in QUERIES and (r := ratio(engines, "rival", "product")) is not None and r < OVER_RIVALS:
+                lines.append(f"{name} {r:.2f} times as fast as the better rival, {OVER_RIVALS} at least")
+            if query in (*OVERVIEW, "one document") and ms > LONGEST:
+                lines.append(f"{name} {ms:.0f} ms, {LONGEST} at most")
+            start = first[query]["product"]
+            if query in OVERVIEW and start is not None and ms > GROWTH * start["cpu"] * 1e3:
+                lines.append(f"{name} {ms / start['cpu'] / 1e3:.2f} times what it takes at the first size, {GROWTH} at most")
+    return "\n".join(["Goals missed:", "", *(lines or ["- none"])])
 
 
 def main() -> None:
@@ -179,7 +228,7 @@ def bench(folder: Path, shape: str, most: float) -> None:
                   f"{n / (wrote['write'] + wrote['commit']):.1f}; peak {wrote['mb']:.0f} MB.\n", flush=True)  # fmt: skip
         by_size[10**power] = ask_all(run, tiny)
         print(table(by_size[10**power], 10**power) + "\n", flush=True)
-    print(growth(by_size) + "\n")
+    print(f"{growth(by_size)}\n\n{missed(by_size)}\n")
     from tests.bench.sizes import sizes_table  # imports torch, which the processes that measure memory are without
 
     print(sizes_table(run), flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.layout import read_routing, write_routing, write_scores
+from analysis.layout import read_routing, room_for, write_routing, write_scores
 from analysis.stats import part_statistics
 from analysis.trace import LayerInfo, Part, SiteRouting
 from tests.synthetic import make_part, site
@@ -56,8 +56,8 @@ def main() -> None:
         routing, scores = Path(folder) / "routing.parquet", Path(folder) / "scores.parquet"
         write = best(lambda: write_routing(part, layers, routing))
         write_scores(part, layers, scores)
-        read = best(lambda: [read_routing(routing, x, 0, TOKENS) for x in layers])
-        one = best(lambda: read_routing(routing, layers[7], 1_000, 1_500))
+        read = best(lambda: read_routing(routing, layers, 0, TOKENS, [room_for(x, TOKENS, False) for x in layers]))
+        one = best(lambda: read_routing(routing, layers[7:8], 1_000, 1_500, [room_for(layers[7], 500, False)]))
         print(f"{TOKENS} tokens x {SITES} sites x top-{TOP_K} of {EXPERTS} = {decisions / 1e6:.1f} M decisions")
         print(f"routing      {routing.stat().st_size / decisions:.3f} bytes per decision")
         print(f"scores       {scores.stat().st_size / decisions:.3f} bytes per decision (random float32 scores: an upper bound)")

@@ -1,4 +1,4 @@
-"""The product's questions put to the product, to a floor of decoded Arrow buffers, to DuckDB and to Polars, over one run's files.
+"""Questions that statistics answer, put to the product, to a floor of decoded Arrow buffers, to DuckDB and to Polars, over one run's files.
 
 Every engine answers with the same array, so that answers can be compared. The floor reads only the columns needed, row group by row
 group, and counts with np.bincount or a compiled loop. All on one thread. What is not part of a question (opening a run, connecting,
@@ -7,25 +7,21 @@ reading the tiny documents table) is done before it is asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.capacity import capacity_curves
 from analysis.counting import compiled
-from analysis.overflow import curve_of_loads
 from analysis.store import open_run
 from analysis.trace import Trace
 from analysis.vocabulary import input_tokens
 
-BATCH, TOP = 2_048, 10  # tokens that share expert capacity; tokens shown per expert
-ENGINES = ("product", "floor", "DuckDB", "Polars")
+TOP = 10  # tokens shown per expert
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,12 @@ class Run:
         return names, np.array([names.index(x) for x in of_document])
 
     @cached_property
+    def paths(self) -> list[Path]:
+        return sorted((self.folder / "routing").glob("*.parquet"))
+
+    @cached_property
     def files(self) -> list[pq.ParquetFile]:
-        return [pq.ParquetFile(p) for p in sorted((self.folder / "routing").glob("*.parquet"))]
+        return [pq.ParquetFile(p) for p in self.paths]
 
     def groups(self, columns: list[str], site: int | None = None) -> Iterator[tuple[int, list[np.ndarray]]]:
         """(site, columns) of each row group, decoded."""
@@ -172,11 +172,19 @@ def label_polars(run: Run) -> np.ndarray:
 # the tokens each expert of one site is used for most: int64 [experts, TOP, (id, count)], -1 where there are fewer
 def most_used(e: int, expert: Any, token: Any, count: Any) -> np.ndarray:
     out, (expert, token, count) = np.full((e, TOP, 2), -1, np.int64), (np.asarray(x).astype(np.int64) for x in (expert, token, count))
-    order = np.lexsort((token, -count, expert))
-    starts = np.searchsorted(expert[order], np.arange(e + 1))
+    most, low = int(count.max(initial=0)), int(token.max(initial=0)).bit_length()
+    for least in (1 << i for i in reversed(range(most.bit_length()))):  # nobody's most used tokens are below it
+        often = count >= least
+        if np.bincount(expert[often], minlength=e).min() >= TOP:
+            expert, token, count = expert[often], token[often], count[often]
+            break
+    high = low + most.bit_length()
+    key = np.sort(expert << high | most - count << low | token)  # one number for each, by expert, falling count, and id
+    expert, token, count = key >> high, key & (1 << low) - 1, most - (key >> low & (1 << high - low) - 1)
+    starts = np.searchsorted(expert, np.arange(e + 1))
     for i in range(e):
-        mine = order[starts[i] : min(starts[i] + TOP, starts[i + 1])]
-        out[i, : len(mine)] = np.column_stack([token[mine], count[mine]])
+        mine = slice(starts[i], min(starts[i] + TOP, starts[i + 1]))
+        out[i, : mine.stop - mine.start] = np.column_stack([token[mine], count[mine]])
     return out
 
 
@@ -294,115 +302,3 @@ def flow_polars(run: Run) -> np.ndarray:
     here = run.polars("routing").select("row", pl.col("site").cast(pl.Int32), "e0")
     after = here.select("row", pl.col("site") - 1, pl.col("e0").alias("next"))
     return dense((sites - 1, e, e), *collected(here.join(after, on=["row", "site"]).group_by("site", "e0", "next").len()))
-
-
-# capacity: int64 [76 factors], assignments of one site dropped in batches of BATCH tokens
-def capacity_product(run: Run) -> np.ndarray:
-    return capacity_curves(run.trace, scope="tokens", size=BATCH, layers=[run.site])["dropped"].to_numpy()
-
-
-def _dropped(run: Run, loads: np.ndarray) -> np.ndarray:
-    tokens = loads.sum(1) // run.shape[1]
-    return curve_of_loads(loads, tokens, run.shape[1])[0]
-
-
-def _batches(run: Run) -> int:
-    return -(-run.trace.n_tokens("decoder") // BATCH)
-
-
-def capacity_floor(run: Run) -> np.ndarray:
-    e, k, _ = run.shape
-    counts = np.zeros(_batches(run) * e, np.int64)
-    for _, (row, *columns) in run.groups(["row", *ids(k)], run.site):
-        base, first = row // BATCH * e, int(row[0]) // BATCH * e
-        found = np.bincount(np.concatenate([base + c for c in columns]) - first)
-        counts[first : first + len(found)] += found
-    return _dropped(run, counts.reshape(-1, e))
-
-
-def capacity_duckdb(run: Run) -> np.ndarray:
-    e, k, _ = run.shape
-    each = " UNION ALL ".join(f"SELECT row // {BATCH} b, {c} e, count(*) n FROM r WHERE site = {run.site} GROUP BY ALL" for c in ids(k))
-    return _dropped(run, dense((_batches(run), e), *run.sql(f"SELECT b, e, sum(n)::BIGINT FROM ({each}) GROUP BY ALL")))
-
-
-def capacity_polars(run: Run) -> np.ndarray:
-    import polars as pl
-
-    e, k, _ = run.shape
-    table = run.polars("routing").filter(pl.col("site") == run.site)
-    each = [table.group_by((pl.col("row") // BATCH).alias("b"), pl.col(c).alias("e")).len() for c in ids(k)]
-    return _dropped(run, dense((_batches(run), e), *collected(pl.concat(each).group_by("b", "e").agg(pl.col("len").sum()))))
-
-
-# one document, one layer: float32 [rows, 2k], expert ids then gate weights; a document's rows site by site
-def document_product(run: Run) -> np.ndarray:
-    start, stop = run.trace.document_range(run.document["document"], "decoder")
-    return np.concatenate([_joined(run.trace.routing(x.index, start, stop)) for x in run.trace.layers])
-
-
-def _joined(routing: Any) -> np.ndarray:
-    return np.concatenate([routing.experts.astype(np.float32), routing.weights], 1)
-
-
-def document_floor(run: Run) -> np.ndarray:
-    k, start, found = run.shape[1], run.document["first_row"], []
-    for file in run.files:
-        for i in range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(i).column(0).statistics
-            if rows.max >= start and rows.min < start + run.document["n_tokens"]:
-                table = file.read_row_group(i, columns=[*ids(k), *ids(k, "w")], use_threads=False)
-                first = max(start - rows.min, 0)
-                found.append(table.slice(first, start + run.document["n_tokens"] - rows.min - first))
-    return _matrix(pa.concat_tables(found).columns)
-
-
-def _matrix(columns: Any) -> np.ndarray:
-    return np.stack([np.asarray(c).astype(np.float32) for c in columns], 1)
-
-
-def document_duckdb(run: Run) -> np.ndarray:
-    columns = ", ".join([*ids(run.shape[1]), *ids(run.shape[1], "w")])
-    return _matrix(run.sql(f"SELECT {columns} FROM r WHERE document = {run.document['document']} ORDER BY site, row"))
-
-
-def document_polars(run: Run) -> np.ndarray:
-    import polars as pl
-
-    table = run.polars("routing").filter(pl.col("document") == run.document["document"]).sort("site", "row")
-    return _matrix(collected(table.select(*ids(run.shape[1]), *ids(run.shape[1], "w"))))
-
-
-def layer_product(run: Run) -> np.ndarray:
-    return _joined(run.trace.routing(run.site))
-
-
-def layer_floor(run: Run) -> np.ndarray:
-    k = run.shape[1]
-    return np.concatenate([_matrix(c) for _, c in run.groups([*ids(k), *ids(k, "w")], run.site)])
-
-
-def layer_duckdb(run: Run) -> np.ndarray:
-    columns = ", ".join([*ids(run.shape[1]), *ids(run.shape[1], "w")])
-    return _matrix(run.sql(f"SELECT {columns} FROM r WHERE site = {run.site} ORDER BY row"))
-
-
-def layer_polars(run: Run) -> np.ndarray:
-    import polars as pl
-
-    k = run.shape[1]
-    return _matrix(collected(run.polars("routing").filter(pl.col("site") == run.site).sort("row").select(*ids(k), *ids(k, "w"))))
-
-
-Ask = Callable[[Run], np.ndarray]
-QUERIES: Mapping[str, tuple[Ask, Ask, Ask, Ask]] = {  # in the order of ENGINES
-    "load": (load_product, load_floor, load_duckdb, load_polars),
-    "expert x label": (label_product, label_floor, label_duckdb, label_polars),
-    "top tokens, one layer": (tokens_product, tokens_floor, tokens_duckdb, tokens_polars),
-    "co-activation": (pairs_product, pairs_floor, pairs_duckdb, pairs_polars),
-    "flow of first choices": (flow_product, flow_floor, flow_duckdb, flow_polars),
-    "capacity curve, one layer": (capacity_product, capacity_floor, capacity_duckdb, capacity_polars),
-    "one document": (document_product, document_floor, document_duckdb, document_polars),
-    "one layer": (layer_product, layer_floor, layer_duckdb, layer_polars),
-}
-FROM_STATISTICS = tuple(QUERIES)[:5]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from analysis.layout import write_routing
+from analysis.places import Place
 from analysis.rounding import rounded
 from analysis.store import open_run, read_manifest, stored_part
 from analysis.trace import Trace
@@ -75,7 +76,7 @@ def _columns(paths: Iterable[Path]) -> tuple[int, int]:
 
 def _kept(folder: Path, trace: Trace, weights: str) -> list[tuple[str, str, float]]:
     """The first part written again as capture(..., weights=weights) does."""
-    part = replace(stored_part(folder, trace, read_manifest(folder)["parts"][0]), weights=weights)
+    part = replace(stored_part(Place.of(folder), trace, read_manifest(folder)["parts"][0]), weights=weights)
     if weights == "8-bit":
         part = replace(part, routing=tuple(replace(r, weights=rounded(r.weights)) for r in part.routing))
     decisions = sum(r.experts.size for r in part.routing)
