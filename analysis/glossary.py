@@ -83,6 +83,9 @@ TERMS = (
           "association rules, Brin et al. 1997"),
     Entry("log2_enrichment", "log2 enrichment", "log2 of the share of a group's tokens that use an expert over the share of all other tokens; 0 is"
           " no preference, 1 is twice as often", "common in genomics"),
+    Entry("log2_enrichment_within", "log2 enrichment within documents", "the same comparison made inside each document and summed up, so that documents that"
+          " differ in their kinds and in their experts make no preference: log2 of uses by tokens of the kind, each document weighted by the share"
+          " of its other tokens, over uses by these, weighted by the kind's share; 0 is no preference", "Mantel and Haenszel 1959; Greenland and Robins 1985"),
     Entry("false_discovery_rate", "False discovery rate", "of the cells called significant, the share expected to be so by chance; q is the"
           " smallest rate at which a cell is still called significant; family_p is stricter: the chance that any cell at all stands out as much",
           "Benjamini and Hochberg 1995; Westfall and Young 1993"),

@@ -14,6 +14,7 @@ from analysis.significance import (
     Verdict,
     benjamini_hochberg,
     bootstrap_sums,
+    count_p,
     draws_for,
     enrichment,
     family_p,
@@ -211,6 +212,23 @@ def test_sign_flips_are_right_as_often_as_set_and_find_what_is_there() -> None:
         excess[:, 1, 3] += 2
         assert sign_flip_test(excess, draws=999, seed=seed).statistic.argmax() == 11
     assert claims < 13
+
+
+def test_a_count_too_small_to_lean_is_no_finding() -> None:
+    """Expected 0.02 times in each of 100 units and never seen, all signs agree, and nothing follows from it."""
+    mean = np.array([[2.0, 200.0, 200.0, 5.0]])
+    assert sign_flip_test(np.full((100, 1), -0.02)).p[0] == 0.001
+    p = count_p(np.array([[0.0, 0.0, 200.4, 5.0]]), mean, mean * [1, 1, 1, 0])
+    assert p.shape == (1, 4) and 0.05 < p[0, 0] < 0.3 and p[0, 1] < 1e-20 and p[0, 2:].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("mean", "size"), [(0.5, 2000), (3, 2000), (20, 2000), (6, 12)])
+def test_a_counts_p_is_that_of_draws(mean: float, size: int) -> None:
+    """Against binomial counts themselves: never surer than it says but for a quarter, and not blind but for counts of one or two."""
+    counts = np.random.default_rng(0).binomial(size, mean / size, 20_000)
+    p = count_p(counts, np.full(len(counts), mean), np.full(len(counts), mean * (1 - mean / size)))
+    for level in (0.2, 0.05, 0.01):
+        assert (level / 4 if mean > 2 else 0) <= (p <= level).mean() <= 1.25 * level, level
 
 
 def test_one_telling_document_is_no_sign() -> None:

@@ -46,7 +46,8 @@ KINDS = {
     "runs": "two runs",
 }
 _TESTED = ("log2_enrichment", "lift", "false_discovery_rate")
-MEANT = {"label": (*_TESTED, "label_information"), "class": _TESTED, "position": _TESTED, "pairs": ("co_activation",), "flow": ("flow",),
+_WITHIN = ("log2_enrichment", "log2_enrichment_within", "lift", "false_discovery_rate")
+MEANT = {"label": (*_TESTED, "label_information"), "class": _WITHIN, "position": _WITHIN, "pairs": ("co_activation",), "flow": ("flow",),
          "token": ("token_information", "vocabulary_specialization", "predicted_next_token", "lift", "leaning_documents"),
          "runs": ("router_saturation",)}  # fmt: skip
 TOKEN = {"input": "it reads", "next": "that follows", "predicted": "the model predicts next"}
