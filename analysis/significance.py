@@ -64,9 +64,10 @@ class Verdict:
         return f"all {self.draws:,} rearrangements" if self.exact else f"{self.draws:,} random rearrangements"
 
 
-def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+def benjamini_hochberg(p: np.ndarray, family: int | None = None) -> np.ndarray:
     """q-values: the smallest false discovery rate at which each cell is claimed; NaN stays NaN and is not counted.
 
+    ``family``: number of cells in all, those not given counted with p = 1; default just those given.
     Benjamini and Hochberg 1995; holds for independent and for positively dependent tests.
     """
     q = np.full(p.shape, np.nan)
@@ -74,7 +75,7 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     values = p[known]
     order = np.argsort(values)[::-1]
     n = len(values)
-    ranked = np.minimum.accumulate(values[order] * n / np.arange(n, 0, -1))
+    ranked = np.minimum.accumulate(values[order] * (n if family is None else family) / np.arange(n, 0, -1))
     out = np.empty(n)
     out[order] = np.minimum(ranked, 1)
     q[known] = out
@@ -239,6 +240,18 @@ def sign_flip_test(excess: np.ndarray, draws: int | None = None, seed: int = 0) 
     )
     p, family, statistic = (np.where(telling >= 2, x, np.nan).reshape(cells) for x in (result.p, result.family, observed))
     return Verdict(p, family, statistic, result.draws, exact, result.maximum, result.least.reshape(cells))
+
+
+def shares_p(total: np.ndarray, expected: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Bound on P(the sum of ``n`` independent shares, each 0 to 1, expected to sum to ``expected``, is ``total`` or more); at most 1.
+
+    exp(-n KL(total / n || expected / n)): Hoeffding 1963, whatever the shares' distributions. Arrays that broadcast to one shape; 1 for no share.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found, rate = np.minimum(total / n, 1), np.minimum(expected / n, 1)
+        used = np.where(found > 0, found * np.log(found / rate), 0)
+        free = np.where(found < 1, (1 - found) * np.log((1 - found) / (1 - rate)), 0)
+        return np.where(found > rate * (1 + _TIE), np.exp(-n * (used + free)), 1.0)
 
 
 def count_p(observed: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:

@@ -38,8 +38,10 @@ from .trace import LayerInfo, Trace
 MOST_UNITS = 400  # documents beyond this are joined into units, so that a test's cost does not grow with the corpus
 INTERVAL_DRAWS = 1_000
 ROWS = 65_536  # tokens read at a time
+_LEAST = 1e-12  # keeps 0 / 0 at 0
 CELLS = 1 << 20  # documents x groups x classes counted at a time: 8 MB
 _FLOOR = ", p at least that of independent tokens"
+_BUNCHED = ", p at least that of tokens dealt at random within documents in such bunches as are seen"
 _ONE_LABEL = "Nothing to compare: effects of a label need documents of another. Record some."
 _NO_DOCUMENTS = "The run holds counts without documents: effects are shown, none can be tested. Record the documents themselves."
 
@@ -206,21 +208,22 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
     """Preferences of any kind of token: ``codes`` int [tokens of the site's stream] into ``groups``, -1 for none.
 
     Null: within each document the kind has nothing to do with the expert, so documents lean to either side alike
-    (signs of whole documents flipped), and no surer than if the document's tokens were independent: signs know nothing of counts
-    too small to lean either way. ``significant`` also asks that shares over all documents lean the same way as those
+    (signs of whole documents flipped), and no surer than if the kind were dealt at random to each document's tokens, in bunches as large as
+    ``_KindCounts.dispersion`` says: signs know nothing of counts too small to lean either way. ``significant`` also asks that shares over all documents lean the same way as those
     within them. One streaming pass over the site's decisions. Raises TraceError without them.
     """
     found = _kind_counts(trace, site, len(groups), codes)
     counts, sizes, expected = found.counts, found.sizes, found.expected.sum(0)
     plain = effects(site, kind, tuple(groups), sizes.sum(0), counts.sum(0))
     flipped = sign_flip_test(counts - found.expected, draws, seed)
-    test = flipped.at_least(count_p(counts.sum(0), expected, found.variance))
+    bunch = found.dispersion[:, None]
+    test = flipped.at_least(count_p(counts.sum(0) / bunch, expected / bunch, found.variance / bunch))
     columns = np.concatenate([counts, sizes[..., None]], 2).reshape(len(counts), -1)
     drawn = bootstrap_sums(columns, np.zeros(len(columns), np.int64), INTERVAL_DRAWS, seed)
     drawn = drawn.reshape(INTERVAL_DRAWS, len(groups), -1)
     low, high = _interval(drawn[..., :-1], drawn[..., -1:], (sizes > 0).sum(0))
-    result = _tested(plain, found.documents, low, high, test, f"signs of {_named(found.held)} flipped{_FLOOR}")
-    within = np.where(found.shared[:, None] > 0, np.log2((found.inside + PSEUDO) / (found.outside + PSEUDO)), np.nan)
+    result = _tested(plain, found.documents, low, high, test, f"signs of {_named(found.held)} flipped{_BUNCHED}")
+    within = np.where(found.shared.sum(0)[:, None] > 0, np.log2((found.inside + PSEUDO) / (found.outside + PSEUDO)), np.nan)
     agree = np.sign(within) == np.sign(plain.enrichment)  # else documents differ, not their tokens: Simpson's paradox
     of = "1 document" if found.held.sum() == 1 else f"{found.held.sum():,} documents"
     few = "" if test.decisive else _too_few(of, test.least, f"{least_flips()} in which it occurs")
@@ -280,7 +283,7 @@ class _KindCounts:
     expected  float64 [units, G, E]: what each document's own rates give, summed over the unit's documents.  variance  float64 [G, E]: of the
     count over all documents, if the kinds were dealt at random to each document's tokens.
     inside, outside  float64 [G, E]: uses by tokens of the kind and by the other tokens of the same documents, each document weighted by
-    (its other tokens, its tokens of the kind) / its tokens: what Mantel and Haenszel compare.  shared  float64 [G]: tokens of the kind, so weighted.
+    (its other tokens, its tokens of the kind) / its tokens: what Mantel and Haenszel compare.  shared  float64 [units, G]: tokens of the kind, so weighted.
     """
 
     counts: np.ndarray
@@ -292,6 +295,19 @@ class _KindCounts:
     inside: np.ndarray
     outside: np.ndarray
     shared: np.ndarray
+
+    @property
+    def dispersion(self) -> np.ndarray:
+        """float64 [G], 1 or more: how much more the documents' counts vary than if the kind were dealt to their tokens one by one.
+
+        Pearson's: squares of what a kind's mean lean leaves of each unit's excess, over ``variance``, both summed over experts. Like
+        tokens that stand side by side in a text are dealt in bunches.
+        """
+        excess, shared = self.counts - self.expected, self.shared[..., None]
+        total, units = shared.sum(0), (self.shared > 0).sum(0)
+        rest = excess - shared * (excess.sum(0) / np.maximum(total, _LEAST))
+        freedom = self.variance.sum(1) * (1 - 1 / np.maximum(units, 2))
+        return np.asarray(np.maximum((rest**2).sum((0, 2)) / np.maximum(freedom, _LEAST), 1))
 
 
 def _kind_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> _KindCounts:
@@ -315,7 +331,7 @@ def _kind_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> _
     expected = np.array([tokens[a:b].T @ rate[a:b] for a, b in pairwise(edges.tolist())]).reshape(counts.shape)
     shared = tokens * (1 - part)
     return _KindCounts(counts, np.add.reduceat(tokens, edges[:-1]) if n else tokens, (tokens > 0).sum(0), np.diff(edges), expected,
-                       shared.T @ (rate * (1 - rate)), counts.sum(0) - weighted, expected.sum(0) - weighted, shared.sum(0))  # fmt: skip
+                       shared.T @ (rate * (1 - rate)), counts.sum(0) - weighted, expected.sum(0) - weighted, np.add.reduceat(shared, edges[:-1]) if n else shared)  # fmt: skip
 
 
 def _document_tables(trace: Trace, layer: LayerInfo, owner: np.ndarray, codes: np.ndarray,

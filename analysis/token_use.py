@@ -10,6 +10,7 @@ import numpy as np
 
 from .significance import family_p
 from .specialization import blocks
+from .token_tests import TokenTests, token_tests
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded, coded_ids, on_cores, summed, token_texts
 
@@ -24,7 +25,8 @@ class TokenUse:
     ``p``: probability that any id seen at least ``least`` times stands out as much when the expert's assignments are
     dealt at random to the tokens. Its unit is the token: repeats within one document count as independent, so it is
     certain of a word that one document repeats. Documents tell: the id occurs in ``documents``, and in ``leaning`` of them
-    it uses the expert more often than that document's tokens do (by chance in at most about half); None where unknown.
+    it uses the expert more often than that document's tokens do (by chance in at most about half, more at an expert that most tokens use).
+    ``p_documents`` and ``q`` are of that, with the document as unit: see TokenTests. All four None where unknown.
     """
 
     token_id: int
@@ -36,15 +38,18 @@ class TokenUse:
     p: float
     documents: int | None
     leaning: int | None
+    p_documents: float | None
+    q: float | None
 
 
 @dataclass(frozen=True)
 class DocumentUse:
-    """Per id of ``ids``, int64 [I] ascending: ``documents`` int64 [I] that hold it; ``leaning`` int64 [I, classes], see TokenUse."""
+    """Per id of ``ids``, int64 [I] ascending: ``documents`` int64 [I] that hold it; ``leaning`` int64 [I, classes], see TokenUse; ``tests`` of the same cells."""
 
     ids: np.ndarray
     documents: np.ndarray
     leaning: np.ndarray
+    tests: TokenTests
 
 
 def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None) -> DocumentUse | None:
@@ -80,7 +85,7 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
     document, at = np.divmod(pair, height)
     leans = count * size[document] > load[document, expert] * occurs[np.searchsorted(pairs, pair)]
     leaning = np.bincount((at * width + expert)[leans], minlength=len(ids) * width)
-    return DocumentUse(ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width))
+    return DocumentUse(ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width), token_tests(trace, counts, ids))
 
 
 def leading_ids(counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20) -> np.ndarray:
@@ -160,9 +165,10 @@ def _top_uses(counts: TokenCounts, cells: Sequence[np.ndarray], dealt: np.ndarra
         maximum = ((null - expected) / spread).max(1)
     ids, tokens, p = counts.ids[often][order], counts.tokens[often][order], family_p(standing[order], maximum, False)
     row = None if use is None else np.searchsorted(use.ids, ids)
-    documents, leaning = (None, None) if use is None else (use.documents[row].tolist(), use.leaning[row, expert].tolist())
+    told = [[None] * len(order)] * 4 if use is None else [x.tolist() for x in (
+        use.documents[row], use.leaning[row, expert], use.tests.p[row, expert], use.tests.q[row, expert])]  # fmt: skip
     return [TokenUse(int(ids[i]), None, int(used[at]), int(tokens[i]), float(share[at]), float(lift[at]), float(p[i]),
-                     documents and documents[i], leaning and leaning[i]) for i, at in enumerate(order)]  # fmt: skip
+                     *(x[i] for x in told)) for i, at in enumerate(order)]  # fmt: skip
 
 
 def _reached(dealt: np.ndarray, rate: float, standing: float) -> float:

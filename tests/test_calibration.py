@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from math import comb
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from analysis.specialization import Preferences, by_group, by_label
+from analysis.token_use import document_use, leading_ids, top_tokens_of
 from analysis.trace import SiteRouting, Trace
+from analysis.vocabulary import input_tokens
 from tests.synthetic import make_part, make_trace, site
 
-RUNS = 400 if os.environ.get("ROUTERSCOPE_LONG") else 40
+RUNS = 400 if os.environ.get("ROUTERSCOPE_LONG") else 16
 EXPERTS = 16
 
 
@@ -63,7 +64,7 @@ WORLDS = {
     "rare experts, rare kinds, 12 documents": World(12, 50, skew=3, groups=(0.9, 0.08, 0.02)),
     "a kind in few documents": World(40, 60, skew=2, groups=(0.7, 0.29, 0.01), few=7),
     "short documents": World(100, 8, skew=2),
-    "two topics, documents joined": World(900, 12, topics=2),
+    "two topics, documents joined": World(820, 10, topics=2),
     "bursts": World(30, 100, burst=6),
     "bursts of rare experts and kinds": World(30, 100, skew=2, groups=(0.85, 0.1, 0.05), burst=6),
 }
@@ -96,7 +97,8 @@ def run_of(world: World, seed: int, labels: str = "ab", by_length: bool = False)
 
     experts = held(drawn(rng, odds(world.skew * rng.normal(size=EXPERTS))[owner], world.k))
     layers = (site(0, EXPERTS, world.k),)
-    part = make_part(layers, lengths.tolist(), seed, labels=labels)
+    ids = held(drawn(rng, odds(-1.1 * np.log(np.arange(1, 81)))[owner], 1)[:, 0]).astype(np.int32)
+    part = make_part(layers, lengths.tolist(), seed, labels=labels, token_ids=ids)
     routing = SiteRouting(experts, np.full(experts.shape, 0.5, np.float32), experts)
     return make_trace(layers, [replace(part, routing=(routing,))]), held(drawn(rng, kinds[owner], 1)[:, 0].astype(int))
 
@@ -135,4 +137,18 @@ def test_labels_that_say_nothing(name: str) -> None:
     found = [by_label(run_of(world, seed, labels, by_length)[0], 0).significant.sum() for seed in range(RUNS)]
     runs = int(np.count_nonzero(found))
     print(f"labels, {name}: {runs} of {RUNS} runs claim something, {sum(found)} cells in all")
+    assert runs <= most_runs(RUNS)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_token_ids_that_say_nothing_within_documents(name: str) -> None:
+    """All top tokens of all experts of a layer, as its page shows them."""
+    cells = []
+    for seed in range(RUNS):
+        trace = run_of(WORLDS[name], seed)[0]
+        counts = input_tokens(trace, 0)
+        use = document_use(trace, counts, leading_ids(counts, range(EXPERTS), most=8))
+        cells.append(sum(t.q <= 0.05 for uses in top_tokens_of(trace, counts, range(EXPERTS), most=8, use=use) for t in uses))
+    runs = int(np.count_nonzero(cells))
+    print(f"token ids, {name}: {runs} of {RUNS} runs claim something, {sum(cells)} cells in all")
     assert runs <= most_runs(RUNS)

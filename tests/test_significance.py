@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations, product
+from math import comb
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from analysis.significance import (
     least_flips,
     permutation_test,
     rearranged_labels,
+    shares_p,
     sign_flip_test,
 )
 
@@ -32,6 +34,8 @@ def test_q_values_of_a_textbook_case() -> None:
     np.testing.assert_allclose(q, [[0.9, 0.015], [np.nan, 0.045]])
     np.testing.assert_allclose(benjamini_hochberg(np.array([0.01, 0.02, 0.03, 0.04, 0.05])), 0.05)
     assert np.isnan(benjamini_hochberg(np.full(3, np.nan))).all()
+    few = np.array([0.001, 0.02])  # of 10, of which the others are 1
+    np.testing.assert_allclose(benjamini_hochberg(few, 10), benjamini_hochberg(np.append(few, np.ones(8)))[:2])
 
 
 @given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=20), st.floats(0.001, 0.999))
@@ -229,6 +233,21 @@ def test_a_counts_p_is_that_of_draws(mean: float, size: int) -> None:
     p = count_p(counts, np.full(len(counts), mean), np.full(len(counts), mean * (1 - mean / size)))
     for level in (0.2, 0.05, 0.01):
         assert (level / 4 if mean > 2 else 0) <= (p <= level).mean() <= 1.25 * level, level
+
+
+def test_the_bound_of_shares_holds_and_is_near() -> None:
+    """Against the exact tail of one use or none per document, and for shares in between; nothing above 1, no claim from what was expected."""
+    rng = np.random.default_rng(0)
+    for n, rate in ((4, 0.1), (12, 0.05), (30, 0.3), (30, 0.9)):
+        for k in range(n + 1):
+            exact = sum(comb(n, x) * rate**x * (1 - rate) ** (n - x) for x in range(k, n + 1))
+            bound = shares_p(np.array(float(k)), np.array(rate * n), np.array(n))
+            assert exact <= bound * (1 + 1e-9) <= 1 + 1e-9 and (k <= rate * n or bound < 12 * exact)
+    rates = rng.uniform(0.02, 0.4, (1, 20))
+    sums = rng.beta(rates / 2, (1 - rates) / 2, (20_000, 20)).sum(1)
+    p = shares_p(sums, np.full(20_000, rates.sum()), np.array(20))
+    assert all((p <= level).mean() <= level for level in (0.2, 0.05, 0.01)) and (p <= 0.2).any()
+    np.testing.assert_array_equal(shares_p(np.array([0.0, 2.0, 3.0]), np.array([0.0, 2.0, 0.0]), np.array([0, 5, 3])), [1, 1, 0])
 
 
 def test_one_telling_document_is_no_sign() -> None:

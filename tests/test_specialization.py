@@ -168,6 +168,7 @@ def test_within_documents_by_hand(rows: int, cells: int, units: int, monkeypatch
     kind[document == 3] = 1  # a document of one kind says nothing
     found, counted = by_group(trace, 0, "kind", "xyz", kind), specialization._kind_counts(trace, 0, 3, kind)
     inside, outside, expected, variance = (np.zeros((3, 8)) for _ in range(4))
+    excess, shared = np.zeros((7, 3, 8)), np.zeros((7, 3))
     for d in range(7):
         uses = np.stack([(trace.experts(0) == e).any(1) for e in range(8)], 1)[(document == d) & (kind >= 0)]
         of = kind[(document == d) & (kind >= 0)]
@@ -175,6 +176,7 @@ def test_within_documents_by_hand(rows: int, cells: int, units: int, monkeypatch
             mine, share = uses[of == g], uses.mean(0) if len(uses) else np.zeros(8)
             expected[g] += len(mine) * share
             variance[g] += len(mine) * share * (1 - share) * (1 - len(mine) / max(len(of), 1))
+            excess[d, g], shared[d, g] = mine.sum(0) - len(mine) * share, len(mine) * (1 - len(mine) / max(len(of), 1))
             inside[g] += mine.sum(0) * (of != g).sum() / max(len(of), 1)
             outside[g] += uses[of != g].sum(0) * len(mine) / max(len(of), 1)
     np.testing.assert_allclose(counted.expected.sum(0), expected)
@@ -184,7 +186,12 @@ def test_within_documents_by_hand(rows: int, cells: int, units: int, monkeypatch
     np.testing.assert_allclose(inside - outside, found.count - expected, atol=1e-9)  # what is tested leans the way the effect does
     assert np.isnan(by_label(trace, 0).within).all()
     if units == 400:
-        p = [specialization.sign_flip_test(counted.counts - counted.expected).p, specialization.count_p(found.count, expected, variance)]
+        rest = excess - shared[:, :, None] * excess.sum(0) / shared.sum(0)[:, None]
+        bunch = (rest**2).sum((0, 2)) / (variance.sum(1) * (1 - 1 / (shared > 0).sum(0)))
+        np.testing.assert_allclose(counted.dispersion, np.maximum(bunch, 1))
+        assert (bunch > 1).any()
+        counts = [x / counted.dispersion[:, None] for x in (found.count, expected, variance)]
+        p = [specialization.sign_flip_test(counted.counts - counted.expected).p, specialization.count_p(*counts)]
         np.testing.assert_allclose(found.p, np.maximum(*p))
         assert (p[0] > p[1]).any() and (p[0] < p[1]).any() and (found.family_p >= found.p).all()
 
