@@ -62,6 +62,9 @@ TERMS = (
           " uniform routing gives (k - 1) / (E - 1)", "OLMoE, arXiv 2409.02060, eq. 6"),
     Entry("flow", "Flow", "how many tokens go from expert i at one site to expert j at the next, beside what the two loads alone would give",
           "Routerscope; metrics of pairs"),
+    Entry("repetition", "Repetition", "of neighbouring tokens of one document, the share with the same first choice, or with any expert in common; uniform routing"
+          " gives 1 / E and 1 - C(E - k, k) / C(E, k), and the document's tokens in an order dealt at random what its subject alone gives",
+          "Mixtral of Experts, arXiv 2401.04088, Table 5"),
     Entry("predicted_next_token", "Predicted next token", "the id of the largest logit the model gives after a token, whatever token follows in the text;"
           " recorded with every token of a language model, but for the prompt of a generation before its last token", "OLMoE, arXiv 2409.02060, eq. 8"),
     Entry("vocabulary_specialization", "Vocabulary specialization", "mean over token ids of the largest share any expert has of the id's tokens, the"

@@ -1,16 +1,14 @@
-"""Which experts go together: in one token, from one layer to the next, from one token to the next, between two runs.
+"""Which experts go together: in one token, from one layer to the next, between two runs.
 
 Every count is set against what the experts' loads alone would give, because two busy experts meet often by chance.
-Definitions: co-activation and router saturation OLMoE (arXiv 2409.02060) eq. 6 and 5; repetition Mixtral (arXiv
-2401.04088) Table 5. From statistics alone, but for saturation, which compares two runs token by token.
+Definitions: co-activation and router saturation OLMoE (arXiv 2409.02060) eq. 6 and 5. From statistics alone, but for saturation,
+which compares two runs token by token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import comb
-from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -21,15 +19,6 @@ from .specialization import MOST_UNITS, blocks
 from .trace import Trace, TraceError
 
 TURNS, TURNS_BUDGET = (19, 199), 200_000_000  # shuffles of two runs' agreement, as many as so many looked-up choices allow
-# text -> layers 0, 15, 31: (first choice repeated %, first or second in common %); Mixtral 8x7B, its Table 5
-MIXTRAL_REPETITION: Mapping[str, tuple[tuple[float, float], ...]] = MappingProxyType({
-    "ArXiv": ((14.0, 46.5), (27.9, 62.3), (22.7, 52.9)),
-    "DM Mathematics": ((14.1, 44.9), (28.4, 67.0), (19.7, 44.5)),
-    "Github": ((14.9, 49.9), (28.1, 66.9), (19.7, 49.2)),
-    "Gutenberg": ((13.9, 49.5), (26.1, 63.1), (26.3, 52.2)),
-    "PubMed abstracts": ((14.2, 48.6), (24.6, 61.6), (22.0, 51.8)),
-    "Wikipedia (en)": ((14.4, 49.8), (23.6, 62.1), (25.3, 51.8)),
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,34 +110,6 @@ def _pairs(observed: np.ndarray, expected: np.ndarray, n: int, chance: float) ->
         share = observed / observed.sum(1, keepdims=True)
         residual = np.where(expected > 0, (observed - expected) / np.sqrt(expected), np.nan)
     return PairCounts(observed, expected, lift, share, residual, n, chance)
-
-
-@dataclass(frozen=True)
-class Repetition:
-    """Neighbouring tokens of one document at one site; shares of ``pairs``, 0 to 1.
-
-    first  the same first choice.  shared  any expert in common.
-    chance_first = 1 / E and chance_shared = 1 - C(E - k, k) / C(E, k): uniform routing.
-    chance_first_given_load: two tokens drawn independently at the recorded loads; uneven loads repeat by themselves.
-    """
-
-    site: int
-    pairs: int
-    first: float
-    shared: float
-    chance_first: float
-    chance_shared: float
-    chance_first_given_load: float
-
-
-def repetition(trace: Trace, site: int) -> Repetition:
-    """From statistics; NaN shares where no document has two tokens. Context: MIXTRAL_REPETITION."""
-    pairs, first, shared = trace.stats.repetition(site)
-    layer, load = trace.layers[site], trace.stats.first_choice_load(site)
-    e, k = layer.n_classes, layer.top_k
-    given = float(((load / load.sum()) ** 2).sum()) if load.sum() else float("nan")
-    return Repetition(site, pairs, first / pairs if pairs else float("nan"), shared / pairs if pairs else float("nan"), 1 / e,
-                      1 - comb(e - k, k) / comb(e, k), given)  # fmt: skip
 
 
 def saturation(a: Trace, b: Trace, progress: Callable[[int, int], None] | None = None) -> pa.Table:

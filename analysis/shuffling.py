@@ -129,8 +129,34 @@ def _share(used: float, squares: float, crossed: float, size: float, size_square
     return share, between if between > least or between != between else least
 
 
+@compiled
+def neighbours_alike(
+    words: np.ndarray, first: np.ndarray, ends: np.ndarray, order: np.ndarray, chance: np.ndarray, out: np.ndarray
+) -> None:
+    """Add to ``out`` int64 [documents, 2]: neighbours of each document with the same first choice (not -1), and with any bit of ``words`` in common.
+
+    Documents end at ``ends``; ``order`` int64 [n] is where their tokens stand, and is dealt anew within each by ``chance`` [n] in [0, 1), where given.
+    """
+    start = 0
+    for d in range(ends.shape[0]):
+        stop = ends[d]
+        if chance.shape[0] > 0:
+            for i in range(stop - 1, start, -1):
+                j = start + int(chance[_U(i)] * (i - start + 1))
+                order[_U(i)], order[_U(j)] = order[_U(j)], order[_U(i)]
+        for i in range(start + 1, stop):
+            a, b = order[_U(i - 1)], order[_U(i)]
+            out[d, 0] += int(first[_U(a)] == first[_U(b)]) & int(first[_U(a)] >= 0)
+            common = np.uint64(0)
+            for w in range(words.shape[1]):
+                common |= words[_U(a), w] & words[_U(b), w]
+            out[d, 1] += int(common != 0)
+        start = stop
+
+
 def warm_up() -> None:
     """Compile every kernel, or load it from numba's cache."""
     one = np.ones(2, np.int64)
     dealt_table(one, one, one, 2, 0)
     compare_deals(np.ones((2, 6)), np.zeros((1, 2), np.int64), np.ones((1, 1)), 0.5)
+    neighbours_alike(np.ones((2, 1), np.uint64), one, one + 1, np.arange(2), np.zeros(2), np.zeros((2, 2), np.int64))

@@ -414,17 +414,18 @@ def esft_experts(score: np.ndarray, top_p: float) -> tuple[int, ...]:
     return tuple(order[: min(enough, len(order))].tolist())
 
 
-def seriation(enriched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def seriation(enriched: np.ndarray, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(order of groups, order of experts) that puts a heatmap [G, E] of log2 enrichment near its diagonal.
 
     Experts follow the group they prefer most, the strongest first; groups follow the number and strength of their
-    experts. Ties by number. A reordering only: it shows structure, it proves none, and random tables look ordered too.
+    experts, or stay in the order ``groups``. Ties by number. A reordering only: it shows structure, it proves none, and
+    random tables look ordered too.
     """
     value = np.nan_to_num(enriched, nan=-np.inf)
     if not value.size:
         return np.arange(value.shape[0]), np.arange(value.shape[1])
     best, strength = value.argmax(0), value.max(0)
     owned = np.bincount(best, minlength=len(value))
-    groups = np.lexsort((np.arange(len(value)), -value.max(1), -owned))
+    groups = np.lexsort((np.arange(len(value)), -value.max(1), -owned)) if groups is None else groups
     place = np.argsort(groups)
     return groups, np.lexsort((np.arange(len(best)), -strength, place[best]))

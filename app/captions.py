@@ -23,11 +23,10 @@ def preferences_headline(found: Preferences, layer: LayerInfo) -> str:
     """The groups whose use of an expert stands out most, one expert each, and how many experts prefer any; or why nothing can be told."""
     if found.missing:
         return found.missing
-    clear = found.significant & (found.lift >= CLEAR)
-    named, what = int(clear.any(0).sum()), KIND[found.kind]
+    named, what = int(clear(found).any(0).sum()), KIND[found.kind]
     if not named:
         return f"At {layer.title}, no expert can be said to prefer a {what}."
-    gap = np.where(clear & (found.count >= LEAST_USES), found.share - found.elsewhere, 0.0)
+    gap = np.where(clear(found) & (found.count >= LEAST_USES), found.share - found.elsewhere, 0.0)
     leading = [int(g) for g in np.argsort(-gap.max(1), kind="stable")[:NAMED] if gap[g].max() > 0]
     verb = "goes" if found.kind == "label" else "go"
     said = [f"{'tokens at ' if found.kind == 'position' and not i else ''}{found.groups[g]}{f' {verb} above all' if not i else ''} to expert"
@@ -35,6 +34,23 @@ def preferences_headline(found: Preferences, layer: LayerInfo) -> str:
     every = f"all {layer.n_classes:,} experts prefer" if named == layer.n_classes else (
         f"{named:,} of {layer.n_classes:,} experts {'prefers' if named == 1 else 'prefer'}")  # fmt: skip
     return f"At {layer.title}, {', '.join(said)}{'; ' if said else ''}{every} some {what} beyond chance."
+
+
+def clear(found: Preferences) -> np.ndarray:
+    """bool [G, E]: preferences worth a name, significant and at least CLEAR times the base rate."""
+    return np.asarray(found.significant & (found.lift >= CLEAR))
+
+
+def preferring(found: Preferences) -> str:
+    """ "9 of 16 experts": those with a clear preference."""
+    return "untested" if found.missing else f"{int(clear(found).any(0).sum()):,} of {found.count.shape[1]:,} experts"
+
+
+def grid_definition(found: Sequence[Preferences]) -> str:
+    """Under the maps of several layers."""
+    empty = "Empty: not distinguishable from chance at a false discovery rate of 5%, or too rarely used."
+    return ("Rows and colours as above; each layer's experts stand in an order of their own. In a layer's title: experts that clearly prefer some"
+            f" {KIND[found[0].kind]}. {'No cell can be tested.' if all(p.missing for p in found) else empty}")  # fmt: skip
 
 
 def preferences_how(found: Preferences, layer: LayerInfo) -> str:
@@ -104,3 +120,8 @@ def pairs_how(found: PairTest) -> str:
         f" Corrected for the {found.tested:,} pairs of this layer and this look only. Beyond chance also asks that documents and colour point the same"
         f" way. Intervals: {found.units:,} units of whole documents drawn again.")  # fmt: skip
     return f"Fixed scale from ⅛× to 8×. Uniform routing would give each partner {found.counts.chance_share:.1%}.{tested}"
+
+
+def spread(values: np.ndarray) -> str:
+    """A whole number that all agree on, or the least and the most."""
+    return f"{values.min():,}" if values.min() == values.max() else f"{values.min():,} to {values.max():,}"

@@ -20,7 +20,12 @@ def kept(run: str, what: tuple[object, ...]) -> dict[int, Any]:
 
 
 def layer_by_layer(trace: Trace, known: dict[int, pa.Table], make: Callable[[Sequence[int]], Iterable[tuple[int, pa.Table]]]) -> pa.Table:
-    """The tables of all sites, one below the other. ``make`` yields (site, table) of the sites that are not ``known`` yet.
+    """The tables of all sites, one below the other; as ``each_layer``."""
+    return pa.concat_tables(each_layer(trace, known, make))
+
+
+def each_layer(trace: Trace, known: dict[int, _Found], make: Callable[[Sequence[int]], Iterable[tuple[int, _Found]]]) -> list[_Found]:
+    """What was found of every site. ``make`` yields (site, found) of the sites that are not ``known`` yet.
 
     A person who leaves in the middle loses no layer: the next view goes on from there.
     """
@@ -28,12 +33,12 @@ def layer_by_layer(trace: Trace, known: dict[int, pa.Table], make: Callable[[Seq
     if missing:
         bar = st.progress(0.0, text=f"Layer by layer: 0 of {len(missing):,} …")
         try:
-            for done, (site, table) in enumerate(make(missing), 1):
-                known[site] = table
+            for done, (site, found) in enumerate(make(missing), 1):
+                known[site] = found
                 bar.progress(done / len(missing), text=f"Layer by layer: {done:,} of {len(missing):,} …")
         finally:
             bar.empty()
-    return pa.concat_tables([known[x.index] for x in trace.layers])
+    return [known[x.index] for x in trace.layers]
 
 
 def one_layer(site: int, known: dict[int, _Found], make: Callable[[Callable[[int, int], None]], _Found]) -> _Found:

@@ -198,3 +198,20 @@ def differences(a: Trace, b: Trace) -> list[str]:
         if not mine.select(columns).combine_chunks().equals(other.select(columns).combine_chunks()):
             out.append(f"stats.{what}")
     return out
+
+
+def weighted_trace(k: int, n: int = 4000, seed: int = 0) -> Trace:
+    """Experts drawn without return at fixed odds from 1 to 8: uneven loads, no partnership, no memory."""
+    layers = (site(0, 8, k), site(1, 8, k))
+    part = make_part(layers, [n // 4] * 4, seed)
+    rng = np.random.default_rng(seed)
+    routing = []
+    for old in part.routing:
+        sets = []
+        while len(sets) < n:  # draws with return, kept where all differ: odds of a set are the product of its experts' odds
+            drawn = rng.choice(8, (4 * n, k), p=np.arange(1, 9) / 36)
+            ordered = np.sort(drawn, 1)
+            sets += drawn[(ordered[:, 1:] != ordered[:, :-1]).all(1)].tolist()
+        experts = np.array(sets[:n], np.int16)
+        routing.append(SiteRouting(experts, old.weights, experts))
+    return make_trace(layers, [replace(part, routing=tuple(routing))])

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -165,7 +166,7 @@ def preferences(groups: int = 2, experts: int = 32) -> Preferences:
     return effects(0, "label", tuple("abcdefgh"[:groups]), counts.sum(1), counts)
 
 
-def enrichment(found: Preferences, theme: str = "light") -> charts.go.Figure:
+def enrichment(found: Preferences, theme: str = "light") -> Any:
     g, e = found.count.shape
     return charts.enrichment_map(found, list(found.groups), np.arange(g), np.arange(e)[::-1], theme)
 
@@ -250,3 +251,19 @@ def test_crosses_of_a_map_of_pairs_stand_on_their_cells_and_leave_its_edges() ->
     assert [list(x) for x in (figure.data[1].x, figure.data[1].y)] == [[1], [2]]
     assert (figure.layout.xaxis.range, figure.layout.yaxis.range) == ((-0.5, 3.5), (2.5, -0.5))
     assert len(charts.lift_map(np.ones((3, 4)), "expert", "expert", "light").data) == 1
+
+
+def test_small_maps_draw_significant_cells_alone_and_give_every_row() -> None:
+    found = [replace(preferences(2, 32), site=i, significant=np.eye(2, 32, i, dtype=bool)) for i in range(3)]
+    orders = [np.arange(32), np.arange(32)[::-1], np.arange(32)]
+    figure = charts.enrichment_grid(["layer 0", "layer 1", "layer 2"], found, ["x", "y"], np.array([1, 0]), orders, "dark")
+    assert [t.name for t in figure.data] == ["layer 0", "layer 1", "layer 2"] and [t.showscale for t in figure.data] == [True, False, False]
+    for drawn, one, order in zip(figure.data, found, orders, strict=True):
+        assert np.array_equal(np.isfinite(drawn.z), one.significant[np.ix_([1, 0], order)])
+        assert np.allclose(drawn.z[np.isfinite(drawn.z)], one.enrichment[np.ix_([1, 0], order)][np.isfinite(drawn.z)], atol=1e-6)
+    rows = charts.rows(figure)
+    assert rows.num_rows == 3 * 2 * 32 and pc.sum(rows["significant"]).as_py() == 6
+    last = rows.filter(pc.and_(pc.equal(rows["series"], "layer 1"), pc.equal(rows["significant"], True)))
+    assert sorted(zip(last["group"].to_pylist(), last["expert"].to_pylist(), strict=True)) == [("x", 2), ("y", 1)]
+    untested = [replace(f, missing="too few documents") for f in found]
+    assert np.isfinite(charts.enrichment_grid(["a", "b", "c"], untested, ["x", "y"], np.array([0, 1]), orders, "dark").data[0].z).all()

@@ -1,38 +1,17 @@
-"""Pairs of experts against loops, against what loads alone give, and against published repetition."""
+"""Pairs of experts against loops and against what loads alone give."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from math import comb
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.paths import MIXTRAL_REPETITION, coactivation, flow, flow_information, quasi_independent, repetition, saturation
-from analysis.trace import SiteRouting, Trace, TraceError
-from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_parts, make_trace, site
-
-
-def weighted_trace(k: int, n: int = 4000, seed: int = 0) -> Trace:
-    """Experts drawn without return at fixed odds from 1 to 8: uneven loads, no partnership, no memory."""
-    layers = (site(0, 8, k), site(1, 8, k))
-    part = make_part(layers, [n // 4] * 4, seed)
-    rng = np.random.default_rng(seed)
-    routing = []
-    for old in part.routing:
-        sets = []
-        while len(sets) < n:  # draws with return, kept where all differ: odds of a set are the product of its experts' odds
-            drawn = rng.choice(8, (4 * n, k), p=np.arange(1, 9) / 36)
-            ordered = np.sort(drawn, 1)
-            sets += drawn[(ordered[:, 1:] != ordered[:, :-1]).all(1)].tolist()
-        experts = np.array(sets[:n], np.int16)
-        routing.append(SiteRouting(experts, old.weights, experts))
-    return make_trace(layers, [replace(part, routing=tuple(routing))])
+from analysis.paths import coactivation, flow, flow_information, quasi_independent, saturation
+from analysis.trace import SiteRouting, TraceError
+from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_parts, make_trace, weighted_trace
 
 
 @pytest.mark.parametrize("layers", [PLAIN, MANY, TWO_STREAMS], ids=["plain", "many", "streams"])
@@ -119,38 +98,6 @@ def test_flow_of_independent_and_of_chained_layers() -> None:
     both = (SiteRouting(here, part.routing[0].weights, here), SiteRouting(chained, part.routing[1].weights, chained))
     told = flow(make_trace(trace.layers, [replace(part, routing=both)]), 0)
     assert (told.observed > 0).sum() == 8 and told.lift[0, 3] == pytest.approx(4000 / (here == 0).sum())
-
-
-def test_repetition_and_its_chance() -> None:
-    found = repetition(weighted_trace(2), 0)
-    assert found.pairs == 3996 and found.chance_first == 1 / 8 and found.chance_shared == pytest.approx(0.4643, abs=5e-5)
-    assert found.first == pytest.approx(found.chance_first_given_load, abs=0.03) and found.chance_first_given_load > 0.135
-    for e, k, percent in ((8, 2, 46.43), (64, 8, 67.91), (64, 6, 46.01), (128, 8, 41.23)):  # reference: Mixtral Table 5's null
-        layers = (site(0, e, k),)
-        chance = repetition(make_trace(layers, [make_part(layers, [3])]), 0).chance_shared
-        assert 100 * chance == pytest.approx(percent, abs=0.005) and chance == 1 - comb(e - k, k) / comb(e, k)
-    assert np.isnan(repetition(make_trace(PLAIN, [make_part(PLAIN, [1])]), 0).first)
-
-
-def test_repetition_of_deepseek_v2_lite(real: Path) -> None:
-    golden = json.loads((real / "golden.json").read_text())["deepseek-v2-lite"]["law"]
-    table = pq.read_table(real / "deepseek-v2-lite" / "routing.parquet").to_pandas()
-    layers = (site(0, 64, 6),)
-    for number in ("1", "13", "26"):
-        mine = table[(table["task"] == "law") & (table["layer"] == int(number))].sort_values(["seq", "pos", "slot"])
-        experts = mine["expert"].to_numpy().reshape(-1, 6).astype(np.int16)
-        weights = mine["weight"].to_numpy().reshape(-1, 6).astype(np.float32)
-        part = make_part(layers, mine.iloc[::6].groupby("seq", sort=False).size().tolist())
-        found = repetition(make_trace(layers, [replace(part, routing=(SiteRouting(experts, weights, experts),))]), 0)
-        figures = golden["layers"][number]
-        assert found.first == pytest.approx(figures["repeat_first"], rel=5e-8)
-        assert found.shared == pytest.approx(figures["repeat_any"], rel=5e-8)
-
-
-def test_mixtrals_table_is_above_chance_for_two_choices() -> None:
-    assert len(MIXTRAL_REPETITION) == 6 and all(len(rows) == 3 for rows in MIXTRAL_REPETITION.values())
-    deep = [rows[1] for rows in MIXTRAL_REPETITION.values()]
-    assert all(first > 12.5 and either > 46.43 for first, either in deep)
 
 
 def test_saturation_at_its_ends_and_in_between() -> None:

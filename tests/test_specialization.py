@@ -330,6 +330,9 @@ def test_seriation_puts_blocks_on_the_diagonal() -> None:
         enriched[group, expert] = value
     groups, experts = seriation(enriched)
     assert groups.tolist() == [2, 0, 1] and experts.tolist() == [0, 4, 6, 1, 2, 3, 5]
+    given = seriation(enriched, groups[::-1])
+    assert given[0].tolist() == groups[::-1].tolist() and sorted(given[1].tolist()) == sorted(experts.tolist()) != given[1].tolist()
+    assert (np.diff(np.argsort(groups[::-1])[enriched[:, given[1]].argmax(0)]) >= 0).all()  # along the diagonal of these rows
     assert [x.tolist() for x in seriation(np.full((2, 3), np.nan))] == [[0, 1], [0, 1, 2]]
     assert [len(x) for x in seriation(np.zeros((0, 4)))] == [0, 4]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
@@ -20,10 +21,13 @@ from analysis.glossary import TERMS, search
 from analysis.jackknife import vocabulary_interval
 from analysis.metrics import METRICS
 from analysis.neighbours import expert_similarities
+from analysis.repetition import repetition
+from analysis.specialization import by_label
 from analysis.store import open_run
 from analysis.trace import LayerInfo, SiteRouting
 from analysis.vocabulary import VARIANTS, context_independence
 from analysis.writing import RunWriter
+from app import charts
 from app.text import plain, visible_token
 
 from . import tiny
@@ -461,6 +465,42 @@ def test_two_runs_are_compared_where_they_are_over_the_same_tokens(checkpoints: 
     alone = shown("specialization", "elsewhere")
     alone.query_params["by"] = "runs"
     assert "No other run here is over the same tokens" in alone.run().error[0].value and not alone.exception
+
+
+def test_every_layer_side_by_side_is_each_layers_own_map(runs: Path) -> None:
+    test = shown("specialization", "demo-run")
+    test.query_params["every_layer"] = "open"
+    test.run()
+    assert not test.exception
+    [grid] = [f for f in test.session_state["_figures"] if f.name.endswith("every-layer")]
+    trace = open_run(ROOT / "data" / "demo-run")
+    found = [by_label(trace, x.index) for x in trace.layers]
+    drawn = charts.rows(grid.figure)
+    assert drawn.num_rows == sum(f.count.size for f in found) and pc.sum(drawn["significant"]).as_py() == sum(
+        f.significant.sum() for f in found
+    )
+    assert [t.name for t in grid.figure.data] == [
+        f"{x.title}: {int((f.significant & (f.lift >= 1.5)).any(0).sum())} of 16 experts" for x, f in zip(trace.layers, found, strict=True)
+    ]
+    assert "by label, every layer" in test.selectbox(key="table").options
+
+
+def test_neighbouring_tokens_are_tested_where_they_can_be(runs: Path) -> None:
+    store(runs / "one-token-each", PLAIN, [1, 1])
+    for run in ("demo-run", "one-token-each"):
+        test = shown("specialization", run)
+        test.query_params.update({"by": "flow", "repeats": "open"})
+        test.run()
+        assert not test.exception
+        assert any(plain("the run holds no document of two tokens") in c.value for c in test.caption) == (run != "demo-run")
+        drawn = [f for f in test.session_state["_figures"] if f.key == "repetition"]
+        assert len(drawn) == (run == "demo-run")
+        if drawn:
+            trace = open_run(ROOT / "data" / "demo-run")
+            assert charts.rows(drawn[0].figure)["share"].to_pylist()[: len(trace.layers)] == [
+                repetition(trace, x.index).first for x in trace.layers
+            ]
+            assert "repetition" in test.selectbox(key="table").options
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

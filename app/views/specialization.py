@@ -16,7 +16,7 @@ from analysis.glossary import GLOSSARY
 from analysis.information import Information
 from analysis.jackknife import DocumentInterval, vocabulary_interval
 from analysis.pair_tests import coactivation_test, flow_test
-from analysis.paths import repetition, saturation
+from analysis.paths import saturation
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
 from analysis.token_classes import by_class
 from analysis.token_use import TokenUse, document_use, leading_ids, top_tokens_of
@@ -32,8 +32,10 @@ from analysis.vocabulary import (
 )
 from app import captions, charts, text
 from app.downloads import computed_downloads
+from app.every_layer import show_every_layer
 from app.figures import show_figure
 from app.layers import kept, layer_by_layer, one_layer
+from app.repeats import show_repeats
 from app.selection import choice, comparable_runs, current_trace, layer_picker, open_expert, recording_id, section, theme
 
 KINDS = {
@@ -47,7 +49,7 @@ KINDS = {
 }
 _TESTED = ("log2_enrichment", "lift", "false_discovery_rate")
 _WITHIN = ("log2_enrichment", "log2_enrichment_within", "lift", "false_discovery_rate")
-MEANT = {"label": (*_TESTED, "label_information"), "class": _WITHIN, "position": _WITHIN, "pairs": ("co_activation",), "flow": ("flow",),
+MEANT = {"label": (*_TESTED, "label_information"), "class": _WITHIN, "position": _WITHIN, "pairs": ("co_activation",), "flow": ("flow", "repetition"),
          "token": ("token_information", "vocabulary_specialization", "predicted_next_token", "lift", "leaning_documents"),
          "runs": ("router_saturation",)}  # fmt: skip
 TOKEN = {"input": "it reads", "next": "that follows", "predicted": "the model predicts next"}
@@ -215,14 +217,9 @@ def show_followed(variants: Mapping[str, str], least: int) -> pa.Table:
         "vocabulary-specialization", key="vocabulary", alt="Vocabulary specialization per layer by input, next and predicted next token, with chance.",
         definition=f"Mean over ids seen at least {least:,} times of the largest share any expert has of the id's tokens (OLMoE eq. 8); by chance:"
         " the same assignments dealt again to the tokens. Lines are over different ids; small differences mean nothing.",
-        n=", ".join(f"{spread(frame[frame.token == v].n_frequent)} ids ({TOKEN[v]})" for v in variants),
+        n=", ".join(f"{captions.spread(frame[frame.token == v].n_frequent.to_numpy())} ids ({TOKEN[v]})" for v in variants),
     )  # fmt: skip
     return table
-
-
-def spread(n: pd.Series[int]) -> str:
-    """A number that layers agree on, or the least and the most."""
-    return f"{n.min():,}" if n.min() == n.max() else f"{n.min():,} to {n.max():,}"
 
 
 def shown(use: TokenUse) -> str:
@@ -236,7 +233,7 @@ def show_pairs(kind: str) -> pa.Table:
     found = one_layer(site, kept(run, ("pair tests", kind)), lambda tell: test(trace, site, tell))
     pairs, here = found.counts, trace.layers[site].title
     if not pairs.observed.shape[1]:
-        text.show_note(f"{here} is the last routed layer of its stream: no layer follows.")
+        text.show_heading(f"{here.capitalize()} is the last routed layer: choose an earlier one to see where its tokens go on.")
         return pa.table({"row": pa.array([], pa.int64())})
     text.show_heading(captions.pairs_headline(found, here))
     show_figure(
@@ -300,6 +297,7 @@ if kind in ("label", "class", "position"):
     found = preferences(trace, run, site, kind)
     show_preferences(found, site)
     tables[KINDS[kind]] = f"one row per {kind} and expert", found.table()
+    tables |= show_every_layer(trace, run, found, lambda i: preferences(trace, run, i, kind))
     if kind == "label":
         show_layers()
 elif kind == "token":
@@ -310,15 +308,7 @@ elif kind == "pairs":
     tables["co-activation"] = "one row per pair of experts: counts, lift with its 95% interval, p and q", show_pairs(kind)
 else:
     tables["flow"] = "one row per pair of experts: counts, lift with its 95% interval, p and q", show_pairs(kind)
-    repeats = [repetition(trace, x.index) for x in trace.layers]
-    st.header("Do neighbouring tokens share an expert?")
-    st.dataframe(
-        pd.DataFrame([{"layer": trace.layers[r.site].title, "same first choice": r.first, "by chance": r.chance_first,
-                       "by chance at these loads": r.chance_first_given_load, "any in common": r.shared, "by chance ": r.chance_shared,
-                       "n (neighbours)": r.pairs} for r in repeats]),
-        hide_index=True, column_config={c: st.column_config.NumberColumn(format="percent") for c in (
-            "same first choice", "by chance", "by chance at these loads", "any in common", "by chance ")},
-    )  # fmt: skip
+    tables |= show_repeats(trace, run)
 text.show_definitions(trace.name, {n: GLOSSARY[n].title for n in MEANT[kind]})
 st.header("Take the numbers")
 chosen = st.session_state["_chosen"]
