@@ -74,7 +74,8 @@ TERMS = (
           " tokens, mean over tokens; uniform routing gives k / E, turning the tokens of each document keeps what their texts share",
           "OLMoE, arXiv 2409.02060, eq. 5"),
     Entry("leaning_documents", "Leaning documents", "of the documents that hold a token, those in which it uses the expert more often than the document's"
-          " tokens do; by chance about half or fewer", "Routerscope; a sign test's count"),
+          " tokens do; by chance about half or fewer, more at an expert that most tokens use. Tested by document: each gives the share of the token's"
+          " occurrences there that use the expert, expected to be the document's own rate", "Routerscope; Hoeffding 1963"),
     Entry("document_balance", "Document balance", "max / mean of the loads of one document's tokens at a site, beside what uniform routing of so few"
           " tokens stays below", "arXiv 2408.15664, its batch being a document"),
     Entry("device_queue", "Longest device queue", "load of the busiest of D devices over their mean load, in one batch at one site, experts placed in"

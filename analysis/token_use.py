@@ -85,7 +85,9 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
     document, at = np.divmod(pair, height)
     leans = count * size[document] > load[document, expert] * occurs[np.searchsorted(pairs, pair)]
     leaning = np.bincount((at * width + expert)[leans], minlength=len(ids) * width)
-    return DocumentUse(ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width), token_tests(trace, counts, ids))
+    return DocumentUse(
+        ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width), token_tests(trace, counts, ids)
+    )
 
 
 def leading_ids(counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20) -> np.ndarray:

@@ -125,7 +125,11 @@ def test_a_planted_kind_of_token_is_found_within_documents() -> None:
     trace = make_trace(PLAIN, [replace(part, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
     found = by_group(trace, 0, "kind", ("w", "x", "y", "z"), kind)
     assert (
-        found.share[2, 7] == 1 and found.significant[2, 7] and found.within[2, 7] > 1.9 and found.documents.tolist() == [12] * 4 and found.tokens.tolist() == [180] * 4
+        found.share[2, 7] == 1
+        and found.significant[2, 7]
+        and found.within[2, 7] > 1.9
+        and found.documents.tolist() == [12] * 4
+        and found.tokens.tolist() == [180] * 4
     )
     assert not by_group(trace, 1, "kind", ("w", "x", "y", "z"), kind).significant.any()
     left_out = by_group(trace, 0, "kind", ("y",), np.where(kind == 2, 0, -1))

@@ -70,7 +70,9 @@ def test_a_word_repeated_by_one_document_counts_once() -> None:
     ids[:60], experts[:60] = 3, [5, 1]
     column = part.tokens.schema.get_field_index("token_id")
     tokens = part.tokens.set_column(column, part.tokens.schema.field(column), [ids.astype(np.int32)])
-    trace = make_trace(PLAIN, [replace(part, tokens=tokens, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))])
+    trace = make_trace(
+        PLAIN, [replace(part, tokens=tokens, routing=(SiteRouting(experts, part.routing[0].weights, experts), part.routing[1]))]
+    )
     found = top_tokens_of(trace, input_tokens(trace, 0), [5], use=document_use(trace, input_tokens(trace, 0)))[0]
     habit = next(t for t in found if t.token_id == 3)
     assert habit.p == 0.005 and habit.documents == 1 and habit.p_documents > 0.3 and habit.q == 1
