@@ -21,6 +21,7 @@ from tests.synthetic import make_part, make_trace, site
 
 RUNS = 400 if os.environ.get("ROUTERSCOPE_LONG") else 16
 EXPERTS = 16
+pytestmark = pytest.mark.timeout(3600 if RUNS == 400 else 300)
 
 
 def most_runs(runs: int, rate: float = 0.05, odds: float = 0.001) -> int:

@@ -159,7 +159,7 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
                                   index=pd.Index(range(len(found)), name="expert")))  # fmt: skip
         text.show_note(
             f"The {SHOWN} tokens it is used for most, by lift; in brackets: in how many of the documents that hold the token it uses the expert more often than"
-            " the rest of the document does, and q. A token of few documents cannot be told from chance, whatever its lift.",
+            " the rest of the document does, and q. By chance a token uses an expert as often as the rest of its document; few documents tell little.",
             f"q: the false discovery rate at which the token is still claimed, corrected for every id seen {words.least:,} times at every expert of this layer"
             " (Benjamini and Hochberg). Its unit is the document: each that holds the token gives the share of its occurrences there that use the expert, expected"
             " to be the document's own rate (Hoeffding's bound, one-sided). The file has q, this p, and a p that takes each occurrence for independent."
