@@ -8,10 +8,12 @@ Knows nothing of screens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count as count_from
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +44,8 @@ _LEAST = 1e-12  # keeps 0 / 0 at 0
 CELLS = 1 << 20  # documents x groups x classes counted at a time: 8 MB
 _FLOOR = ", p at least that of independent tokens"
 _BUNCHED = ", p at least that of tokens dealt at random within documents in such bunches as are seen"
+_Found = TypeVar("_Found")
+Reading = Generator[None, tuple[int, np.ndarray] | None, _Found]  # see ``one_pass``
 _ONE_LABEL = "Nothing to compare: effects of a label need documents of another. Record some."
 _NO_DOCUMENTS = "The run holds counts without documents: effects are shown, none can be tested. Record the documents themselves."
 
@@ -209,10 +213,16 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
 
     Null: within each document the kind has nothing to do with the expert, so documents lean to either side alike
     (signs of whole documents flipped), and no surer than if the kind were dealt at random to each document's tokens, in bunches as large as
-    ``_KindCounts.dispersion`` says: signs know nothing of counts too small to lean either way. ``significant`` also asks that shares over all documents lean the same way as those
-    within them. One streaming pass over the site's decisions. Raises TraceError without them.
+    ``_KindCounts.dispersion`` says: signs know nothing of counts too small to lean either way. ``significant`` also asks that
+    shares over all documents lean the same way as those within them. One streaming pass over the site's decisions. Raises TraceError without them.
     """
-    found = _kind_counts(trace, site, len(groups), codes)
+    return one_pass(trace, site, group_reading(trace, site, kind, groups, codes, draws, seed))[0]
+
+
+def group_reading(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: np.ndarray, draws: int | None = None,
+                  seed: int = 0) -> Reading[Preferences]:  # fmt: skip
+    """``by_group`` for a pass that others share."""
+    found = yield from _kind_reading(trace, site, len(groups), codes)
     counts, sizes, expected = found.counts, found.sizes, found.expected.sum(0)
     plain = effects(site, kind, tuple(groups), sizes.sum(0), counts.sum(0))
     flipped = sign_flip_test(counts - found.expected, draws, seed)
@@ -310,8 +320,8 @@ class _KindCounts:
         return np.asarray(np.maximum((rest**2).sum((0, 2)) / np.maximum(freedom, _LEAST), 1))
 
 
-def _kind_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> _KindCounts:
-    """One pass over a site. Rates are those of single documents, also where documents are joined into units: a unit's documents may differ."""
+def _kind_reading(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> Reading[_KindCounts]:
+    """Rates are those of single documents, also where documents are joined into units: a unit's documents may differ."""
     layer = trace.layers[site]
     owner = owners(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy())
     n, width = int(owner[-1]) + 1 if len(owner) else 0, layer.n_classes
@@ -321,11 +331,13 @@ def _kind_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> _
     part = tokens / total[:, None]
     load, counts, weighted = np.zeros((n, width), np.int64), np.zeros((units, n_groups, width), np.int64), np.zeros((n_groups, width))
     unit = np.arange(n) * units // max(n, 1)
-    for first, table in _document_tables(trace, layer, owner, codes, n_groups):
-        mine = slice(first, first + len(table))
-        load[mine] += table.sum(1)
-        np.add.at(counts, unit[mine], table)
-        weighted += np.einsum("dg,dge->ge", part[mine], table)
+    while (block := (yield)) is not None:
+        here = slice(block[0], block[0] + len(block[1]))
+        for first, table in _document_tables(block[1], owner[here], codes[here], n_groups, width):
+            mine = slice(first, first + len(table))
+            load[mine] += table.sum(1)
+            np.add.at(counts, unit[mine], table)
+            weighted += np.einsum("dg,dge->ge", part[mine], table)
     rate = load / total[:, None]
     edges = np.searchsorted(unit, np.arange(units + 1))
     expected = np.array([tokens[a:b].T @ rate[a:b] for a, b in pairwise(edges.tolist())]).reshape(counts.shape)
@@ -334,19 +346,16 @@ def _kind_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> _
                        shared.T @ (rate * (1 - rate)), counts.sum(0) - weighted, expected.sum(0) - weighted, np.add.reduceat(shared, edges[:-1]) if n else shared)  # fmt: skip
 
 
-def _document_tables(trace: Trace, layer: LayerInfo, owner: np.ndarray, codes: np.ndarray,
-                     n_groups: int) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
-    """(first document, int64 [documents, groups, classes] assignments) of pieces of a stream, in order; what a piece cuts goes on in the next."""
-    width = layer.n_classes + 1  # a column more for places without an expert, a row more for tokens of no group
+def _document_tables(experts: np.ndarray, owner: np.ndarray, codes: np.ndarray, n_groups: int,
+                     classes: int) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
+    """(first document, int64 [documents, groups, classes] assignments) of a block, in pieces; what the block has of a document cut by its ends."""
+    width = classes + 1  # a column more for places without an expert, a row more for tokens of no group
     most = max(CELLS // ((n_groups + 1) * width), 1)
-    for start, experts in blocks(trace, layer):
-        of = owner[start : start + len(experts)]
-        for first in range(int(of[0]), int(of[-1]) + 1, most):
-            a, b = np.searchsorted(of, (first, first + most))
-            row = (of[a:b] - first) * (n_groups + 1) + codes[start + a : start + b] + 1
-            n = int(of[b - 1]) - first + 1
-            table = np.bincount((row[:, None] * width + experts[a:b] + 1).ravel(), minlength=n * (n_groups + 1) * width)
-            yield first, table.reshape(n, n_groups + 1, width)[:, 1:, 1:]
+    for first in range(int(owner[0]), int(owner[-1]) + 1, most):
+        a, b = np.searchsorted(owner, (first, first + most))
+        row, n = (owner[a:b] - first) * (n_groups + 1) + codes[a:b] + 1, int(owner[b - 1]) - first + 1
+        table = np.bincount((row[:, None] * width + experts[a:b] + 1).ravel(), minlength=n * (n_groups + 1) * width)
+        yield first, table.reshape(n, n_groups + 1, width)[:, 1:, 1:]
 
 
 def owners(document: np.ndarray) -> np.ndarray:
@@ -356,11 +365,49 @@ def owners(document: np.ndarray) -> np.ndarray:
 
 def assignments(trace: Trace, layer: LayerInfo, group: np.ndarray, n_groups: int) -> np.ndarray:
     """int64 [groups, classes]: assignments of the tokens of each group; ``group`` int [tokens], -1 for none. One pass over a site."""
+    return np.asarray(one_pass(trace, layer.index, assignments_reading(layer, group, n_groups))[0])
+
+
+def assignments_reading(layer: LayerInfo, group: np.ndarray, n_groups: int) -> Reading[np.ndarray]:
+    """``assignments`` for a pass that others share."""
     width = layer.n_classes + 1  # a row and a column more, for tokens of no group and places without an expert: no test in the pass
     first, counts = (group + 1) * width + 1, np.zeros((n_groups + 1) * width, np.int64)
-    for start, experts in blocks(trace, layer):
+    while (block := (yield)) is not None:
+        start, experts = block
         counts += np.bincount((experts + first[start : start + len(experts), None]).ravel(), minlength=len(counts))
     return counts.reshape(n_groups + 1, width)[1:, 1:]
+
+
+def one_pass(trace: Trace, site: int, *readings: Reading[Any]) -> list[Any]:
+    """What each of ``readings`` finds in a site's decisions, which are decoded once for all of them.
+
+    A reading is a generator that is sent every (first row, executed experts) of ``blocks``, then None, and returns what it found. What it
+    does before the first and after the last is done side by side with the others'.
+    """
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(next, readings))
+        for block in blocks(trace, trace.layers[site]):
+            for reading in readings:
+                reading.send(block)
+        return list(pool.map(finished, readings))
+
+
+def finished(reading: Reading[_Found]) -> _Found:
+    """What a reading found, at the end of its pass."""
+    try:
+        reading.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("a reading goes on after the last block")
+
+
+def documents_of(trace: Trace, stream: str) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [D]: documents with a token in the stream, ascending; int64 [tokens of the stream]: which of these each token is of)."""
+    rows = trace.documents.filter(pc.and_(pc.equal(trace.documents["stack"], stream), pc.greater(trace.documents["n_tokens"], 0)))
+    rows = rows.sort_by("first_row")
+    number, lengths = (rows[c].to_numpy().astype(np.int64) for c in ("document", "n_tokens"))
+    distinct = np.sort(number)
+    return distinct, np.repeat(np.searchsorted(distinct, number), lengths)
 
 
 def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Iterator[tuple[int, np.ndarray]]:

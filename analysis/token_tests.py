@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .significance import benjamini_hochberg, shares_p
-from .specialization import CELLS, blocks, owners
+from .specialization import CELLS, Reading, one_pass, owners
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded
 
@@ -34,6 +34,12 @@ def token_tests(trace: Trace, counts: TokenCounts, ids: np.ndarray, least: int =
     """Of ``ids`` (ascending, of counts.ids). One pass over the site; nothing is drawn. Memory: int32 [documents, classes], and two
     float64 [ids, classes].
     """
+    found: TokenTests = one_pass(trace, counts.site, tests_reading(trace, counts, ids, least))[0]
+    return found
+
+
+def tests_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray, least: int = LEAST) -> Reading[TokenTests]:
+    """``token_tests`` for a pass that others share."""
     layer = trace.layers[counts.site]
     every, code = coded(trace, layer.stream, counts.kind)
     place = np.full(len(every) + 1, -1)  # the last for tokens that have no id
@@ -44,7 +50,8 @@ def token_tests(trace: Trace, counts: TokenCounts, ids: np.ndarray, least: int =
     weight, width = np.zeros(len(row)), layer.n_classes + 1  # a column more for places without an expert
     weight[asked] = 1 / occurs[pair]
     load, share = np.zeros(len(size) * width, np.int32), np.zeros(len(ids) * width)
-    for start, experts in blocks(trace, layer):
+    while (block := (yield)) is not None:
+        start, experts = block
         here = slice(start, start + len(experts))
         known, mine = code[here] >= 0, asked[here]
         np.add.at(load, (owner[here][known, None] * width + experts[known] + 1).ravel(), 1)

@@ -9,10 +9,10 @@ from functools import partial
 import numpy as np
 
 from .significance import family_p
-from .specialization import blocks
-from .token_tests import TokenTests, token_tests
+from .specialization import Reading, documents_of, finished, one_pass
+from .token_tests import TokenTests, tests_reading
 from .trace import Trace
-from .vocabulary import LEAST, TokenCounts, coded, coded_ids, on_cores, summed, token_texts
+from .vocabulary import LEAST, TokenCounts, coded, on_cores, summed, token_texts
 
 CERTAIN = 1e-6  # chance, below which it is not drawn whether it happens
 DRAWS = 199  # shuffles of a token's test: no p below 1 / (DRAWS + 1) can show
@@ -59,19 +59,28 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
     """
     if trace.source is None or trace.load_tokens is None:
         return None
+    return one_pass(trace, counts.site, use_reading(trace, counts, ids))[0]
+
+
+def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None) -> Reading[DocumentUse]:
+    """``document_use`` of a run with tokens and decisions, for a pass that others share."""
     layer = trace.layers[counts.site]
     every, code = coded(trace, layer.stream, counts.kind)
     ids = every if ids is None else ids
     row = np.full(len(every) + 1, -1)  # the last for tokens that have no id
     row[np.searchsorted(every, ids)] = np.arange(len(ids))
-    owner = coded_ids(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy().astype(np.int64))[1]
+    owner = documents_of(trace, layer.stream)[1]
     known, asked, height, width = code >= 0, row[code] >= 0, max(len(ids), 1), layer.n_classes
     place = owner * height + row[code]  # by document first: pieces of the run then follow one another, but where one cuts a document
     pairs, occurs = np.unique(place[asked], return_counts=True)
     size = np.bincount(owner[known])
     load = np.zeros((int(owner.max(initial=-1)) + 1, width), np.int64)
     cells, n = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for start, experts in blocks(trace, layer):
+    tests = tests_reading(trace, counts, ids)
+    next(tests)
+    while (block := (yield)) is not None:
+        tests.send(block)
+        start, experts = block
         here = slice(start, start + len(experts))
         first, last = int(owner[here].min()), int(owner[here].max())
         base = np.where(known[here], owner[here] - first + 1, 0) * (width + 1) + 1  # a row and a column more, for what does not count
@@ -85,9 +94,7 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
     document, at = np.divmod(pair, height)
     leans = count * size[document] > load[document, expert] * occurs[np.searchsorted(pairs, pair)]
     leaning = np.bincount((at * width + expert)[leans], minlength=len(ids) * width)
-    return DocumentUse(
-        ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width), token_tests(trace, counts, ids)
-    )
+    return DocumentUse(ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width), finished(tests))
 
 
 def leading_ids(counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20) -> np.ndarray:

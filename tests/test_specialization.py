@@ -170,7 +170,10 @@ def test_within_documents_by_hand(rows: int, cells: int, units: int, monkeypatch
     kind = np.random.default_rng(0).integers(-1, 3, 98)
     document = trace.stream_tokens("decoder")["document"].to_numpy()
     kind[document == 3] = 1  # a document of one kind says nothing
-    found, counted = by_group(trace, 0, "kind", "xyz", kind), specialization._kind_counts(trace, 0, 3, kind)
+    found, counted = (
+        by_group(trace, 0, "kind", "xyz", kind),
+        specialization.one_pass(trace, 0, specialization._kind_reading(trace, 0, 3, kind))[0],
+    )
     inside, outside, expected, variance = (np.zeros((3, 8)) for _ in range(4))
     excess, shared = np.zeros((7, 3, 8)), np.zeros((7, 3))
     for d in range(7):

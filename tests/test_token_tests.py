@@ -10,6 +10,7 @@ import pytest
 
 from analysis import token_tests as module
 from analysis.significance import benjamini_hochberg, shares_p
+from analysis.specialization import blocks
 from analysis.token_tests import token_tests
 from analysis.token_use import document_use, leading_ids, top_tokens_of
 from analysis.trace import SiteRouting, Trace
@@ -21,7 +22,7 @@ from tests.synthetic import PLAIN, SPECIAL, TWO_STREAMS, make_part, make_trace
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("cells", [1 << 20, 1], ids=["whole", "cut"])
 def test_shares_of_documents_by_loops(layers: tuple, variant: str, cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.blocks, "__defaults__", (1 << 16 if cells > 1 else 7,))
+    monkeypatch.setattr(blocks, "__defaults__", (1 << 16 if cells > 1 else 7,))
     monkeypatch.setattr(module, "CELLS", cells)
     trace = make_trace(layers, [make_part(layers, [60, 1, 30, 40], seed=3, n_ids=6)])
     counts = VARIANTS[variant](trace, 0)
