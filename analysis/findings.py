@@ -41,19 +41,50 @@ def strongest_label(trace: Trace) -> Finding | None:
     and 10 points more; and moving the labels between whole documents reaches so strong a statistic, anywhere at all,
     less than once in a hundred times. That bound on any false claim is stricter than a false discovery rate of 1 %.
     """
-    best: tuple[float, float, Preferences, int, int] | None = None
-    for stream in dict.fromkeys(x.stream for x in trace.layers):
+    leads = _leads(trace)
+    if not any(fits.any() for _, fits in leads):
+        return None  # nothing to test
+    streams = {x.stream for x in trace.layers}
+    p: dict[int, np.ndarray] = {}
+    for stream in streams:
         sites = [x.index for x in trace.layers if x.stream == stream]
-        for site, family in zip(sites, _family_p(trace, sites), strict=True):
-            found = label_effects(trace, site)
-            gap = found.share - found.elsewhere
-            p = np.minimum(family * len({x.stream for x in trace.layers}), 1)
-            fits = (found.tokens[:, None] >= LEAST_TOKENS) & (found.share >= 2 * found.elsewhere) & (gap >= 0.1) & (p < MOST_P)
-            if fits.any():
-                row, expert = np.unravel_index(np.where(fits, gap, -1).argmax(), gap.shape)
-                if best is None or gap[row, expert] > best[0]:
-                    best = float(gap[row, expert]), float(p[row, expert]), found, int(row), int(expert)
-    return _specialist(trace, *best[1:]) if best else None
+        p |= dict(zip(sites, (np.minimum(x * len(streams), 1) for x in _family_p(trace, sites)), strict=True))
+    best = _widest([(found, fits & (p[found.site] < MOST_P)) for found, fits in leads])
+    return _specialist(trace, float(p[best[0].site][best[1], best[2]]), *best) if best else None
+
+
+def leading_site(trace: Trace) -> int | None:
+    """Where to begin, from counts alone: the site of the candidate of ``strongest_label`` with the widest gap, else of the busiest expert.
+
+    That of ``first_finding`` unless the widest gap does not pass its test, which reads what every document sends where. None for a run
+    without assignments.
+    """
+    best = _widest(_leads(trace))
+    if best:
+        return best[0].site
+    finding = busiest(trace)
+    return finding.site if finding else None
+
+
+def _leads(trace: Trace) -> list[tuple[Preferences, np.ndarray]]:
+    """Per site, stream by stream: (effects of its labels, bool [labels, classes]: large enough to be told, if it is no accident)."""
+    leads = []
+    for stream in dict.fromkeys(x.stream for x in trace.layers):
+        for found in (label_effects(trace, x.index) for x in trace.layers if x.stream == stream):
+            fits = (found.tokens[:, None] >= LEAST_TOKENS) & (found.share >= 2 * found.elsewhere) & (found.share - found.elsewhere >= 0.1)
+            leads.append((found, fits))
+    return leads
+
+
+def _widest(leads: Sequence[tuple[Preferences, np.ndarray]]) -> tuple[Preferences, int, int] | None:
+    """(effects, label, expert) of the cell that fits with the largest difference of shares; the first of several."""
+    best: tuple[float, Preferences, int, int] | None = None
+    for found, fits in leads:
+        gap = np.where(fits, found.share - found.elsewhere, -1)
+        if fits.any() and (best is None or gap.max() > best[0]):
+            row, expert = np.unravel_index(gap.argmax(), gap.shape)
+            best = float(gap.max()), found, int(row), int(expert)
+    return best[1:] if best else None
 
 
 def _family_p(trace: Trace, sites: Sequence[int]) -> list[np.ndarray]:

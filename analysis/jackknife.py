@@ -8,7 +8,7 @@ moved to be centred at the figure 86 to 100; leaving out documents (Tukey 1958) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -16,10 +16,9 @@ import numpy as np
 
 from .specialization import MOST_UNITS, blocks, owners
 from .trace import Trace
-from .vocabulary import LEAST, TokenCounts, coded, summed
+from .vocabulary import LEAST, TokenCounts, coded
 
 FEWEST = 4  # documents for an interval: with fewer, how much they differ is not known
-PAIRS = 1 << 21  # (document, id) x expert looked at at a time: 16 MiB, and three copies of it
 COVERAGE = 0.95
 
 
@@ -48,8 +47,8 @@ def vocabulary_interval(trace: Trace, counts: TokenCounts, least: int = LEAST,
                         progress: Callable[[int, int], None] | None = None) -> DocumentInterval:  # fmt: skip
     """Of VocabularySpecialization.frequent. One pass over the site; ``progress`` is told (tokens read, tokens in all).
 
-    Nothing is drawn: the same run gives the same interval. Memory: the cells of one block of tokens and of one part of the documents,
-    ``PAIRS``, and five int64 per token of the stream (140 MB for 10^6 tokens of 64 experts, top-8). ``missing`` where the run holds statistics only, has too few documents, or one of them holds all frequent ids.
+    Nothing is drawn: the same run gives the same interval. Memory: an int32 for every such id at every expert, five int64 per token of the
+    stream, and one block of tokens. ``missing`` where the run holds statistics only, has too few documents, or one of them holds all frequent ids.
     """
     often = np.flatnonzero(counts.tokens >= least)
     kept = _Kept.of(counts, often)
@@ -62,11 +61,7 @@ def vocabulary_interval(trace: Trace, counts: TokenCounts, least: int = LEAST,
     if documents < FEWEST:
         return DocumentInterval(value, np.nan, np.nan, documents, 0, f"fewer than {FEWEST} documents")
     total, number = np.full(parts, kept.share.sum()), np.full(parts, len(often))
-    for part, index, used in _pairs(trace, counts, often, owner * parts // documents, progress):
-        share = kept.without(index, used, least)
-        there = np.isfinite(share)
-        total += np.bincount(part, np.where(there, share, 0) - kept.share[index], parts)
-        number -= np.bincount(part[~there], minlength=parts)
+    _leave_out(trace, counts, often, owner * parts // documents, kept, least, (total, number), progress)
     if not number.all():
         return DocumentInterval(
             value, np.nan, np.nan, documents, parts, "no token id is seen so often when one of the documents is left out"
@@ -117,54 +112,25 @@ class _Kept:
             counts.classes, counts.tokens[often], start, stop - start, counts.expert, counts.count, top[often] / counts.tokens[often]
         )
 
-    def without(self, index: np.ndarray, used: np.ndarray, least: int) -> np.ndarray:
-        """float64 [P]: largest share of the ids ``index`` [P] less ``used`` int64 [P, classes + 1], per expert and, last, tokens.
 
-        NaN for an id then seen fewer than ``least`` times.
-        """
-        length = self.length[index]
-        at = np.repeat(self.start[index] - np.cumsum(length) + length, length) + np.arange(length.sum())
-        left = -used[:, :-1]
-        left[np.repeat(np.arange(len(index)), length), self.expert[at]] += self.count[at]
-        tokens = self.tokens[index] - used[:, -1]
-        return np.where(tokens >= least, left.max(1) / np.maximum(tokens, 1), np.nan)
+def _leave_out(trace: Trace, counts: TokenCounts, often: np.ndarray, part: np.ndarray, kept: _Kept, least: int,
+               sums: tuple[np.ndarray, np.ndarray], progress: Callable[[int, int], None] | None) -> None:  # fmt: skip
+    """Change ``sums`` (float64 [parts] of the shares, int64 [parts] ids) to those without each part; ``part`` int64 [tokens] rises."""
+    from .counting import check_ids
+    from .shuffling import DocumentCells, leave_out  # pay for numba
 
-
-def _pairs(trace: Trace, counts: TokenCounts, often: np.ndarray, part: np.ndarray,
-           progress: Callable[[int, int], None] | None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:  # fmt: skip
-    """(part [P], index into ``often`` [P], int64 [P, classes + 1] assignments per expert and, last, tokens) of every pair, once.
-
-    ``part`` int64 [tokens] rises: what a block has of its last part waits for the next block.
-    """
     layer = trace.layers[counts.site]
     every, code = coded(trace, layer.stream, counts.kind)
     place = np.full(len(every) + 1, -1)  # the last for tokens that have no id
     place[np.searchsorted(every, counts.ids[often])] = np.arange(len(often))
-    place, width, step = place[code], layer.n_classes + 1, max(PAIRS // (layer.n_classes + 1), 1)
-    cells, n = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    row, cells = place[code], DocumentCells(len(often), layer.n_classes)
+    whole = tuple(
+        np.require(x, np.int64, "W") for x in (kept.tokens, kept.start, kept.length, kept.expert, kept.count)
+    )  # one kind of array: compiled once
     for start, experts in blocks(trace, layer):
-        stop = start + len(experts)
-        asked = np.flatnonzero(place[start:stop] >= 0)
-        pair = part[start:stop][asked] * len(often) + place[start:stop][asked]
-        mine = experts[asked]
-        keys = np.concatenate([(pair[:, None] * width + mine)[mine >= 0], pair * width + width - 1])
-        found = np.unique(keys, return_counts=True)
-        cells, n = summed(np.concatenate([cells, found[0]]), np.concatenate([n, found[1]]))
-        ready = len(cells) if stop == len(part) else int(np.searchsorted(cells, part[stop - 1] * len(often) * width))
-        yield from _tables(cells[:ready], n[:ready], len(often), width, step)
-        cells, n = cells[ready:], n[ready:]
+        check_ids(experts, layer.n_classes)
+        here = slice(start, start + len(experts))
+        leave_out(experts, part[here], row[here], cells.arrays(), whole, kept.share, least, *sums)
         if progress is not None:
-            progress(stop, len(part))
-
-
-def _tables(cells: np.ndarray, n: np.ndarray, ids: int, width: int, step: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """``_pairs`` of sorted cells (part x ids + id) x width + class, ``step`` pairs at a time."""
-    pair, place = np.divmod(cells, width)
-    first = np.append(np.flatnonzero(np.append(True, pair[1:] != pair[:-1])[: len(pair)]), len(pair))
-    for begin in range(0, len(first) - 1, step):
-        bounds = first[begin : begin + step + 1]
-        mine = slice(bounds[0], bounds[-1])
-        used = np.zeros((len(bounds) - 1, width), np.int64)
-        used[np.repeat(np.arange(len(used)), np.diff(bounds)), place[mine]] = n[mine]
-        part, index = np.divmod(pair[bounds[:-1]], ids)
-        yield part, index, used
+            progress(here.stop, len(part))
+    leave_out(np.full((1, layer.top_k), -1), np.array([-1]), np.array([-1]), cells.arrays(), whole, kept.share, least, *sums)

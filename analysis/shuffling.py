@@ -1,7 +1,7 @@
-"""The compiled kernels of random rearrangements: a table of counts dealt again, groups of units compared under many deals.
+"""The compiled kernels of tests and intervals: a table of counts dealt again, groups of units compared under many deals, token ids
+counted document by document, documents left out.
 
-Importing this module pays for numba, so ``information`` and ``significance`` do it only when there is much to do. Kernels release
-the GIL and hold no state.
+Importing this module pays for numba, so what needs it imports it only when there is something to do. Kernels release the GIL and hold no state.
 """
 
 from __future__ import annotations
@@ -154,9 +154,95 @@ def neighbours_alike(
         start = stop
 
 
+class DocumentCells:
+    """Counts of the document that a pass over the rows is in: ``seen`` int64 [ids], ``used`` int32 [ids, classes + 1], ids that are ``held``
+    and ``load`` int64 [classes + 1]; class 0 is no expert. ``now``: number of the document, ids held, tokens."""
+
+    def __init__(self, ids: int, classes: int) -> None:
+        self.now, self.held, self.seen = np.array([-1, 0, 0]), np.zeros(ids, np.int64), np.zeros(ids, np.int64)
+        self.used, self.load = np.zeros((ids, classes + 1), np.int32), np.zeros(classes + 1, np.int64)
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """For the kernels, which keep them from block to block."""
+        return self.now, self.held, self.seen, self.used, self.load
+
+
+@compiled
+def count_leaning(experts: np.ndarray, document: np.ndarray, row: np.ndarray, cells: tuple[np.ndarray, ...], documents: np.ndarray,
+                  leaning: np.ndarray) -> None:  # fmt: skip
+    """Add to documents int64 [ids] who holds an id, and to leaning int64 [ids, classes] who sends it to an expert more often than all it has.
+
+    experts int64 [n, k] from -1 to classes - 1, document int64 [n], side by side, row int64 [n]: -1 for a token that does not count, ids for
+    one of another id. A document is added once the next one begins: call with one token of another document, that does not count, at the end.
+    """
+    now, held, seen, used, load = cells
+    for t in range(experts.shape[0]):
+        if document[t] != now[0]:
+            for i in range(now[1]):
+                r = held[i]
+                documents[r] += 1
+                for e in range(leaning.shape[1]):
+                    leaning[r, e] += used[r, e + 1] * now[2] > load[e + 1] * seen[r]
+                used[r] = 0
+                seen[r] = 0
+            now[0], now[1], now[2] = document[t], 0, 0
+            load[:] = 0
+        r = row[t]
+        if r < 0:
+            continue
+        now[2] += 1
+        for j in range(experts.shape[1]):
+            load[_U(experts[t, j] + 1)] += 1
+        if r < seen.shape[0]:
+            if not seen[r]:
+                held[now[1]] = r
+                now[1] += 1
+            seen[r] += 1
+            for j in range(experts.shape[1]):
+                used[_U(r), _U(experts[t, j] + 1)] += 1
+
+
+@compiled
+def leave_out(experts: np.ndarray, part: np.ndarray, row: np.ndarray, cells: tuple[np.ndarray, ...], kept: tuple[np.ndarray, ...],
+              share: np.ndarray, least: int, total: np.ndarray, number: np.ndarray) -> None:  # fmt: skip
+    """Of each part of the documents: add to total float64 [parts] what the sum of the ids' largest shares changes by without it, and take
+    from number int64 [parts] the ids then seen fewer than ``least`` times.
+
+    As ``count_leaning``, with ``part`` int64 [n], rising, for document, and -1 for every token that does not count. kept: tokens, start and length int64 [ids],
+    and, cell by cell, expert and count; share float64 [ids].
+    """
+    now, _, seen, used, _ = cells
+    tokens, start, length, expert, count = kept
+    for t in range(experts.shape[0]):
+        if part[t] != now[0]:
+            change = 0.0
+            for r in range(seen.shape[0]):  # in order, as a sum of floats depends on it
+                if not seen[r]:
+                    continue
+                left, top = tokens[r] - seen[r], 0
+                for c in range(start[r], start[r] + length[r]):
+                    top = max(top, count[c] - used[r, _U(expert[c] + 1)])
+                change += (top / max(left, 1) if left >= least else 0.0) - share[r]
+                number[now[0]] -= left < least
+                used[r] = 0
+                seen[r] = 0
+            if now[0] >= 0:
+                total[now[0]] += change
+            now[0] = part[t]
+        r = row[t]
+        if r >= 0:
+            seen[r] += 1
+            for j in range(experts.shape[1]):
+                used[_U(r), _U(experts[t, j] + 1)] += 1
+
+
 def warm_up() -> None:
     """Compile every kernel, or load it from numba's cache."""
     one = np.ones(2, np.int64)
     dealt_table(one, one, one, 2, 0)
     compare_deals(np.ones((2, 6)), np.zeros((1, 2), np.int64), np.ones((1, 1)), 0.5)
     neighbours_alike(np.ones((2, 1), np.uint64), one, one + 1, np.arange(2), np.zeros(2), np.zeros((2, 2), np.int64))
+    cells, two = DocumentCells(1, 1).arrays(), np.zeros(2, np.int64)
+    count_leaning(one[:, None] - 1, one, two, cells, one, np.zeros((1, 1), np.int64))
+    cells = DocumentCells(1, 1).arrays()
+    leave_out(one[:, None] - 1, two, two, cells, (one, two, one, two, one), np.ones(1), 1, np.zeros(1), one)

@@ -14,9 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from . import balance
+from .longtables import LongTable
+from .stats import Statistics
 from .trace import LayerInfo, Trace
 
 EVEN, COLLAPSED = 1.5, 3.0  # max / mean: "looks even" up to the one, "collapsed" from the other, or with a dead expert
+KEPT_CELLS, KEPT_SITES = 1 << 18, 64  # documents x experts of a site whose loads are kept, and sites: 128 MiB at most
 LEAST_DOCUMENTS = 30  # a text in ten is missing from 30 of them in 4 % of cases: 0.9^30
 SCHEMA = (("n", pa.int64()), ("max_over_mean", pa.float64()), ("cv", pa.float64()), ("normalised_entropy", pa.float64()),
           ("dead", pa.float64()), ("chance_max_over_mean", pa.float64()), ("chance_cv", pa.float64()))  # fmt: skip
@@ -252,22 +255,37 @@ def document_balance(trace: Trace, site: int) -> pa.Table:
 
 
 def _described(layer: LayerInfo, n: np.ndarray, loads: np.ndarray) -> pa.Table:
-    known: dict[int, tuple[float, float]] = {}
-    for size in set(n.tolist()):
-        chance = (balance.chance_max_over_mean, balance.chance_cv)
-        known[size] = tuple(f(size, layer.n_classes, layer.top_k) for f in chance)  # type: ignore[assignment]
-    rows = []
-    for size, load in zip(n.tolist(), loads[:, : layer.n_experts], strict=True):
-        figures = [f(load) for f in (balance.max_over_mean, balance.cv, balance.normalised_entropy, balance.dead)]
-        rows.append((size, *figures, *known[size]))
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(SCHEMA)
+    """``balance``'s figures of every row of ``loads``, to the bit, with what chance gives of ``n`` tokens."""
+    known = {x: [f(x, layer.n_classes, layer.top_k) for f in (balance.chance_max_over_mean, balance.chance_cv)] for x in set(n.tolist())}
+    loads = loads[:, : layer.n_experts]
+    total = loads.sum(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative, share = loads * layer.n_experts / total, loads / total
+        entropy = -(share * np.log(share)).sum(1) + 0.0
+    for row in np.flatnonzero((loads == 0).any(1)):  # whose terms are fewer
+        entropy[row] = balance.entropy(loads[row])
+    even = entropy / np.log(layer.n_experts) if layer.n_experts > 1 else entropy + 1
+    dead = np.where(total[:, 0] > 0, (loads == 0).sum(1), np.nan)
+    chance = np.array([known[x] for x in n.tolist()]).reshape(len(n), 2)
+    columns = n, relative.max(1), relative.std(1), even, dead, *chance.T
     return pa.table([pa.array(c, t) for c, (_, t) in zip(columns, SCHEMA, strict=True)], schema=pa.schema(SCHEMA))
 
 
 def _documents(trace: Trace, site: int) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [documents] tokens, int64 [documents, classes] assignments) of the site's stream, by document number."""
+    """(int64 [documents] tokens, int64 [documents, classes] assignments, not to be changed) of the site's stream, by document number."""
     rows = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
-    return rows["n_tokens"].to_numpy().astype(np.int64), trace.stats.document_load(site, rows["document"].to_numpy())
+    numbers, stats = rows["document"].to_numpy(), trace.stats
+    kept = isinstance(stats.document_rows, LongTable) and len(numbers) * trace.layers[site].n_classes <= KEPT_CELLS
+    counts = _kept_load(stats, site, numbers.tobytes(), numbers.dtype) if kept else stats.document_load(site, numbers)
+    return rows["n_tokens"].to_numpy().astype(np.int64), counts
+
+
+@lru_cache(maxsize=KEPT_SITES)
+def _kept_load(stats: Statistics, site: int, documents: bytes, dtype: np.dtype) -> np.ndarray:
+    """Statistics.document_load of a stored run, whose files do not change: one page asks for every site four times and more."""
+    found = stats.document_load(site, np.frombuffer(documents, dtype))
+    found.setflags(write=False)
+    return found
 
 
 def _batches(sizes: np.ndarray, batch_tokens: int) -> np.ndarray:

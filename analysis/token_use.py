@@ -12,7 +12,7 @@ from .significance import family_p
 from .specialization import Reading, documents_of, finished, one_pass
 from .token_tests import TokenTests, tests_reading
 from .trace import Trace
-from .vocabulary import LEAST, TokenCounts, coded, on_cores, summed, token_texts
+from .vocabulary import LEAST, TokenCounts, coded, on_cores, token_texts
 
 CERTAIN = 1e-6  # chance, below which it is not drawn whether it happens
 DRAWS = 199  # shuffles of a token's test: no p below 1 / (DRAWS + 1) can show
@@ -53,7 +53,7 @@ class DocumentUse:
 
 
 def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None) -> DocumentUse | None:
-    """In how many documents ``ids`` (ascending, of counts.ids; default all) lean to experts: the fewer, the faster.
+    """In how many documents ``ids`` (ascending, of counts.ids; default all) lean to experts: the fewer, the less memory.
 
     One pass over the site; None for a run without decisions or tokens.
     """
@@ -64,44 +64,34 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
 
 def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None) -> Reading[DocumentUse]:
     """``document_use`` of a run with tokens and decisions, for a pass that others share."""
+    from .counting import check_ids
+    from .shuffling import DocumentCells, count_leaning  # pay for numba
+
     layer = trace.layers[counts.site]
     every, code = coded(trace, layer.stream, counts.kind)
     ids = every if ids is None else ids
-    row = np.full(len(every) + 1, -1)  # the last for tokens that have no id
-    row[np.searchsorted(every, ids)] = np.arange(len(ids))
-    owner = documents_of(trace, layer.stream)[1]
-    known, asked, height, width = code >= 0, row[code] >= 0, max(len(ids), 1), layer.n_classes
-    place = owner * height + row[code]  # by document first: pieces of the run then follow one another, but where one cuts a document
-    pairs, occurs = np.unique(place[asked], return_counts=True)
-    size = np.bincount(owner[known])
-    load = np.zeros((int(owner.max(initial=-1)) + 1, width), np.int64)
-    cells, n = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    place = np.full(len(every) + 1, len(ids))
+    place[np.searchsorted(every, ids)] = np.arange(len(ids))
+    place[-1] = -1  # tokens that have no id
+    row, document = place[code], documents_of(trace, layer.stream)[1]
+    cells, documents = DocumentCells(len(ids), layer.n_classes), np.zeros(len(ids), np.int64)
+    leaning = np.zeros((len(ids), layer.n_classes), np.int64)
     tests = tests_reading(trace, counts, ids)
     next(tests)
     while (block := (yield)) is not None:
-        tests.send(block)
         start, experts = block
+        check_ids(experts, layer.n_classes)
+        tests.send(block)
         here = slice(start, start + len(experts))
-        first, last = int(owner[here].min()), int(owner[here].max())
-        base = np.where(known[here], owner[here] - first + 1, 0) * (width + 1) + 1  # a row and a column more, for what does not count
-        met = np.bincount((base[:, None] + experts).ravel(), minlength=(last - first + 2) * (width + 1))
-        load[first : last + 1] += met.reshape(-1, width + 1)[1:, 1:]
-        mine = experts[asked[here]]
-        found = np.unique((place[here][asked[here], None] * width + mine)[mine >= 0], return_counts=True)
-        cells, n = [*cells, found[0]], [*n, found[1]]
-    cell, count = summed(np.concatenate(cells), np.concatenate(n))
-    pair, expert = np.divmod(cell, width)
-    document, at = np.divmod(pair, height)
-    leans = count * size[document] > load[document, expert] * occurs[np.searchsorted(pairs, pair)]
-    leaning = np.bincount((at * width + expert)[leans], minlength=len(ids) * width)
-    return DocumentUse(ids, np.bincount(pairs % height, minlength=len(ids)), leaning.reshape(len(ids), width), finished(tests))
+        count_leaning(experts, document[here], row[here], cells.arrays(), documents, leaning)
+    count_leaning(np.full((1, layer.top_k), -1), np.array([-1]), np.array([-1]), cells.arrays(), documents, leaning)
+    return DocumentUse(ids, documents, leaning, finished(tests))
 
 
 def leading_ids(counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20) -> np.ndarray:
     """int64, ascending: the ids that ``top_tokens`` may name for any of ``experts``: with all that tie with the last."""
-    often = _dealt(counts, least)[1]
-    cells = _cells_of_experts(counts)
-    found = [counts.ids[often][_highest(counts, cells[expert], often, most)[0]] for expert in experts]
+    looked = _Looked.at(counts, least)
+    found = [looked.ids[looked.highest(counts, expert, most)[0]] for expert in experts]
     return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
@@ -118,61 +108,73 @@ def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAS
 def top_tokens_of(trace: Trace, counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20, draws: int = DRAWS,
                   seed: int = 0, use: DocumentUse | None = None) -> tuple[tuple[TokenUse, ...], ...]:  # fmt: skip
     """``top_tokens`` of each of ``experts``, shared out among the cores."""
-    dealt, often = _dealt(counts, least)
-    one = partial(_top_uses, counts, _cells_of_experts(counts), dealt, often, most=most, draws=draws, seed=seed, use=use)
+    one = partial(_top_uses, counts, _Looked.at(counts, least), most=most, draws=draws, seed=seed, use=use)
     found = on_cores(one, experts)
     ids = np.unique([use.token_id for uses in found for use in uses]).astype(np.int64)
     text = dict(zip(ids.tolist(), token_texts(trace, ids, trace.layers[counts.site].stream), strict=True))
     return tuple(tuple(replace(use, text=text[use.token_id]) for use in uses) for uses in found)
 
 
-def _cells_of_experts(counts: TokenCounts) -> list[np.ndarray]:
-    """int64 [cells of the expert] of each: its places in ``counts``."""
-    order = counts.expert.astype(np.uint16).argsort(kind="stable")
-    return np.split(order, np.cumsum(np.bincount(counts.expert, minlength=counts.classes))[:-1])
+@dataclass(frozen=True)
+class _Looked:
+    """The ids that are looked at, I of them, all int64: ``ids``, ``tokens`` and ``dealt`` [I], tokens and assignments of each.
 
-
-def _dealt(counts: TokenCounts, least: int) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [V] assignments of each id, bool [V] ids that are looked at)."""
-    dealt = np.bincount(counts.row, counts.count, len(counts.ids)).astype(np.int64)
-    return dealt, (counts.tokens >= least) & (dealt > 0)
-
-
-def _highest(counts: TokenCounts, cells: np.ndarray, often: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(high, used, share, lift): of the ids ``often`` the ``most`` of highest lift and what ties with the last of these, as indices into
-    those; and figures of them all. ``cells`` are the expert's.
+    all_dealt, all_tokens  of every id.  place [V + 1]: index into ids of those of the counts, I for the others.  cells: of each expert.
     """
-    whole = np.zeros(len(counts.ids), np.int64)
-    whole[counts.row[cells]] = counts.count[cells]
-    used, total = whole[often], int(whole.sum())
-    share = used / counts.tokens[often]
-    lift = share / (total / int(counts.tokens.sum())) if total else np.zeros(len(used))
-    high = np.flatnonzero(lift > 1)
-    if len(high) > most:
-        high = high[lift[high] >= -np.partition(-lift[high], most - 1)[most - 1]]
-    return high, used, share, lift
+
+    ids: np.ndarray
+    tokens: np.ndarray
+    dealt: np.ndarray
+    all_dealt: int
+    all_tokens: int
+    place: np.ndarray
+    cells: list[np.ndarray]
+
+    @classmethod
+    def at(cls, counts: TokenCounts, least: int) -> _Looked:
+        dealt = np.bincount(counts.row, counts.count, len(counts.ids)).astype(np.int64)
+        often = np.flatnonzero((counts.tokens >= least) & (dealt > 0))
+        place = np.full(len(counts.ids), len(often))
+        place[often] = np.arange(len(often))
+        order = counts.expert.astype(np.uint16).argsort(kind="stable")
+        cells = np.split(order, np.cumsum(np.bincount(counts.expert, minlength=counts.classes))[:-1])
+        return cls(counts.ids[often], counts.tokens[often], dealt[often], int(dealt.sum()), int(counts.tokens.sum()), place, cells)
+
+    def highest(self, counts: TokenCounts, expert: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+        """(high, used, share, lift, total): the ``most`` ids of highest lift and what ties with the last of these, as indices into ids;
+        figures of them all [I]; and the expert's assignments.
+        """
+        mine = self.cells[expert]
+        used, total = np.zeros(len(self.ids) + 1, np.int64), int(counts.count[mine].sum())
+        used[self.place[counts.row[mine]]] = counts.count[mine]
+        used = used[:-1]
+        share = used / self.tokens
+        lift = share / (total / self.all_tokens) if total else np.zeros(len(used))
+        high = np.flatnonzero(lift > 1)
+        if len(high) > most:
+            high = high[lift[high] >= -np.partition(-lift[high], most - 1)[most - 1]]
+        return high, used, share, lift, total
 
 
-def _top_uses(counts: TokenCounts, cells: Sequence[np.ndarray], dealt: np.ndarray, often: np.ndarray, expert: int, *, most: int, draws: int,
-              seed: int, use: DocumentUse | None) -> list[TokenUse]:  # fmt: skip
-    """Without texts. ``cells`` of every expert, ``dealt`` and ``often`` of ``_dealt``."""
-    high, used, share, lift = _highest(counts, cells[expert], often, most)
+def _top_uses(counts: TokenCounts, looked: _Looked, expert: int, *, most: int, draws: int, seed: int,
+              use: DocumentUse | None) -> list[TokenUse]:  # fmt: skip
+    """Without texts."""
+    high, used, share, lift, total = looked.highest(counts, expert, most)
     if not len(high):
         return []
-    found = counts.ids[often][high]
+    found = looked.ids[high]
     spread_over = np.zeros(len(high)) if use is None else use.documents[np.searchsorted(use.ids, found)]
     order = high[np.lexsort((found, -used[high], -spread_over, -lift[high]))][:most]
-    total = int(counts.count[cells[expert]].sum())
-    rate = total / dealt.sum()
-    expected, spread = dealt[often] * rate, np.sqrt(dealt[often])  # binomial error but for a factor all ids share
+    rate = total / looked.all_dealt
+    expected, spread = looked.dealt * rate, np.sqrt(looked.dealt)  # binomial error but for a factor all ids share
     standing = (used - expected) / spread
-    if draws * _reached(dealt[often], rate, float(standing[order].min())) < CERTAIN:
+    if draws * _reached(looked.dealt, rate, float(standing[order].min())) < CERTAIN:
         maximum = np.full(draws, -np.inf)  # no draw comes near
     else:
-        colours = np.append(dealt[often], dealt.sum() - dealt[often].sum())  # rare ids together: none of them is looked at
+        colours = np.append(looked.dealt, looked.all_dealt - looked.dealt.sum())  # rare ids together: none of them is looked at
         null = np.random.default_rng(seed).multivariate_hypergeometric(colours, total, draws, method="marginals")[:, :-1]
         maximum = ((null - expected) / spread).max(1)
-    ids, tokens, p = counts.ids[often][order], counts.tokens[often][order], family_p(standing[order], maximum, False)
+    ids, tokens, p = looked.ids[order], looked.tokens[order], family_p(standing[order], maximum, False)
     row = None if use is None else np.searchsorted(use.ids, ids)
     told = [[None] * len(order)] * 4 if use is None else [x.tolist() for x in (
         use.documents[row], use.leaning[row, expert], use.tests.p[row, expert], use.tests.q[row, expert])]  # fmt: skip

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -32,15 +33,22 @@ WORKERS = 4  # each holds the draws of one expert: some 50 MB for 10,000 token i
 
 
 def token_texts(trace: Trace, ids: np.ndarray, stream: str = "decoder") -> tuple[str | None, ...]:
-    """Readable text of each token id as recorded in the run; None for an id that does not occur, or without tokens."""
-    if trace.load_tokens is None or not len(ids):
-        return (None,) * len(ids)
-    tokens = trace.stream_tokens(stream, columns=["token_id", "token"])
-    recorded = tokens["token_id"].to_numpy()
-    first = np.full(int(max(recorded.max(initial=0), ids.max())) + 1, -1)
-    first[recorded[::-1]] = np.arange(len(recorded))[::-1]
-    texts = tokens["token"].take(pa.array(np.maximum(first[ids], 0))).to_pylist() if len(recorded) else [None] * len(ids)
-    return tuple(t if row >= 0 else None for t, row in zip(texts, first[ids], strict=True))
+    """Readable text of each token id as recorded in the run, where it occurs first; None for an id that does not occur, or without tokens.
+
+    Reads no further than to where all of them have occurred.
+    """
+    texts: dict[int, str] = {}
+    missing = set(ids.tolist()) if trace.load_tokens is not None else set()
+    for start in range(0, trace.n_tokens(stream) if missing else 0, ROWS):
+        rows = trace.stream_tokens(stream, start, min(start + ROWS, trace.n_tokens(stream)), ["token_id", "token"])
+        recorded = rows["token_id"].to_numpy()
+        new = np.flatnonzero(np.isin(recorded, np.fromiter(missing, np.int64)))
+        found, first = np.unique(recorded[new], return_index=True)
+        texts |= dict(zip(found.tolist(), rows["token"].take(pa.array(new[first])).to_pylist(), strict=True))
+        missing -= texts.keys()
+        if not missing:
+            break
+    return tuple(texts.get(x) for x in ids.tolist())
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,28 @@ class TokenCounts:
     count: np.ndarray
     each: int = 1
 
+    def dealt(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(row, count) of the cells after the assignments were dealt to the tokens again, ids' and experts' totals kept."""
+        return self._first_deal if seed == 0 else self._deal(seed)
+
+    @cached_property
+    def _first_deal(self) -> tuple[np.ndarray, np.ndarray]:
+        """Kept: more than one figure is held against it."""
+        return self._deal(0)
+
+    def _deal(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        row, _, count = next(shuffled_tables(self.row, self.expert, self.count, self.classes, [seed]))
+        return row, count
+
 
 def input_tokens(trace: Trace, site: int) -> TokenCounts:
     """By the token the expert reads. From statistics alone, unless assignments were dropped or skipped natively."""
     cells, experts, counts = trace.stats.token_load(site)
     layer = trace.layers[site]
     if counts.sum() == trace.stats.n_tokens(site) * layer.top_k:
-        ids, row = np.unique(cells, return_inverse=True)
-        tokens = np.bincount(row, counts, len(ids)).astype(np.int64) // layer.top_k
+        starts = np.flatnonzero(np.append(True, cells[1:] != cells[:-1])[: len(cells)])  # cells are sorted
+        ids, row = cells[starts], np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(cells))))
+        tokens = (np.add.reduceat(counts, starts) if len(starts) else counts) // layer.top_k
     else:  # some tokens have fewer than k experts: their number is in the tokens table only
         recorded = trace.stream_tokens(layer.stream, columns=["token_id"])["token_id"].to_numpy().astype(np.int64)
         ids, tokens = np.unique(recorded, return_counts=True)
@@ -180,9 +202,7 @@ def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) 
     """
     bits, corrected, h_id, h_expert = sparse_information(counts.row, counts.expert, counts.count)
     seeds = range(seed, seed + shuffles if counts.count.sum() else seed)
-    null = on_cores(
-        lambda s: sparse_information(*next(shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, [s])))[0], seeds
-    )
+    null = on_cores(lambda s: max(h_id + h_expert - entropy(counts.dealt(s)[1]), 0.0), seeds)  # whose margins are the same
     floor = float(np.mean(null)) if null else float("nan")
     p = (sum(x >= bits for x in null) + 1) / (len(null) + 1) if null else float("nan")
     return Information(bits, corrected, floor, p, h_id, h_expert, ceiling(h_id, h_expert, counts.each), int(counts.count.sum()),
@@ -281,7 +301,7 @@ class VocabularySpecialization:
 def vocabulary_specialization(counts: TokenCounts, least: int = LEAST, seed: int = 0) -> VocabularySpecialization:
     """Eq. 8 three ways, each beside its shuffled value; NaN for no tokens. Seeded."""
     real = _top_shares(counts, counts.row, counts.count, least)
-    row, _, count = next(shuffled_tables(counts.row, counts.expert, counts.count, counts.classes, [seed]))
+    row, count = counts.dealt(seed)
     seen = counts.tokens > 0
     return VocabularySpecialization(*real, *_top_shares(counts, row, count, least), int(seen.sum()), int((counts.tokens >= least).sum()),
                                     int(counts.tokens.sum()), least)  # fmt: skip

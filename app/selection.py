@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
-from analysis.findings import Finding, first_finding
+from analysis.findings import Finding, first_finding, leading_site
 from analysis.paths import check_comparable
 from analysis.store import RunError, RunSummary, open_run
 from analysis.trace import Trace, TraceError
@@ -230,12 +230,17 @@ def found_first(_trace: Trace, run: str) -> Finding | None:
     return first_finding(_trace)
 
 
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _site_first(_trace: Trace, run: str) -> int | None:
+    return leading_site(_trace)
+
+
 def layer_picker(trace: Trace) -> int:
-    """Choose a site (``?layer=``), at first the one of the Overview's headline; returns LayerInfo.index."""
+    """Choose a site (``?layer=``), at first the headline's as counts alone tell it; returns LayerInfo.index."""
     titles = [x.title for x in trace.layers]
     known = {st.session_state.get("_choices", {}).get("layer"), (st.session_state["_link"] or {}).get("layer")}
-    finding = None if known & set(titles) else found_first(trace, recording_id(trace))
-    first = titles[-1] if finding is None else titles[finding.site]
+    site = None if known & set(titles) else _site_first(trace, recording_id(trace))
+    first = titles[-1 if site is None else site]
     return titles.index(choice("layer", "Layer", {t: t for t in titles}, first, width=160))
 
 

@@ -2,9 +2,12 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
-from analysis.findings import busiest, first_finding, strongest_label, unused_experts
-from analysis.trace import SiteRouting
+from analysis import findings
+from analysis.findings import busiest, first_finding, leading_site, strongest_label, unused_experts
+from analysis.stats import Statistics
+from analysis.trace import SiteRouting, Trace
 
 from .synthetic import PLAIN, make_part, make_trace
 
@@ -13,7 +16,8 @@ def test_random_routing_has_no_specialist() -> None:
     for seed in range(5):
         trace = make_trace(PLAIN, [make_part(PLAIN, [200] * 10, seed)])
         assert strongest_label(trace) is None
-        assert first_finding(trace) == busiest(trace)
+        finding = first_finding(trace)
+        assert finding is not None and finding == busiest(trace) and leading_site(trace) == finding.site
 
 
 def test_a_planted_specialist_is_found_with_its_share() -> None:
@@ -62,6 +66,33 @@ def test_the_claim_must_survive_all_comparisons() -> None:
     experts = np.where(np.array(part.tokens["label"].to_pylist())[:, None] == "b", [5, 6], [1, 2]).astype(np.int16)
     routing = SiteRouting(experts, part.routing[0].weights, experts)
     assert strongest_label(make_trace(PLAIN, [replace(part, routing=(routing, routing))])) is None
+
+
+def routed(*sites: np.ndarray) -> Trace:
+    """Ten documents of 200 tokens, a and b in turn, with the experts of each site."""
+    part = make_part(PLAIN, [200] * 10)
+    return make_trace(PLAIN, [replace(part, routing=tuple(SiteRouting(x, part.routing[0].weights, x) for x in sites))])
+
+
+def test_the_site_to_begin_with_is_that_of_the_widest_gap_told_from_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expert 5 gets 40 % of every b document, which passes the test, or all of two or three of five, which does not; of equal gaps, the first leads."""
+    steady = np.where(((np.arange(2000) // 200 % 2 == 1) & (np.arange(2000) % 5 < 2))[:, None], [5, 6], carried_by(set())).astype(np.int16)
+    for first, second, headline, leading in ((steady, carried_by({1, 3}), 0, 0), (carried_by({1, 3}), steady, 1, 0),
+                                             (steady, carried_by({1, 3, 5}), 0, 1), (carried_by(set()), steady, 1, 1)):  # fmt: skip
+        trace = routed(first, second)
+        finding = strongest_label(trace)
+        assert finding is not None and finding.site == headline
+        with monkeypatch.context() as patch:
+            patch.delattr(Statistics, "document_load")
+            assert leading_site(trace) == leading
+
+
+def test_without_a_candidate_nothing_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(findings, "permutation_test")
+    trace = routed(carried_by(set()), np.where(np.arange(2000)[:, None] % 3 > 0, [5, 6], [0, 1]).astype(np.int16))
+    assert first_finding(trace) == busiest(trace) and leading_site(trace) == 1
+    nothing = np.full((2000, 2), -1, np.int16)
+    assert leading_site(routed(nothing, nothing)) is None
 
 
 def test_a_load_that_chance_explains_is_called_so() -> None:

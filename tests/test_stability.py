@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from analysis import balance
+from analysis import balance, stability
 from analysis.metrics import METRICS, percentile_table
 from analysis.stability import (
+    _described,
     batch_balance,
     batch_maxvio,
     dead_experts,
@@ -25,8 +27,11 @@ from analysis.stability import (
     position_balance,
     transformers_auxiliary_loss,
 )
+from analysis.stats import Statistics
+from analysis.store import open_run
 from analysis.trace import SiteRouting, Trace
-from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace, site
+from analysis.writing import RunWriter
+from tests.synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, make_parts, make_trace, site
 
 
 def loads_of(trace: Trace, number: int, documents: list[list[int]]) -> list[np.ndarray]:
@@ -51,6 +56,35 @@ def test_batches_of_whole_documents(layers: tuple) -> None:
         assert batch_maxvio(trace, layer.index, 12) == pytest.approx(mean)
         each = np.mean([balance.maxvio(x) for x in loads_of(trace, layer.index, [[d] for d in range(9)])])
         assert batch_maxvio(trace, layer.index) == pytest.approx(each) == METRICS["document_maxvio"](trace)["value"][layer.index].as_py()
+
+
+def test_figures_of_many_batches_are_those_of_each_to_the_bit() -> None:
+    """Also of batches with idle experts, whose entropy has fewer terms, and of none; of experts beside classes without weights."""
+    rng = np.random.default_rng(0)
+    for experts, classes in ((1, 1), (3, 3), (9, 12), (64, 64), (129, 131)):
+        loads = rng.poisson(3, (40, classes))
+        loads[:2] = [[0], [7]]
+        layer = site(0, experts, 1, special=classes - experts)
+        found = _described(layer, np.arange(1, 41), loads)
+        for name in ("max_over_mean", "cv", "normalised_entropy", "dead"):
+            np.testing.assert_array_equal(found[name].to_numpy(), [getattr(balance, name)(x[:experts]) for x in loads])
+
+
+def test_loads_of_a_stored_run_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page Load asks for every layer's documents four times; a run of more, or of other documents, is read again."""
+    read, load = [], Statistics.document_load
+    monkeypatch.setattr(Statistics, "document_load", lambda self, number, documents: read.append(number) or load(self, number, documents))
+    with RunWriter.open(tmp_path / "run", card(PLAIN), {}) as writer:
+        for part in make_parts(PLAIN):
+            writer.write(part)
+        writer.commit()
+    trace, again = open_run(tmp_path / "run"), open_run(tmp_path / "run")
+    tables = [(maxvio_table(x, 12, 0), document_balance(x, 1)) for x in (make_trace(), trace, trace, again)]
+    assert all(x == tables[0] for x in tables) and read == [0, 1, 1] + [0, 1] * 2
+    fewer = replace(trace, documents=trace.documents.slice(3))
+    assert maxvio_batches(fewer, 0)["n"].to_pylist() == [6, 3, 9, 7, 3, 9] and read[7:] == [0]
+    monkeypatch.setattr(stability, "KEPT_CELLS", 9 * 8 - 1)
+    assert maxvio_table(trace, 12, 0) == tables[0][0] and read[8:] == [0, 1]
 
 
 def test_columns() -> None:

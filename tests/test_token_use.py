@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from math import comb
 
 import numpy as np
@@ -10,7 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from analysis import token_use
+from analysis import specialization, token_use
+from analysis.specialization import blocks
 from analysis.token_use import document_use, leading_ids, top_tokens, top_tokens_of
 from analysis.trace import SiteRouting
 from analysis.vocabulary import VARIANTS, input_tokens
@@ -52,7 +54,9 @@ def test_top_tokens_of_random_routing_are_no_more_than_chance() -> None:
 
 @pytest.mark.parametrize("layers", [PLAIN, TWO_STREAMS], ids=["plain", "streams"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_documents_that_lean_by_hand(layers: tuple, variant: str) -> None:
+@pytest.mark.parametrize("rows", [65_536, 7], ids=["whole", "cut"])
+def test_documents_that_lean_by_hand(layers: tuple, variant: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specialization, "blocks", partial(blocks, rows=rows))
     trace = make_trace(layers, [make_part(layers, [60, 30, 40], seed=3, n_ids=6)])
     counts = VARIANTS[variant](trace, 0)
     found = document_use(trace, counts)

@@ -86,6 +86,20 @@ def test_a_document_is_shown_where_the_tokens_of_the_other_parts_cannot_be_read(
     assert not test.exception and plain("two/tokens/part-00001.parquet is damaged") in test.error[0].value
 
 
+def test_load_shows_what_it_can_where_the_counts_of_token_ids_cannot_be_read_and_heals(runs: Path) -> None:
+    store(runs / "torn", PLAIN, [60] * 4)
+    path = runs / "torn" / "token_stats.parquet"
+    sound = path.read_bytes()
+    path.write_bytes(bytes(len(sound)))
+    test = shown("load", "torn")
+    assert not test.exception and plain("torn/token_stats.parquet is damaged") in test.error[0].value
+    titles = [h.value for h in test.header]
+    assert "How stable is it from batch to batch?" in titles and "Over layers" not in titles
+    path.write_bytes(sound)
+    test.run()
+    assert not test.exception and not test.error and "Over layers" in [h.value for h in test.header]
+
+
 @pytest.mark.parametrize("page", ["overview", "tokens", "load", "capacity", "specialization", "expert", "model", "runs", "glossary"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [[1], [700, *[20] * len(NASTY)]], ids=["one token", "documents"])

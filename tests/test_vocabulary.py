@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from analysis import specialization, vocabulary
+from analysis.information import sparse_information
 from analysis.specialization import blocks, label_information
 from analysis.token_use import document_use
 from analysis.trace import SiteRouting, Trace, TraceError
@@ -37,6 +38,34 @@ def test_texts_of_ids() -> None:
     ids = np.array([49, 0, 7, 1_000_000])
     assert token_texts(trace, ids) == tuple(recorded.get(i) for i in ids.tolist())
     assert token_texts(trace, np.array([], int)) == () and token_texts(replace(trace, load_tokens=None), ids) == (None,) * 4
+
+
+def test_texts_are_read_no_further_than_the_last_id_that_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ids 0 to 4, one a row: 3 is met in the second block of two rows, 4 not before the third, an unknown one never."""
+    monkeypatch.setattr(vocabulary, "ROWS", 2)
+    part = make_part(PLAIN, [5], token_ids=np.arange(5, dtype=np.int32))
+    trace, read = make_trace(PLAIN, [part]), []
+    whole = trace.stream_tokens("decoder")
+    told = replace(
+        trace, load_rows=lambda stream, start, stop, columns: read.append(start) or whole.slice(start, stop - start).select(columns)
+    )
+    for ids, texts, starts in (([3, 0], ("t3", "t0"), [0, 2]), ([1], ("t1",), [0]), ([9, 4], (None, "t4"), [0, 2, 4]), ([], (), [])):
+        assert token_texts(told, np.array(ids, np.int64)) == texts and read == starts
+        read.clear()
+
+
+def test_one_deal_serves_both_figures_and_margins_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The floor is the mean plug-in of whole tables dealt again; the first of them is dealt once for context independence and eq. 8."""
+    seeds, deal = [], vocabulary.shuffled_tables
+    monkeypatch.setattr(vocabulary, "shuffled_tables", lambda *x: seeds.extend(x[-1]) or deal(*x))
+    counts = input_tokens(by_id(), 0)
+    alone = context_independence(counts)
+    vocabulary_specialization(counts)
+    assert sorted(seeds) == [0, 1, 2, 3, 4]
+    tables = deal(counts.row, counts.expert, counts.count, counts.classes, range(5))
+    assert alone.floor == np.mean([sparse_information(*t)[0] for t in tables])
+    vocabulary_specialization(replace(counts, count=counts.count * 2))
+    assert sorted(seeds) == [0, 0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("layers", [PLAIN, MANY, TWO_STREAMS], ids=["plain", "many", "streams"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 from urllib.parse import urlencode
 
@@ -56,10 +57,28 @@ PIECES = {"label": "by label", "position": "along the text"}
 
 
 @st.cache_resource(max_entries=8, show_spinner="Measuring every layer …")
-def measured(_trace: Trace, run: str) -> tuple[pa.Table, pa.Table, PooledBalance | None, float]:
-    """(every metric of every site, percentiles over sites, pooled diagnostic, transformers' loss); ``run`` names the trace with its date."""
-    table = balance_table(_trace)
-    return table, percentile_table(_trace, table), pooled_balance(_trace), transformers_auxiliary_loss(_trace)
+def measured(_trace: Trace, run: str) -> tuple[np.ndarray, PooledBalance | None, float, Future[tuple[pa.Table, pa.Table]]]:
+    """(max / mean by chance at every site, pooled diagnostic, transformers' loss, what ``numbers`` waits for); ``run`` names the trace with its date."""
+
+    def tables() -> tuple[pa.Table, pa.Table]:
+        table = balance_table(_trace)
+        return table, percentile_table(_trace, table)
+
+    pool = ThreadPoolExecutor(1)  # the counts of all token ids are read while the page is drawn, whose foot alone shows what they tell
+    found = pool.submit(tables)
+    pool.shutdown(wait=False)
+    chance = METRICS["chance_max_over_mean"](_trace)["value"].to_numpy()
+    return chance, pooled_balance(_trace), transformers_auxiliary_loss(_trace), found
+
+
+def numbers(found: Future[tuple[pa.Table, pa.Table]]) -> tuple[pa.Table, pa.Table]:
+    """(every metric of every site, percentiles over sites); what fails is tried anew at the next view."""
+    if not found.done():
+        with st.spinner("Measuring every layer …"):
+            wait([found])
+    if found.exception():
+        measured.clear()
+    return found.result()
 
 
 @st.cache_resource(max_entries=32, show_spinner="Cutting the run into batches …")
@@ -84,7 +103,7 @@ def show_map(relative: list[np.ndarray]) -> None:
     """Who carries the load: the least even layer in a sentence, every layer as a map, and the dead."""
     worst = int(np.nanargmax([r.max() for r in relative]))
     layer, n = trace.layers[worst], stats.n_tokens(worst)
-    chance = table["chance_max_over_mean"][worst].as_py()
+    chance = by_chance[worst]
     text.show_heading(
         f"{layer.title.capitalize()} has the busiest expert of all: expert {int(relative[worst].argmax())} gets {relative[worst].max():.2f} times its share."
     )
@@ -190,7 +209,7 @@ def show_batch_line() -> dict[str, tuple[str, pa.Table]]:
         return {}
     batch, maxvio, n, chance = (rows[c].to_numpy() for c in ("batch", "maxvio", "n", "chance"))
     show_figure(
-        trace, charts.batch_line(batch, maxvio, n, chance, table["maxvio"][site].as_py()),
+        trace, charts.batch_line(batch, maxvio, n, chance, float(relative[site].max()) - 1),
         f"maxvio-over-batches-{size}-{trace.layers[site].title}", key="batch-line", alt="MaxVio of the layer over batch number, with what chance gives.",
         definition=f"MaxVio of {trace.layers[site].title} in each batch. The dotted line is what uniform routing of a batch's tokens stays below on average.",
         how=f"A batch is {BATCHES[size] if size == '1' else f'whole documents, at least {BATCHES[size]}'}; {ORDERS[order]}.",
@@ -303,7 +322,7 @@ st.title("Who carries the load, is anyone dead, and how stable is it?")
 trace = current_trace()
 stats, run = trace.stats, recording_id(trace)
 relative = [relative_load(stats.load(x.index)[: x.n_experts]) for x in trace.layers]
-table, over, pooled, auxiliary = measured(trace, run)
+by_chance, pooled, auxiliary, told = measured(trace, run)
 show_map(relative)
 show_pooled(pooled, auxiliary)
 batched = show_batches()
@@ -317,7 +336,7 @@ show_figure(
     trace, charts.sorted_load(relative[site], theme()), f"load-{chosen.title}", key="bars",
     alt=f"Bars of the loads of {chosen.title}, busiest expert first, with a line at an even share.",
     definition=f"Load of each expert of {chosen.title} over their mean load, busiest first; 1 is an even share. Uniform random routing would give at"
-    f" most about {table['chance_max_over_mean'][site].as_py():.2f} ×.",
+    f" most about {by_chance[site]:.2f} ×.",
     n=f"{stats.n_tokens(site):,} tokens, {int(stats.load(site).sum()):,} assignments",
 )  # fmt: skip
 if chosen.native_capacity is not None:
@@ -327,7 +346,8 @@ if chosen.native_capacity is not None:
         f" {lost + int(stats.load(site).sum()):,} assignments here."
     )
 over_batches = show_batch_line()
-pieces = show_pieces(site, table["max_over_mean"][site].as_py()) | show_documents()
+pieces = show_pieces(site, float(relative[site].max())) | show_documents()
+table, over = numbers(told)
 show_numbers(table, over)
 st.header("Take the numbers")
 load = ("one row per layer and expert: assignments, share, load relative to an even share", load_table(trace))
