@@ -244,23 +244,6 @@ def _add_digits(order: np.ndarray, start: int, stop: int, words: np.ndarray, cou
 
 
 @compiled
-def entries(ids: np.ndarray, ends: np.ndarray, experts: np.ndarray, counts_of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(keys, experts, both int32; counts int64) of the entries that ``count_keys`` wrote for the keys ``ids``."""
-    n = experts.shape[0]
-    keys, wide, counts = np.empty(n, np.int32), np.empty(n, np.int32), np.empty(n, np.int64)
-    begin = 0
-    for g in range(ids.shape[0]):
-        for m in range(begin, ends[g]):
-            keys[m] = ids[g]
-        begin = ends[g]
-    for m in range(n):
-        wide[m] = experts[m]
-    for m in range(n):
-        counts[m] = counts_of[m]
-    return keys, wide, counts
-
-
-@compiled
 def _count_few(order: np.ndarray, start: int, stop: int, words: np.ndarray, experts: np.ndarray, counts_of: np.ndarray, m: int) -> int:
     """The same for up to 7 rows, whose bits are added up as binary digits, all experts at once."""
     ones, twos, fours = _U(0), _U(0), _U(0)

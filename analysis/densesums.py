@@ -6,13 +6,14 @@ rare; what finds no place (another key, a sum above 255) is handed back, to be a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from .counting import compiled
+from .keycounts import KeyCounts
 
 CELLS = 2**27  # 134 MB at most: 131,072 token ids at 16 sites of 64 experts
 _LANE = 8  # experts and sites are rounded up, so that one that was not used so far finds its place
@@ -26,17 +27,30 @@ class DenseSum:
         self._cells = np.zeros((sites, keys, experts), np.uint8)
 
     @classmethod
-    def around(cls, table: pa.Table) -> DenseSum | None:
-        """An empty sum with room for the rows of a table that is not empty, and some; None where its keys lie too far apart."""
-        site, key, expert = (pc.min_max(table[n]).as_py() for n in table.schema.names[:3])
-        sites, experts = (-(-(x["max"] + 1) // _LANE) * _LANE for x in (site, expert))
-        room = CELLS // (sites * experts) if min(site["min"], expert["min"]) >= 0 else 0
-        first = -1 if key["min"] >= -1 and key["max"] < room - 1 else key["min"]  # a lower id may come; -1 is a token without one
-        span = key["max"] - first + 1
-        return cls(table.schema, first, min(room, span + span // 8 + 1), sites, experts) if span <= room else None
+    def around(cls, rows: pa.Table | KeyCounts) -> DenseSum | None:
+        """An empty sum with room for rows, of which there are some, and more; None where their keys lie too far apart."""
+        site, key, expert = rows.extents if isinstance(rows, KeyCounts) else _extents(rows, rows.schema.names[:3])
+        sites, experts = (-(-(x[1] + 1) // _LANE) * _LANE for x in (site, expert))
+        room = CELLS // (sites * experts) if min(site[0], expert[0]) >= 0 else 0
+        first = -1 if key[0] >= -1 and key[1] < room - 1 else key[0]  # a lower id may come; -1 is a token without one
+        span = key[1] - first + 1
+        return cls(rows.schema, first, min(room, span + span // 8 + 1), sites, experts) if span <= room else None
 
-    def add(self, table: pa.Table) -> pa.Table:
-        """Add a table; returns the rows that found no place."""
+    def add(self, rows: pa.Table | KeyCounts) -> pa.Table:
+        """Add rows; returns those that found no place."""
+        return self._add_counts(rows) if isinstance(rows, KeyCounts) else self._add_table(rows)
+
+    def _add_counts(self, rows: KeyCounts) -> pa.Table:
+        left = []
+        for i, x in enumerate(rows.sites):
+            homeless = np.zeros(len(x.counts), np.bool_)
+            cells = self._cells[i] if i < len(self._cells) else self._cells[0, :0]
+            if _add_entries(x.keys, x.ends, x.experts, x.counts, self._first, cells, homeless):
+                at = np.flatnonzero(homeless)
+                left.append(rows.rows(i, x.keys_of(at), x.experts[at], x.counts[at]))
+        return pa.concat_tables([self._schema.empty_table(), *left])
+
+    def _add_table(self, table: pa.Table) -> pa.Table:
         left = []
         for batch in table.select(self._schema.names).cast(self._schema).to_batches():
             homeless = np.zeros(batch.num_rows, np.bool_)
@@ -54,9 +68,9 @@ class DenseSum:
         """Whether every row of a table of one site belongs to a cell, whatever its count."""
         if not len(rows):
             return True
-        key, expert = (pc.min_max(rows[n]).as_py() for n in self._schema.names[1:3])
+        key, expert = _extents(rows, self._schema.names[1:3])
         sites, keys, experts = self._cells.shape
-        inside = key["min"] >= self._first and key["max"] < self._first + keys and expert["min"] >= 0 and expert["max"] < experts
+        inside = key[0] >= self._first and key[1] < self._first + keys and expert[0] >= 0 and expert[1] < experts
         return site < sites and inside
 
     def site(self, site: int, more: pa.Table | None = None) -> pa.Table:
@@ -78,6 +92,31 @@ class DenseSum:
     def blocks(self) -> Iterator[pa.Table]:
         """The counts that are not 0, site by site."""
         return (x for x in map(self.site, range(len(self._cells))) if len(x))
+
+
+def _extents(rows: pa.Table, names: Sequence[str]) -> list[tuple[int, int]]:
+    return [tuple(pc.min_max(rows[n]).as_py().values()) for n in names]
+
+
+@compiled
+def _add_entries(keys: np.ndarray, ends: np.ndarray, experts: np.ndarray, counts: np.ndarray, first: int, cells: np.ndarray,
+                 homeless: np.ndarray) -> int:  # fmt: skip
+    """Add the entries of a site (``SiteCounts``) to its cells uint8 [keys, experts]; returns how many found no place, which are marked."""
+    begin, left = 0, 0
+    for g in range(keys.shape[0]):
+        k = np.int64(keys[g]) - first
+        inside = (k >= 0) & (k < cells.shape[0])
+        for m in range(begin, ends[g]):
+            e = experts[m]
+            if inside and e < cells.shape[1]:
+                total = np.int64(cells[k, e]) + counts[m]
+                if total < 256:
+                    cells[k, e] = total
+                    continue
+            homeless[m] = True
+            left += 1
+        begin = ends[g]
+    return left
 
 
 @compiled

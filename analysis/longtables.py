@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .keycounts import KeyCounts
+
 GROUP_ROWS = 65_536
 
 
@@ -84,14 +86,14 @@ class LongTable:
             return file.read_row_groups(list(groups), columns=self.schema.names).select(self.schema.names).cast(self.schema)
 
 
-def whole(rows: pa.Table | LongTable) -> pa.Table:
-    """All rows, of a table in memory or on disk."""
-    return rows.table() if isinstance(rows, LongTable) else rows
+def whole(rows: pa.Table | LongTable | KeyCounts) -> pa.Table:
+    """All rows, of a table in memory or on disk, or of a part's counts."""
+    return rows if isinstance(rows, pa.Table) else rows.table()
 
 
-def where(rows: pa.Table | LongTable, column: str, value: str | int, total: int | None = None) -> pa.Table:
-    """The rows with ``value`` in ``column``, of a table in memory or on disk; ``total`` is what to check the latter by."""
-    return rows.where(column, value, total) if isinstance(rows, LongTable) else _where(rows, column, value)
+def where(rows: pa.Table | LongTable | KeyCounts, column: str, value: str | int, total: int | None = None) -> pa.Table:
+    """The rows with ``value`` in ``column``, of a table in memory or on disk, or of a part's counts; ``total`` is what to check those on disk by."""
+    return _where(rows, column, value) if isinstance(rows, pa.Table) else rows.where(column, value, total)
 
 
 def _where(table: pa.Table, column: str, value: str | int) -> pa.Table:

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from .counting import compiled
 from .densesums import DenseSum
+from .keycounts import KeyCounts
 from .longtables import LongTable, by_site, where, whole, write_long
 
 PENDING_ROWS = 2**19  # kept before they are added up: 12 MB
@@ -107,13 +108,18 @@ class LongSum:
         self._runs: list[LongTable] = []
         self._written = 0
 
-    def add(self, rows: pa.Table | LongTable) -> None:
-        """Add a table, in memory in any order, on disk sorted by site, key and expert."""
+    def add(self, rows: pa.Table | LongTable | KeyCounts) -> None:
+        """Add a table, in memory in any order, on disk sorted by site, key and expert; or a part's counts."""
         if self._folder is not None and isinstance(rows, LongTable):
             self._runs.append(rows)
             return
-        table = whole(rows)
-        self._memory.add(table if self._dense is None else self._dense.add(table))
+        if self._folder is not None and isinstance(rows, KeyCounts) and self._dense is None and rows.num_rows > SPILL_ROWS:
+            self._dense = DenseSum.around(rows)
+            if self._dense is None:
+                self._runs.append(self._run(rows.tables()))
+                return
+        given = rows if isinstance(rows, KeyCounts) and self._dense is not None else whole(rows)
+        self._memory.add(given if self._dense is None else self._dense.add(given))
         if self._folder is not None and self._memory.rows > SPILL_ROWS:
             self._make_room()
 

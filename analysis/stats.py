@@ -35,6 +35,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .keycounts import KeyCounts
 from .longtables import LongTable, where, whole
 from .trace import LayerInfo, Part, SiteRouting
 
@@ -65,11 +66,12 @@ BY_DOCUMENT = pa.schema([("document", pa.int32()), ("site", pa.int16()), ("exper
 class Statistics:
     """Counts and sums of a trace; ``classes[site]`` is the number of ids at a site, ``following[site]`` its successor.
 
-    The rows are in memory, or on disk and read when asked for; those by token and by document are sorted by site, key and expert.
+    The rows are in memory, or on disk and read when asked for; those by token and by document are sorted by site, key and expert. Those
+    by token of one part are as they were counted.
     """
 
     core_rows: pa.Table | LongTable
-    token_rows: pa.Table | LongTable
+    token_rows: pa.Table | LongTable | KeyCounts
     document_rows: pa.Table | LongTable
     classes: tuple[int, ...]
     following: tuple[int | None, ...]
@@ -210,7 +212,7 @@ class Statistics:
         ids, experts, counts = (rows[n].to_numpy().astype(np.int64) for n in ("token_id", "expert", "count"))
         return ids, experts, counts
 
-    def _of_site(self, rows: pa.Table | LongTable, site: int) -> pa.Table:
+    def _of_site(self, rows: pa.Table | LongTable | KeyCounts, site: int) -> pa.Table:
         """Every assignment has a token id and a document, so that their counts add up to the load."""
         return where(rows, "site", site, int(self.load(site).sum()))
 
@@ -226,11 +228,10 @@ def part_statistics(part: Part, layers: Sequence[LayerInfo]) -> Statistics:
     from .tally import part_counts, sorted_blocks  # pays for numba, which opening a stored run must not
 
     blocks, tokens, documents = part_counts(part, layers, BINS)
-    by_token = [_sparse_table(x, BY_TOKEN) for x in tokens]
-    by_document = [_sparse_table(x, BY_DOCUMENT) for x in documents]
+    by_document = pa.concat_tables([_by_document(x) for x in documents])
     core = _core_table(sorted_blocks(blocks))
     classes = tuple(x.n_classes for x in layers)
-    return Statistics(core, pa.concat_tables(by_token), pa.concat_tables(by_document), classes, following_sites(layers))
+    return Statistics(core, KeyCounts(BY_TOKEN, tuple(tokens)), by_document, classes, following_sites(layers))
 
 
 def merge_statistics(parts: Iterable[Statistics], folder: Path | None = None) -> Statistics:
@@ -256,10 +257,10 @@ def merge_statistics(parts: Iterable[Statistics], folder: Path | None = None) ->
     return Statistics(core.table(), tokens.total(), documents.total(), *sites.pop())
 
 
-def _sparse_table(sparse: Sparse, schema: pa.Schema) -> pa.Table:
-    site = np.full(len(sparse.key), sparse.site, np.int16)
-    columns = {"token_id": sparse.key, "document": sparse.key, "site": site, "expert": sparse.expert, "count": sparse.count}
-    return pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+def _by_document(counts: Sparse) -> pa.Table:
+    site = np.full(len(counts.key), counts.site, np.int16)
+    values = zip((counts.key, site, counts.expert, counts.count), BY_DOCUMENT.types, strict=True)
+    return pa.table([pa.array(v, t) for v, t in values], schema=BY_DOCUMENT)
 
 
 def _core_table(blocks: Sequence[Block]) -> pa.Table:

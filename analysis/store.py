@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -224,13 +224,17 @@ def _counted_again(folder: Path, trace: Trace, parts: Sequence[Mapping[str, Any]
         if rows != trace.n_tokens(stream):
             raise TraceError(f"{folder.name}: {rows} tokens in the parts of stream {stream}, {trace.n_tokens(stream)} in documents.parquet")
     for record in parts:
-        part = stored_part(folder, trace, record)
-        check_part(part, trace.layers)
-        if trace.rounding and not all(np.array_equal(rounded(r.weights), r.weights) for r in part.routing):
-            raise TraceError(
-                f"{folder.name}: routing/part-{part.index:05d}.parquet has gate weights that are not rounded, as run.json says they are"
-            )
-        yield part_statistics(part, trace.layers)
+        yield _count_part(folder, trace, record)  # in a function, so that no part is held while the next is read
+
+
+def _count_part(folder: Path, trace: Trace, record: Mapping[str, Any]) -> Statistics:
+    part = stored_part(folder, trace, record)
+    check_part(part, trace.layers)
+    if trace.rounding and not all(np.array_equal(rounded(r.weights), r.weights) for r in part.routing):
+        raise TraceError(
+            f"{folder.name}: routing/part-{part.index:05d}.parquet has gate weights that are not rounded, as run.json says they are"
+        )
+    return part_statistics(part, trace.layers)
 
 
 def stored_part(folder: Path, trace: Trace, record: Mapping[str, Any]) -> Part:
@@ -238,6 +242,8 @@ def stored_part(folder: Path, trace: Trace, record: Mapping[str, Any]) -> Part:
     name = f"tokens/part-{record['index']:05d}.parquet"
     with _naming(folder, name):
         tokens = pq.read_table(folder / name, page_checksum_verification=True)
+    own = {"parts": [record], "schema_version": SCHEMA_VERSION}  # so that footers, a MB each, go with the part
+    trace = replace(trace, source=StoredRouting(folder, trace.layers, own))
     ranges = [(record["first_rows"][x.stream], record["rows"][x.stream]) for x in trace.layers]
     routing = tuple(trace.routing(i, a, a + n) for i, (a, n) in enumerate(ranges))
     scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from . import bittables, counting
+from .keycounts import SiteCounts
 from .trace import LayerInfo, Part, SiteRouting, SiteScores
 
 
@@ -31,7 +32,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Sparse:
-    """Counts per key and expert of one site, sorted; the key is a token id or a document."""
+    """Counts per document (the key) and expert of one site, sorted."""
 
     site: int
     key: np.ndarray
@@ -81,7 +82,7 @@ class SiteRows:
         return np.zeros((0, self.experts.shape[1]), np.uint16) if len(self.words) else self.slots
 
 
-def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[list[Block], list[Sparse], list[Sparse]]:
+def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[list[Block], list[SiteCounts], list[Sparse]]:
     """(blocks, counts per token id, counts per document) of a part; the sparse counts are in the order of sites."""
     rows = {s: stream_rows(part.stream_tokens(s)) for s in {x.stream for x in layers}}
     blocks, tokens, documents = list(_loss_blocks(part.tokens)), [], []
@@ -208,10 +209,10 @@ def _pairs(here: SiteRows, after: SiteRows, n_slots: int, next_slots: int) -> np
     return table
 
 
-def _by_token(site: SiteRows, width: int, rows: StreamRows, room: tuple[np.ndarray, np.ndarray]) -> Sparse:
+def _by_token(site: SiteRows, width: int, rows: StreamRows, room: tuple[np.ndarray, np.ndarray]) -> SiteCounts:
     ends = np.empty(len(rows.token_ids), np.int64)
     n = counting.count_keys(rows.order, rows.starts, site.slots_without_words, site.words, width + 1, *room, ends)
-    return Sparse(site.site, *counting.entries(rows.token_ids, ends, room[0][:n], room[1][:n]))
+    return SiteCounts(rows.token_ids, ends, room[0][:n].copy(), room[1][:n].copy())
 
 
 def _by_document(site: int, by_run: np.ndarray, documents: np.ndarray, index: np.ndarray) -> Sparse:

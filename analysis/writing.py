@@ -18,15 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .files import stamp, sweep, write_atomically, write_json
+from .keycounts import KeyCounts
 from .layout import write_routing, write_scores, write_table
 from .longtables import LongTable, by_site, write_long
 from .places import Place
-from .stats import Statistics, following_sites, merge_statistics, part_statistics
+from .stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, following_sites, merge_statistics, part_statistics
 from .store import MANIFEST, STATISTICS, RunError, open_run, valid_run_name
 from .trace import SCHEMA_VERSION, LayerInfo, ModelCard, Part, Trace
 
 CAPTURE = "progress/capture.json"  # what is being captured, there before any part
-_PROGRESS = ("core", "tokens", "by_documents")  # the statistics of a part, as STATISTICS those of the run
+_PROGRESS = ("core-{}.parquet", "tokens-{}.npz", "by_documents-{}.parquet")  # the statistics of a part, as STATISTICS those of the run
 
 
 class RunWriter:
@@ -87,10 +88,10 @@ class RunWriter:
         return [rows[d] for d in sorted(rows)]
 
     def _documents_of(self, part: int) -> pa.Table:
-        return pq.read_table(self._progress("documents", part), page_checksum_verification=True)
+        return pq.read_table(self._progress("documents-{}.parquet", part), page_checksum_verification=True)
 
     def _progress(self, name: str, part: int) -> Path:
-        return self.place.fetch(f"progress/{name}-{part:05d}.parquet", self.folder)
+        return self.place.fetch(f"progress/{name.format(f'{part:05d}')}", self.folder)
 
     def __enter__(self) -> RunWriter:
         return self
@@ -139,15 +140,18 @@ class RunWriter:
         """The statistics of each part, read when it is its turn."""
         classes, following = tuple(x.n_classes for x in self.card.layers), following_sites(self.card.layers)
         for i in range(self.parts):
-            paths = (self._progress(name, i) for name in _PROGRESS)
-            core, by_token, by_document = (LongTable(p, schema) for p, (_, schema) in zip(paths, STATISTICS, strict=True))
-            yield Statistics(core, by_token, by_document, classes, following)
+            core, tokens, by_document = (self._progress(name, i) for name in _PROGRESS)
+            yield Statistics(
+                LongTable(core, CORE), KeyCounts.read(tokens, BY_TOKEN), LongTable(by_document, BY_DOCUMENT), classes, following
+            )
 
 
-def _store(rows: pa.Table | LongTable, path: Path) -> None:
-    """Statistics as one file: that where they lie already, or counts by token id or document in row groups of one site."""
+def _store(rows: pa.Table | LongTable | KeyCounts, path: Path) -> None:
+    """Statistics as one file: that where they lie already, a part's counts as such, or counts in row groups of one site."""
     if isinstance(rows, LongTable):
         os.replace(rows.path, path)
+    elif isinstance(rows, KeyCounts):
+        rows.write(path)
     else:
         write_long([rows] if "statistic" in rows.schema.names else by_site(rows), rows.schema, path)
 
@@ -160,7 +164,7 @@ def write_part(place: Place, part: Part, layers: Sequence[LayerInfo]) -> dict[st
     number = f"{part.index:05d}"
     stats = part_statistics(part, layers)
     files = [f"{kind}/part-{number}.parquet" for kind in ("tokens", "routing", "scores")]
-    progress = [f"progress/{name}-{number}.parquet" for name in ("documents", *_PROGRESS)]
+    progress = [f"progress/{name.format(number)}" for name in ("documents-{}.parquet", *_PROGRESS)]
     with place.workspace() as folder:
         write_atomically(folder / files[0], lambda p: write_table(part.tokens, p))
         write_atomically(folder / files[1], lambda p: write_routing(part, layers, p))
@@ -200,7 +204,8 @@ def _locked(folder: Path, name: str) -> int:
 
 def _check_same_capture(place: Place, folder: Path, card: ModelCard, options: Mapping[str, Any]) -> None:
     """Record what is being captured, or compare with the record of the interrupted capture."""
-    mine = json.loads(json.dumps({"model": card.to_json(), "options": dict(options), "schema_version": SCHEMA_VERSION}))
+    known = {"model": card.to_json(), "options": dict(options), "schema_version": SCHEMA_VERSION, "progress files": _PROGRESS}
+    mine = json.loads(json.dumps(known))
     if not place.holds(CAPTURE):
         write_json(folder / CAPTURE, mine)
         place.store(folder, CAPTURE)

@@ -116,17 +116,24 @@ def zipf_parts(layers: Sequence[LayerInfo], tokens: int, seed: int = 0, part_tok
     edges = np.cumsum(share / share.sum())
     first_document = 0
     for index, first in enumerate(range(0, tokens, part_tokens)):
-        rng, n = np.random.default_rng([seed, index]), min(part_tokens, tokens - first)
-        lengths = np.append([137, 1_000], np.clip(np.exp(rng.normal(np.log(400), 0.9, n // 16)), 16, 4_096).astype(int))
-        lengths = np.diff(np.unique(np.minimum(np.append(0, np.cumsum(lengths)), n)))
-        label = (first_document + np.repeat(np.arange(len(lengths)), lengths)) % len(LABELS)
-        ids = np.minimum(np.searchsorted(edges, rng.random(n)), VOCABULARY - 1).astype(np.int32)
-        ids = np.where(rng.random(n) < 0.5, order[label, ids], ids)
-        blank = make_part((site(0, 1, 1),), lengths.tolist(), seed, index, first_document, first, LABELS, TEXTS, token_ids=ids)
-        routing = tuple(_drawn(x, ids, [seed, index, x.index]) for x in layers)
-        sums = tuple(np.bincount(r.experts.ravel(), r.weights.ravel(), x.n_classes) for r, x in zip(routing, layers, strict=True))
-        yield replace(blank, routing=routing, scores=tuple(_scores_of(r) for r in routing), probability_sums=sums)
-        first_document += len(lengths)
+        part = _zipf_part(layers, order, edges, [seed, index], min(part_tokens, tokens - first), first_document, first)
+        first_document += len(part.documents)
+        yield part
+        del part  # before the next is made
+
+
+def _zipf_part(layers: Sequence[LayerInfo], order: np.ndarray, edges: np.ndarray, seed: Sequence[int], n: int, first_document: int,
+               first_row: int) -> Part:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    lengths = np.append([137, 1_000], np.clip(np.exp(rng.normal(np.log(400), 0.9, n // 16)), 16, 4_096).astype(int))
+    lengths = np.diff(np.unique(np.minimum(np.append(0, np.cumsum(lengths)), n)))
+    label = (first_document + np.repeat(np.arange(len(lengths)), lengths)) % len(LABELS)
+    ids = np.minimum(np.searchsorted(edges, rng.random(n)), VOCABULARY - 1).astype(np.int32)
+    ids = np.where(rng.random(n) < 0.5, order[label, ids], ids)
+    blank = make_part((site(0, 1, 1),), lengths.tolist(), *seed, first_document, first_row, LABELS, TEXTS, token_ids=ids)
+    routing = tuple(_drawn(x, ids, [*seed, x.index]) for x in layers)
+    sums = tuple(np.bincount(r.experts.ravel(), r.weights.ravel(), x.n_classes) for r, x in zip(routing, layers, strict=True))
+    return replace(blank, routing=routing, scores=tuple(_scores_of(r) for r in routing), probability_sums=sums)
 
 
 def _drawn(layer: LayerInfo, ids: np.ndarray, seed: Sequence[int]) -> SiteRouting:

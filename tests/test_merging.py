@@ -2,6 +2,7 @@
 
 import random
 import weakref
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from analysis import longtables, merging
+from analysis.keycounts import KeyCounts, SiteCounts
 from analysis.longtables import LongTable, by_site, write_long
 from analysis.merging import LongSum, RunningSum
 from analysis.stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, merge_statistics, part_statistics
@@ -147,3 +149,51 @@ def test_sums_in_an_array_are_those_of_a_group_by(name: str, shift: int, tmp_pat
     assert any(arrays) and isinstance(found, LongTable)
     assert found.table().combine_chunks().equals(summed_by_sorting(tables, schema, keys))
     assert {a == b for a, b in found.extents("site")} == {True}
+
+
+def counted(tables: list[pa.Table], sites: int) -> KeyCounts:
+    """Their sum by token id as a part's counts."""
+    table = summed_by_sorting(tables, BY_TOKEN, BY_TOKEN.names[:3])
+    found = []
+    for i in range(sites):
+        site, keys, experts, counts = (c.to_numpy() for c in table.filter(pa.compute.equal(table["site"], i)).columns)
+        first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])) if len(keys) else np.zeros(0, int)
+        ends = np.append(first[1:], len(keys)) if len(keys) else np.zeros(0, int)
+        found.append(SiteCounts(keys[first], ends.astype(np.int64), experts.astype(np.uint16), counts.astype(np.int32)))
+    return KeyCounts(BY_TOKEN, tuple(found))
+
+
+@pytest.mark.parametrize("span", [40, 2**31 - 1], ids=["vocabulary", "ids far apart"])
+def test_the_counts_of_parts_add_up_to_those_of_a_group_by(span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored and read again; cells that overflow 8 bits, keys and experts that find no place, a part with a site more, one that counted nothing, a table between."""
+    monkeypatch.setattr(merging, "SPILL_ROWS", 300)
+    tables = []
+    for n, wide, most in ((900, span, 9), (700, 40, 300), (3, 40, 9), (0, 40, 9), (800, 200, 70_000), (900, span, 200)):
+        table, rng = made(BY_TOKEN, n, n + most, wide), np.random.default_rng(n)
+        changed = {"count": pa.array(rng.integers(1, most, n))}
+        changed |= {"site": pa.array(np.full(n, 3), pa.int16())} if n == 800 else {}
+        changed |= {"expert": pa.array(np.arange(14, 14 + n), pa.int32())} if n == 3 else {}
+        tables.append(pa.table([changed.get(x, table[x]) for x in BY_TOKEN.names], schema=BY_TOKEN))
+    total, arrays = LongSum(BY_TOKEN, "token_id", tmp_path), []
+    for i, table in enumerate(tables):
+        part = counted([table], 4)
+        assert part.table().combine_chunks().equals(summed_by_sorting([table], BY_TOKEN, BY_TOKEN.names[:3]))
+        part.write(tmp_path / f"{i}.npz")
+        total.add(KeyCounts.read(tmp_path / f"{i}.npz", BY_TOKEN) if i != 1 else table)
+        arrays.append(total._dense is not None)
+    found = total.total()
+    assert isinstance(found, LongTable) and any(arrays) and arrays[0] == (span == 40)
+    assert found.table().combine_chunks().equals(summed_by_sorting(tables, BY_TOKEN, BY_TOKEN.names[:3]))
+    assert {a == b for a, b in found.extents("site")} == {True}
+
+
+def test_a_changed_byte_in_the_counts_of_a_part_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.npz"
+    counted([made(BY_TOKEN, 500, 1, 40)], 3).write(path)
+    with zipfile.ZipFile(path) as file:
+        at = file.getinfo("counts-2.npy").header_offset + 300
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(zipfile.BadZipFile, match="counts-2"):
+        KeyCounts.read(path, BY_TOKEN)

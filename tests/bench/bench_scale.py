@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from analysis.stats import merge_statistics, part_statistics
@@ -50,14 +51,17 @@ def write_run(folder: Path, shape: tuple[int, int, int], decisions: int) -> Figu
     part_statistics(next(zipf_parts(layers, 2_000)), layers)  # what was compiled once is loaded
     with RunWriter.open(folder, card(layers, f"made up {'x'.join(map(str, shape))}"), {}) as writer:
         for part in zipf_parts(layers, tokens):
-            timed("write", lambda part=part: writer.write(part))  # type: ignore[misc]
+            timed("write", partial(writer.write, part))
+            del part  # before the next is made
+        spent["write mb"] = peak_memory()
         timed("commit", writer.commit)
     return spent | {"decisions": tokens * k * sites, "mb": peak_memory()}
 
 
 def count_again(run: Run) -> object:
-    """All statistics once more, from the stored decisions."""
-    return merge_statistics(_counted_again(run.folder, run.trace, read_manifest(run.folder)["parts"]))
+    """All statistics once more, from the stored decisions, as ``verify`` counts them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return merge_statistics(_counted_again(run.folder, run.trace, read_manifest(run.folder)["parts"]), Path(scratch))
 
 
 def measure(query: str, engine: str, folder: Path, tiny: Path) -> Figures | dict[str, str]:
