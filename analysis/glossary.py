@@ -74,7 +74,8 @@ TERMS = (
           " tokens, mean over tokens; uniform routing gives k / E, turning the tokens of each document keeps what their texts share",
           "OLMoE, arXiv 2409.02060, eq. 5"),
     Entry("leaning_documents", "Leaning documents", "of the documents that hold a token, those in which it uses the expert more often than the document's"
-          " tokens do; by chance about half or fewer", "Routerscope; a sign test's count"),
+          " tokens do; by chance about half or fewer, more at an expert that most tokens use. Tested by document: each gives the share of the token's"
+          " occurrences there that use the expert, expected to be the document's own rate", "Routerscope; Hoeffding 1963"),
     Entry("document_balance", "Document balance", "max / mean of the loads of one document's tokens at a site, beside what uniform routing of so few"
           " tokens stays below", "arXiv 2408.15664, its batch being a document"),
     Entry("device_queue", "Longest device queue", "load of the busiest of D devices over their mean load, in one batch at one site, experts placed in"
@@ -86,6 +87,9 @@ TERMS = (
           "association rules, Brin et al. 1997"),
     Entry("log2_enrichment", "log2 enrichment", "log2 of the share of a group's tokens that use an expert over the share of all other tokens; 0 is"
           " no preference, 1 is twice as often", "common in genomics"),
+    Entry("log2_enrichment_within", "log2 enrichment within documents", "the same comparison made inside each document and summed up, so that documents that"
+          " differ in their kinds and in their experts make no preference: log2 of uses by tokens of the kind, each document weighted by the share"
+          " of its other tokens, over uses by these, weighted by the kind's share; 0 is no preference", "Mantel and Haenszel 1959; Greenland and Robins 1985"),
     Entry("false_discovery_rate", "False discovery rate", "of the cells called significant, the share expected to be so by chance; q is the"
           " smallest rate at which a cell is still called significant; family_p is stricter: the chance that any cell at all stands out as much",
           "Benjamini and Hochberg 1995; Westfall and Young 1993"),

@@ -14,7 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .specialization import MOST_UNITS, blocks
+from .specialization import MOST_UNITS, blocks, owners
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded
 
@@ -55,7 +55,7 @@ def vocabulary_interval(trace: Trace, counts: TokenCounts, least: int = LEAST,
     value = float(kept.share.mean()) if len(often) else float("nan")
     if trace.source is None or trace.load_tokens is None:
         return DocumentInterval(value, np.nan, np.nan, 0, 0, "the run holds statistics only, no decisions of single documents")
-    owner = _owners(trace.stream_tokens(trace.layers[counts.site].stream, columns=["document"])["document"].to_numpy())
+    owner = owners(trace.stream_tokens(trace.layers[counts.site].stream, columns=["document"])["document"].to_numpy())
     documents = int(owner[-1]) + 1 if len(owner) else 0
     parts = min(documents, MOST_UNITS)
     if documents < FEWEST:
@@ -111,11 +111,6 @@ class _Kept:
         return cls(
             counts.classes, counts.tokens[often], start, stop - start, counts.expert, counts.count, top[often] / counts.tokens[often]
         )
-
-
-def _owners(document: np.ndarray) -> np.ndarray:
-    """int64 [tokens]: number of the document, counted from 0 in the order of the rows; a document's rows lie side by side."""
-    return np.cumsum(np.append(False, document[1:] != document[:-1])[: len(document)])
 
 
 def _leave_out(trace: Trace, counts: TokenCounts, often: np.ndarray, part: np.ndarray, kept: _Kept, least: int,

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import ceil, erfc, log2
+from math import ceil, log2
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from .paths import PairCounts, coactivation, flow, partner_odds
-from .significance import ALPHA, benjamini_hochberg, bootstrap_sums, draws_for, interval, sign_flip_test
+from .significance import ALPHA, benjamini_hochberg, bootstrap_sums, count_p, draws_for, interval, sign_flip_test
 from .specialization import INTERVAL_DRAWS, MOST_UNITS, ROWS
 from .trace import Trace
 
@@ -261,15 +261,7 @@ def _p_values(excess: np.ndarray, mean: np.ndarray, spread: np.ndarray, seed: in
             p[at] = np.where(far, np.minimum(test.p, 2 * np.exp(-(test.statistic**2) / 2)), test.p)
         said = test.method
         least = min(least, 2.0 ** (1 - int((excess[:, at] != 0).sum(0).max(initial=1))))
-    return np.maximum(p, _rare(mean + excess.sum(0, dtype=np.float64), mean, spread)), said, least
-
-
-def _rare(observed: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Two-sided p of a count with this mean and variance, by the signed root of a Poisson count's deviance, half a count taken off."""
-    near = np.where(np.abs(observed - mean) <= 0.5, mean, observed - 0.5 * np.sign(observed - mean))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        deviance = (np.where(near > 0, near * np.log(near / mean), 0) - near + mean) * mean / spread
-    return np.array([erfc(x**0.5) for x in np.maximum(np.nan_to_num(deviance, posinf=0), 0).tolist()])
+    return np.maximum(p, count_p(mean + excess.sum(0, dtype=np.float64), mean, spread)), said, least
 
 
 def _intervals(tables: np.ndarray, one: np.ndarray, two: np.ndarray, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
-from math import ceil, comb, factorial, log2, prod
+from math import ceil, comb, erfc, factorial, log2, prod
 
 import numpy as np
 
@@ -52,15 +52,22 @@ class Verdict:
         """Whether any cell could be claimed at ALPHA in the easiest case: every cell at its ``least``."""
         return bool((benjamini_hochberg(self.least) <= ALPHA).any())
 
+    def at_least(self, floor: np.ndarray) -> Verdict:
+        """The same with p no smaller than ``floor`` (as the cells), and ``family`` than what Bonferroni makes of it."""
+        many = int(np.isfinite(self.p).sum())
+        p, family = np.maximum(self.p, floor), np.maximum(self.family, np.minimum(floor * many, 1))
+        return replace(self, p=p, family=np.where(np.isnan(p), np.nan, family))
+
     @property
     def method(self) -> str:
         """In words, for captions."""
         return f"all {self.draws:,} rearrangements" if self.exact else f"{self.draws:,} random rearrangements"
 
 
-def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+def benjamini_hochberg(p: np.ndarray, family: int | None = None) -> np.ndarray:
     """q-values: the smallest false discovery rate at which each cell is claimed; NaN stays NaN and is not counted.
 
+    ``family``: number of cells in all, those not given counted with p = 1; default just those given.
     Benjamini and Hochberg 1995; holds for independent and for positively dependent tests.
     """
     q = np.full(p.shape, np.nan)
@@ -68,7 +75,7 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     values = p[known]
     order = np.argsort(values)[::-1]
     n = len(values)
-    ranked = np.minimum.accumulate(values[order] * n / np.arange(n, 0, -1))
+    ranked = np.minimum.accumulate(values[order] * (n if family is None else family) / np.arange(n, 0, -1))
     out = np.empty(n)
     out[order] = np.minimum(ranked, 1)
     q[known] = out
@@ -233,6 +240,31 @@ def sign_flip_test(excess: np.ndarray, draws: int | None = None, seed: int = 0) 
     )
     p, family, statistic = (np.where(telling >= 2, x, np.nan).reshape(cells) for x in (result.p, result.family, observed))
     return Verdict(p, family, statistic, result.draws, exact, result.maximum, result.least.reshape(cells))
+
+
+def shares_p(total: np.ndarray, expected: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Bound on P(the sum of ``n`` independent shares, each 0 to 1, expected to sum to ``expected``, is ``total`` or more); at most 1.
+
+    exp(-n KL(total / n || expected / n)): Hoeffding 1963, whatever the shares' distributions. Arrays that broadcast to one shape; 1 for no share.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found, rate = np.minimum(total / n, 1), np.minimum(expected / n, 1)
+        used = np.where(found > 0, found * np.log(found / rate), 0)
+        free = np.where(found < 1, (1 - found) * np.log((1 - found) / (1 - rate)), 0)
+        return np.where(found > rate * (1 + _TIE), np.exp(-n * (used + free)), 1.0)
+
+
+def count_p(observed: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Two-sided p of counts with this mean and variance, by the signed root of a Poisson count's deviance, half a count taken off.
+
+    What tokens taken as independent give: a floor for ``sign_flip_test``, whose signs know nothing of counts too small to lean either
+    way (what is expected 0.01 times in each of 100 units and never seen leans one way in all). Arrays of one shape; 1 where variance is 0.
+    """
+    near = np.where(np.abs(observed - mean) <= 0.5, mean, observed - 0.5 * np.sign(observed - mean))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        deviance = (np.where(near > 0, near * np.log(near / mean), 0) - near + mean) * mean / variance
+    flat = np.maximum(np.nan_to_num(deviance, posinf=0), 0).ravel()
+    return np.array([erfc(x**0.5) for x in flat.tolist()]).reshape(np.shape(observed))
 
 
 def _result(observed: np.ndarray, exceeded: np.ndarray, maximum: np.ndarray, exact: bool, least: np.ndarray) -> Verdict:

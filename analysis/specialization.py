@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count as count_from
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,9 +22,11 @@ import pyarrow.compute as pc
 from .information import Information, ceiling, jensen_shannon, plug_in, table_information
 from .significance import (
     ALPHA,
+    PSEUDO,
     Verdict,
     benjamini_hochberg,
     bootstrap_sums,
+    count_p,
     enrichment,
     interval,
     least_deal,
@@ -37,6 +40,10 @@ from .trace import LayerInfo, Trace
 MOST_UNITS = 400  # documents beyond this are joined into units, so that a test's cost does not grow with the corpus
 INTERVAL_DRAWS = 1_000
 ROWS = 65_536  # tokens read at a time
+_LEAST = 1e-12  # keeps 0 / 0 at 0
+CELLS = 1 << 20  # documents x groups x classes counted at a time: 8 MB
+_FLOOR = ", p at least that of independent tokens"
+_BUNCHED = ", p at least that of tokens dealt at random within documents in such bunches as are seen"
 _Found = TypeVar("_Found")
 Reading = Generator[None, tuple[int, np.ndarray] | None, _Found]  # see ``one_pass``
 _ONE_LABEL = "Nothing to compare: effects of a label need documents of another. Record some."
@@ -53,6 +60,8 @@ class Preferences:
     elsewhere    the same over the tokens of all other groups.
     lift         share / share over all groups; 1 = as often as anywhere.
     enrichment   log2 of share over elsewhere, half a token added to each side; 0 = no difference.
+    within       the same comparison made inside each document and summed up: log2 of Mantel and Haenszel's ratio (1959; for shares Greenland and
+                 Robins 1985), half a token added to each side. Documents of one group alone say nothing; NaN where all are, as of labels.
     low, high    95 % percentile bootstrap interval of enrichment over documents; NaN with fewer than 2 of them.
     p, q         of the test that ``method`` describes; q corrects for all G x E cells of this site and kind (Benjamini and Hochberg).
     family_p     P(the largest statistic of all these cells is at least this one), see significance.Verdict.
@@ -77,6 +86,7 @@ class Preferences:
     family_p: np.ndarray
     significant: np.ndarray
     method: str
+    within: np.ndarray
     missing: str = ""
 
     def table(self) -> pa.Table:
@@ -85,7 +95,7 @@ class Preferences:
         columns: dict[str, object] = {"site": np.full(g * e, self.site, np.int16), self.kind: np.repeat(np.array(self.groups, object), e)}
         columns |= {"expert": np.tile(np.arange(e, dtype=np.int32), g), "n": np.repeat(self.tokens, e)}
         columns["documents"] = np.repeat(self.documents, e)
-        names = ("count", "share", "elsewhere", "lift", "enrichment", "low", "high", "p", "q", "family_p", "significant")
+        names = ("count", "share", "elsewhere", "lift", "enrichment", "low", "high", "within", "p", "q", "family_p", "significant")
         return pa.table({**columns, **{n: getattr(self, n).ravel() for n in names}})
 
 
@@ -136,7 +146,8 @@ def _joined(whole: DocumentCounts, most: int) -> DocumentCounts:
 
 
 def by_label(trace: Trace, site: int, draws: int | None = None, seed: int = 0) -> Preferences:
-    """Preferences of labels. Null: labels dealt at random to whole documents; NaN p without two labels of documents.
+    """Preferences of labels. Null: labels dealt at random to whole documents; p is no smaller than if tokens were independent, which
+    keeps counts of a few tokens from being claimed where labels differ in their documents' lengths. NaN p without two labels of documents.
 
     From statistics alone; no decision is read. A run of counts without documents gives shares and effects, no test.
     """
@@ -149,11 +160,14 @@ def by_label(trace: Trace, site: int, draws: int | None = None, seed: int = 0) -
             method="no test: labels of at least two kinds of documents are needed",
             missing=_ONE_LABEL if len(labels) < 2 else _NO_DOCUMENTS,
         )
-    test = permutation_test(units.counts, units.tokens, units.codes, draws, seed)
+    rate = units.counts.sum(0) / units.tokens.sum()
+    expected = plain.tokens[:, None] * rate
+    floor = count_p(plain.count, expected, expected * (1 - rate) * (1 - plain.tokens / units.tokens.sum())[:, None])
+    test = permutation_test(units.counts, units.tokens, units.codes, draws, seed).at_least(floor)
     drawn = bootstrap_sums(np.column_stack([units.counts, units.tokens]), units.codes, INTERVAL_DRAWS, seed)
     documents = np.bincount(units.codes, units.documents, len(labels)).astype(np.int64)
     low, high = _interval(drawn[..., :-1], drawn[..., -1:], np.bincount(units.codes, minlength=len(labels)))
-    found = _tested(plain, documents, low, high, test, f"labels moved between {_named(units.documents)}")
+    found = _tested(plain, documents, low, high, test, f"labels moved between {_named(units.documents)}{_FLOOR}")
     return replace(found, missing="" if test.decisive else _too_few_labelled(np.bincount(units.codes), test.least))
 
 
@@ -198,8 +212,9 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
     """Preferences of any kind of token: ``codes`` int [tokens of the site's stream] into ``groups``, -1 for none.
 
     Null: within each document the kind has nothing to do with the expert, so documents lean to either side alike
-    (signs of whole documents flipped). ``significant`` also asks that shares over all documents lean the same way as
-    those within them. One streaming pass over the site's decisions. Raises TraceError without them.
+    (signs of whole documents flipped), and no surer than if the kind were dealt at random to each document's tokens, in bunches as large as
+    ``_KindCounts.dispersion`` says: signs know nothing of counts too small to lean either way. ``significant`` also asks that
+    shares over all documents lean the same way as those within them. One streaming pass over the site's decisions. Raises TraceError without them.
     """
     return one_pass(trace, site, group_reading(trace, site, kind, groups, codes, draws, seed))[0]
 
@@ -207,22 +222,22 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
 def group_reading(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: np.ndarray, draws: int | None = None,
                   seed: int = 0) -> Reading[Preferences]:  # fmt: skip
     """``by_group`` for a pass that others share."""
-    counts, sizes, documents, held = yield from _group_counts(trace, site, len(groups), codes)
+    found = yield from _kind_reading(trace, site, len(groups), codes)
+    counts, sizes, expected = found.counts, found.sizes, found.expected.sum(0)
     plain = effects(site, kind, tuple(groups), sizes.sum(0), counts.sum(0))
-    totals = sizes.sum(1).astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rate = np.where(totals > 0, counts.sum(1).T / totals, 0).T
-    excess = counts - sizes[..., None] * rate[:, None, :]
-    test = sign_flip_test(excess, draws, seed)
+    flipped = sign_flip_test(counts - found.expected, draws, seed)
+    bunch = found.dispersion[:, None]
+    test = flipped.at_least(count_p(counts.sum(0) / bunch, expected / bunch, found.variance / bunch))
     columns = np.concatenate([counts, sizes[..., None]], 2).reshape(len(counts), -1)
     drawn = bootstrap_sums(columns, np.zeros(len(columns), np.int64), INTERVAL_DRAWS, seed)
     drawn = drawn.reshape(INTERVAL_DRAWS, len(groups), -1)
     low, high = _interval(drawn[..., :-1], drawn[..., -1:], (sizes > 0).sum(0))
-    found = _tested(plain, documents, low, high, test, f"signs of {_named(held)} flipped")
-    agree = np.sign(excess.sum(0)) == np.sign(plain.enrichment)  # else documents differ, not their tokens: Simpson's paradox
-    of = "1 document" if held.sum() == 1 else f"{held.sum():,} documents"
+    result = _tested(plain, found.documents, low, high, test, f"signs of {_named(found.held)} flipped{_BUNCHED}")
+    within = np.where(found.shared.sum(0)[:, None] > 0, np.log2((found.inside + PSEUDO) / (found.outside + PSEUDO)), np.nan)
+    agree = np.sign(within) == np.sign(plain.enrichment)  # else documents differ, not their tokens: Simpson's paradox
+    of = "1 document" if found.held.sum() == 1 else f"{found.held.sum():,} documents"
     few = "" if test.decisive else _too_few(of, test.least, f"{least_flips()} in which it occurs")
-    return replace(found, significant=found.significant & agree, missing=few)
+    return replace(result, within=within, significant=result.significant & agree, missing=few)
 
 
 def by_position(trace: Trace, site: int) -> Preferences:
@@ -250,7 +265,7 @@ def effects(site: int, kind: str, groups: tuple[str, ...], tokens: np.ndarray, c
         log2 = np.where((n > 0) & (rest > 0), enrichment(count, n, others, rest), np.nan)
     unknown = np.full(count.shape, np.nan)
     return Preferences(site, kind, groups, tokens, np.zeros(len(groups), np.int64), count, share, elsewhere, lift, log2, unknown, unknown,
-                       unknown, unknown, unknown, np.zeros(count.shape, bool), "no test")  # fmt: skip
+                       unknown, unknown, unknown, np.zeros(count.shape, bool), "no test", unknown)  # fmt: skip
 
 
 def _tested(plain: Preferences, documents: np.ndarray, low: np.ndarray, high: np.ndarray, test: Verdict, what: str) -> Preferences:
@@ -269,19 +284,83 @@ def _interval(count: np.ndarray, tokens: np.ndarray, units: np.ndarray) -> tuple
     return low, high
 
 
-def _group_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> Reading[tuple[np.ndarray, ...]]:
-    """(int64 [units, groups, classes], int64 [units, groups] tokens, int64 [groups] documents, int64 [units] the same)."""
+@dataclass(frozen=True)
+class _KindCounts:
+    """How kinds of token use experts, within documents; [G] kinds, [E] classes, units of whole documents.
+
+    counts    int64 [units, G, E] assignments.  sizes  int64 [units, G] tokens.  documents  int64 [G] that hold the kind.  held  int64
+    [units] documents of a unit.
+    expected  float64 [units, G, E]: what each document's own rates give, summed over the unit's documents.  variance  float64 [G, E]: of the
+    count over all documents, if the kinds were dealt at random to each document's tokens.
+    inside, outside  float64 [G, E]: uses by tokens of the kind and by the other tokens of the same documents, each document weighted by
+    (its other tokens, its tokens of the kind) / its tokens: what Mantel and Haenszel compare.  shared  float64 [units, G]: tokens of the kind, so weighted.
+    """
+
+    counts: np.ndarray
+    sizes: np.ndarray
+    documents: np.ndarray
+    held: np.ndarray
+    expected: np.ndarray
+    variance: np.ndarray
+    inside: np.ndarray
+    outside: np.ndarray
+    shared: np.ndarray
+
+    @property
+    def dispersion(self) -> np.ndarray:
+        """float64 [G], 1 or more: how much more the documents' counts vary than if the kind were dealt to their tokens one by one.
+
+        Pearson's: squares of what a kind's mean lean leaves of each unit's excess, over ``variance``, both summed over experts. Like
+        tokens that stand side by side in a text are dealt in bunches.
+        """
+        excess, shared = self.counts - self.expected, self.shared[..., None]
+        total, units = shared.sum(0), (self.shared > 0).sum(0)
+        rest = excess - shared * (excess.sum(0) / np.maximum(total, _LEAST))
+        freedom = self.variance.sum(1) * (1 - 1 / np.maximum(units, 2))
+        return np.asarray(np.maximum((rest**2).sum((0, 2)) / np.maximum(freedom, _LEAST), 1))
+
+
+def _kind_reading(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> Reading[_KindCounts]:
+    """Rates are those of single documents, also where documents are joined into units: a unit's documents may differ."""
     layer = trace.layers[site]
-    distinct, document = documents_of(trace, layer.stream)
-    units = min(len(distinct), MOST_UNITS)
-    of_document = np.arange(len(distinct)) * units // max(len(distinct), 1)
-    unit = of_document[document]
-    known = codes >= 0
-    counts = yield from assignments_reading(layer, np.where(known, unit * n_groups + codes, -1), units * n_groups)
-    sizes = np.bincount(unit[known] * n_groups + codes[known], minlength=units * n_groups).reshape(units, n_groups)
-    held = np.bincount(document[known] * n_groups + codes[known], minlength=len(distinct) * n_groups) > 0
-    documents = held.reshape(len(distinct), n_groups).sum(0)
-    return counts.reshape(units, n_groups, layer.n_classes), sizes, documents, np.bincount(of_document, minlength=units)
+    owner = owners(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy())
+    n, width = int(owner[-1]) + 1 if len(owner) else 0, layer.n_classes
+    known, units = codes >= 0, min(n, MOST_UNITS)
+    tokens = np.bincount(owner[known] * n_groups + codes[known], minlength=n * n_groups).reshape(n, n_groups)
+    total = np.maximum(tokens.sum(1), 1)
+    part = tokens / total[:, None]
+    load, counts, weighted = np.zeros((n, width), np.int64), np.zeros((units, n_groups, width), np.int64), np.zeros((n_groups, width))
+    unit = np.arange(n) * units // max(n, 1)
+    while (block := (yield)) is not None:
+        here = slice(block[0], block[0] + len(block[1]))
+        for first, table in _document_tables(block[1], owner[here], codes[here], n_groups, width):
+            mine = slice(first, first + len(table))
+            load[mine] += table.sum(1)
+            np.add.at(counts, unit[mine], table)
+            weighted += np.einsum("dg,dge->ge", part[mine], table)
+    rate = load / total[:, None]
+    edges = np.searchsorted(unit, np.arange(units + 1))
+    expected = np.array([tokens[a:b].T @ rate[a:b] for a, b in pairwise(edges.tolist())]).reshape(counts.shape)
+    shared = tokens * (1 - part)
+    return _KindCounts(counts, np.add.reduceat(tokens, edges[:-1]) if n else tokens, (tokens > 0).sum(0), np.diff(edges), expected,
+                       shared.T @ (rate * (1 - rate)), counts.sum(0) - weighted, expected.sum(0) - weighted, np.add.reduceat(shared, edges[:-1]) if n else shared)  # fmt: skip
+
+
+def _document_tables(experts: np.ndarray, owner: np.ndarray, codes: np.ndarray, n_groups: int,
+                     classes: int) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
+    """(first document, int64 [documents, groups, classes] assignments) of a block, in pieces; what the block has of a document cut by its ends."""
+    width = classes + 1  # a column more for places without an expert, a row more for tokens of no group
+    most = max(CELLS // ((n_groups + 1) * width), 1)
+    for first in range(int(owner[0]), int(owner[-1]) + 1, most):
+        a, b = np.searchsorted(owner, (first, first + most))
+        row, n = (owner[a:b] - first) * (n_groups + 1) + codes[a:b] + 1, int(owner[b - 1]) - first + 1
+        table = np.bincount((row[:, None] * width + experts[a:b] + 1).ravel(), minlength=n * (n_groups + 1) * width)
+        yield first, table.reshape(n, n_groups + 1, width)[:, 1:, 1:]
+
+
+def owners(document: np.ndarray) -> np.ndarray:
+    """int64 [tokens]: number of the document, counted from 0 in the order of the rows; a document's rows lie side by side."""
+    return np.cumsum(np.append(False, document[1:] != document[:-1])[: len(document)])
 
 
 def assignments(trace: Trace, layer: LayerInfo, group: np.ndarray, n_groups: int) -> np.ndarray:
@@ -310,10 +389,11 @@ def one_pass(trace: Trace, site: int, *readings: Reading[Any]) -> list[Any]:
         for block in blocks(trace, trace.layers[site]):
             for reading in readings:
                 reading.send(block)
-        return list(pool.map(_finished, readings))
+        return list(pool.map(finished, readings))
 
 
-def _finished(reading: Reading[_Found]) -> _Found:
+def finished(reading: Reading[_Found]) -> _Found:
+    """What a reading found, at the end of its pass."""
     try:
         reading.send(None)
     except StopIteration as end:

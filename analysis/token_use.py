@@ -9,7 +9,8 @@ from functools import partial
 import numpy as np
 
 from .significance import family_p
-from .specialization import Reading, documents_of, one_pass
+from .specialization import Reading, documents_of, finished, one_pass
+from .token_tests import TokenTests, tests_reading
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded, on_cores, token_texts
 
@@ -24,7 +25,8 @@ class TokenUse:
     ``p``: probability that any id seen at least ``least`` times stands out as much when the expert's assignments are
     dealt at random to the tokens. Its unit is the token: repeats within one document count as independent, so it is
     certain of a word that one document repeats. Documents tell: the id occurs in ``documents``, and in ``leaning`` of them
-    it uses the expert more often than that document's tokens do (by chance in at most about half); None where unknown.
+    it uses the expert more often than that document's tokens do (by chance in at most about half, more at an expert that most tokens use).
+    ``p_documents`` and ``q`` are of that, with the document as unit: see TokenTests. All four None where unknown.
     """
 
     token_id: int
@@ -36,15 +38,18 @@ class TokenUse:
     p: float
     documents: int | None
     leaning: int | None
+    p_documents: float | None
+    q: float | None
 
 
 @dataclass(frozen=True)
 class DocumentUse:
-    """Per id of ``ids``, int64 [I] ascending: ``documents`` int64 [I] that hold it; ``leaning`` int64 [I, classes], see TokenUse."""
+    """Per id of ``ids``, int64 [I] ascending: ``documents`` int64 [I] that hold it; ``leaning`` int64 [I, classes], see TokenUse; ``tests`` of the same cells."""
 
     ids: np.ndarray
     documents: np.ndarray
     leaning: np.ndarray
+    tests: TokenTests
 
 
 def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None) -> DocumentUse | None:
@@ -71,13 +76,16 @@ def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None
     row, document = place[code], documents_of(trace, layer.stream)[1]
     cells, documents = DocumentCells(len(ids), layer.n_classes), np.zeros(len(ids), np.int64)
     leaning = np.zeros((len(ids), layer.n_classes), np.int64)
+    tests = tests_reading(trace, counts, ids)
+    next(tests)
     while (block := (yield)) is not None:
         start, experts = block
         check_ids(experts, layer.n_classes)
+        tests.send(block)
         here = slice(start, start + len(experts))
         count_leaning(experts, document[here], row[here], cells.arrays(), documents, leaning)
     count_leaning(np.full((1, layer.top_k), -1), np.array([-1]), np.array([-1]), cells.arrays(), documents, leaning)
-    return DocumentUse(ids, documents, leaning)
+    return DocumentUse(ids, documents, leaning, finished(tests))
 
 
 def leading_ids(counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20) -> np.ndarray:
@@ -168,9 +176,10 @@ def _top_uses(counts: TokenCounts, looked: _Looked, expert: int, *, most: int, d
         maximum = ((null - expected) / spread).max(1)
     ids, tokens, p = looked.ids[order], looked.tokens[order], family_p(standing[order], maximum, False)
     row = None if use is None else np.searchsorted(use.ids, ids)
-    documents, leaning = (None, None) if use is None else (use.documents[row].tolist(), use.leaning[row, expert].tolist())
+    told = [[None] * len(order)] * 4 if use is None else [x.tolist() for x in (
+        use.documents[row], use.leaning[row, expert], use.tests.p[row, expert], use.tests.q[row, expert])]  # fmt: skip
     return [TokenUse(int(ids[i]), None, int(used[at]), int(tokens[i]), float(share[at]), float(lift[at]), float(p[i]),
-                     documents and documents[i], leaning and leaning[i]) for i, at in enumerate(order)]  # fmt: skip
+                     *(x[i] for x in told)) for i, at in enumerate(order)]  # fmt: skip
 
 
 def _reached(dealt: np.ndarray, rate: float, standing: float) -> float:

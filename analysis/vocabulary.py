@@ -318,16 +318,19 @@ def _top_shares(counts: TokenCounts, row: np.ndarray, count: np.ndarray, least: 
             float((share * n).sum() / n.sum()) if len(n) else nothing)  # fmt: skip
 
 
-def vocabulary_table(trace: Trace, least: int = LEAST, layers: Sequence[int] | None = None) -> pa.Table:
+def vocabulary_table(trace: Trace, least: int = LEAST, layers: Sequence[int] | None = None,
+                     beside: Callable[[TokenCounts], Mapping[str, object]] | None = None) -> pa.Table:  # fmt: skip
     """One row per site of ``layers`` (default all) and variant the run can tell ("input", "next", "predicted"): site, layer, token (the variant), n (tokens), ids, then
-    VocabularySpecialization's figures with their chance. One pass per site and variant; TraceError without tokens.
+    VocabularySpecialization's figures with their chance, and the columns that ``beside`` gives for each. One pass per site and variant;
+    TraceError without tokens.
     """
     rows = []
     for layer in trace.layers if layers is None else [trace.layers[i] for i in layers]:
         for variant, count in VARIANTS.items():
             if variant == "predicted" and not predicts(trace, layer.stream):
                 continue
-            found = asdict(vocabulary_specialization(count(trace, layer.index), least))
+            counts = count(trace, layer.index)
+            found = asdict(vocabulary_specialization(counts, least)) | dict(beside(counts) if beside else {})
             key = {"site": layer.index, "layer": layer.layer, "token": variant}
             rows.append(key | {"n": found.pop("n_tokens"), "ids": found.pop("n_ids")} | found)
     return pa.Table.from_pylist(rows)

@@ -57,8 +57,8 @@ def preferences_how(found: Preferences, layer: LayerInfo) -> str:
     """What the headline and the crosses rest on."""
     tested = "" if found.missing else (
         f" Test: {found.method}; corrected for the {found.count.size:,} cells of this layer and this look only, not for other layers looked at.")  # fmt: skip
-    within = " Colour compares all tokens of the run; the cross tests within documents, so that a kind that is common in one language is not mistaken"
-    within += " for a preference; significant also asks that both point the same way."
+    within = (" Colour compares all tokens of the run; the cross tests within documents, so that a kind that is common in one language is not mistaken"
+              " for a preference, and significant also asks that both point the same way. A cell's file and hover have both effects.")  # fmt: skip
     chance = layer.top_k / layer.n_classes
     return (f"Beyond chance: used at least {CLEAR:g} times as often as overall, and significant. Named: the groups with the largest share less the share of"
             f" all others, the clearest expert of each.{tested}{'' if found.kind == 'label' or found.missing else within} Uniform routing would use each"

@@ -207,10 +207,12 @@ def test_numbers_of_an_enrichment_map_are_enough_to_test_again() -> None:
     found = preferences(2, 4)
     table = charts.rows(enrichment(found))
     assert table.column_names == ["group", "expert", "share", "elsewhere", "lift", "log2_enrichment_low", "log2_enrichment_high", "q",
-                                  "group_tokens", "documents", "count", "log2_enrichment", "p", "significant"]  # fmt: skip
+                                  "group_tokens", "documents", "count", "log2_enrichment", "p", "significant", "log2_enrichment_within"]  # fmt: skip
     assert table["expert"].to_pylist() == [3, 2, 1, 0] * 2 and table["count"].to_pylist() == found.count[:, ::-1].ravel().tolist()
     assert table["share"].to_pylist() == found.share[:, ::-1].ravel().tolist()
     integers = [f.name for f in table.schema if f.type == pa.int64()]
+    told = [enrichment(replace(found, within=w)).data[2].hovertemplate for w in (found.within, np.ones((2, 4)))]
+    assert ["customdata[13]:.1f} within documents" in x for x in told] == [False, True]
     assert integers == ["expert", "group_tokens", "documents", "count"] and table.schema.field("significant").type == pa.bool_()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations, product
+from math import comb
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from analysis.significance import (
     Verdict,
     benjamini_hochberg,
     bootstrap_sums,
+    count_p,
     draws_for,
     enrichment,
     family_p,
@@ -22,6 +24,7 @@ from analysis.significance import (
     least_flips,
     permutation_test,
     rearranged_labels,
+    shares_p,
     sign_flip_test,
 )
 
@@ -31,6 +34,8 @@ def test_q_values_of_a_textbook_case() -> None:
     np.testing.assert_allclose(q, [[0.9, 0.015], [np.nan, 0.045]])
     np.testing.assert_allclose(benjamini_hochberg(np.array([0.01, 0.02, 0.03, 0.04, 0.05])), 0.05)
     assert np.isnan(benjamini_hochberg(np.full(3, np.nan))).all()
+    few = np.array([0.001, 0.02])  # of 10, of which the others are 1
+    np.testing.assert_allclose(benjamini_hochberg(few, 10), benjamini_hochberg(np.append(few, np.ones(8)))[:2])
 
 
 @given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=20), st.floats(0.001, 0.999))
@@ -211,6 +216,38 @@ def test_sign_flips_are_right_as_often_as_set_and_find_what_is_there() -> None:
         excess[:, 1, 3] += 2
         assert sign_flip_test(excess, draws=999, seed=seed).statistic.argmax() == 11
     assert claims < 13
+
+
+def test_a_count_too_small_to_lean_is_no_finding() -> None:
+    """Expected 0.02 times in each of 100 units and never seen, all signs agree, and nothing follows from it."""
+    mean = np.array([[2.0, 200.0, 200.0, 5.0]])
+    assert sign_flip_test(np.full((100, 1), -0.02)).p[0] == 0.001
+    p = count_p(np.array([[0.0, 0.0, 200.4, 5.0]]), mean, mean * [1, 1, 1, 0])
+    assert p.shape == (1, 4) and 0.05 < p[0, 0] < 0.3 and p[0, 1] < 1e-20 and p[0, 2:].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("mean", "size"), [(0.5, 2000), (3, 2000), (20, 2000), (6, 12)])
+def test_a_counts_p_is_that_of_draws(mean: float, size: int) -> None:
+    """Against binomial counts themselves: never surer than it says but for a quarter, and not blind but for counts of one or two."""
+    counts = np.random.default_rng(0).binomial(size, mean / size, 20_000)
+    p = count_p(counts, np.full(len(counts), mean), np.full(len(counts), mean * (1 - mean / size)))
+    for level in (0.2, 0.05, 0.01):
+        assert (level / 4 if mean > 2 else 0) <= (p <= level).mean() <= 1.25 * level, level
+
+
+def test_the_bound_of_shares_holds_and_is_near() -> None:
+    """Against the exact tail of one use or none per document, and for shares in between; nothing above 1, no claim from what was expected."""
+    rng = np.random.default_rng(0)
+    for n, rate in ((4, 0.1), (12, 0.05), (30, 0.3), (30, 0.9)):
+        for k in range(n + 1):
+            exact = sum(comb(n, x) * rate**x * (1 - rate) ** (n - x) for x in range(k, n + 1))
+            bound = shares_p(np.array(float(k)), np.array(rate * n), np.array(n))
+            assert exact <= bound * (1 + 1e-9) <= 1 + 1e-9 and (k <= rate * n or bound < 12 * exact)
+    rates = rng.uniform(0.02, 0.4, (1, 20))
+    sums = rng.beta(rates / 2, (1 - rates) / 2, (20_000, 20)).sum(1)
+    p = shares_p(sums, np.full(20_000, rates.sum()), np.array(20))
+    assert all((p <= level).mean() <= level for level in (0.2, 0.05, 0.01)) and (p <= 0.2).any()
+    np.testing.assert_array_equal(shares_p(np.array([0.0, 2.0, 3.0]), np.array([0.0, 2.0, 0.0]), np.array([0, 5, 3])), [1, 1, 0])
 
 
 def test_one_telling_document_is_no_sign() -> None:

@@ -26,8 +26,9 @@ from analysis.repetition import repetition
 from analysis.significance import ALPHA
 from analysis.specialization import by_label
 from analysis.store import open_run
+from analysis.token_use import document_use, leading_ids, top_tokens_of
 from analysis.trace import LayerInfo, SiteRouting
-from analysis.vocabulary import VARIANTS, context_independence
+from analysis.vocabulary import VARIANTS, context_independence, input_tokens
 from analysis.writing import RunWriter
 from app import charts
 from app.text import plain, visible_token
@@ -602,9 +603,39 @@ def test_what_reads_every_decision_waits_until_its_part_is_opened(runs: Path, mo
     test.query_params["follow"] = "open"
     test.run()
     assert not test.exception and asked == [[i] for i in range(len(open_run(ROOT / "data" / "demo-run").layers))]
-    assert any("different ids" in c.value for c in test.caption)
+    assert any("different ids" in c.proto.help and plain("95% interval") in c.value and "75 documents" in c.value for c in test.caption)
+    trace = open_run(ROOT / "data" / "demo-run")
+    lines = next(json.loads(c.proto.spec)["data"] for c in test.get("plotly_chart") if "it reads" in c.proto.spec)
+    for line, variant in zip(lines, VARIANTS, strict=False):
+        found = vocabulary_interval(trace, VARIANTS[variant](trace, 3))
+        bars = [numbers_of(line["error_y"][end])[3] for end in ("arrayminus", "array")]
+        assert bars == pytest.approx([found.value - found.low, found.high - found.value]) and numbers_of(line["y"])[3] == pytest.approx(
+            found.value
+        )
+    assert "error_y" not in lines[3] or not lines[3]["error_y"].get("array")
     test.run()
     assert len(asked) == len(set(map(tuple, asked)))  # kept
+
+
+def numbers_of(values: object) -> list[float]:
+    """An array of a figure as it is sent: a list, or base64 with its type."""
+    return np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"]).tolist() if isinstance(values, dict) else list(values)  # type: ignore[call-overload]
+
+
+def test_tokens_that_documents_cannot_tell_from_chance_stand_apart(runs: Path) -> None:
+    trace = open_run(ROOT / "data" / "demo-run")
+    counts = input_tokens(trace, 5)
+    every = range(counts.classes)
+    found = top_tokens_of(trace, counts, every, most=8, use=document_use(trace, counts, leading_ids(counts, every)))
+    test = shown("specialization", "demo-run")
+    test.query_params.update({"by": "token", "layer": "layer 5"})
+    test.run()
+    frame = test.dataframe[0].value
+    beyond, untold = (frame[c].tolist() for c in frame.columns)
+    told = [sum(t.q <= 0.05 for t in uses) for uses in found]
+    assert [x.count("x (") for x in beyond] == told and 0 < sum(told) < sum(map(len, found))
+    assert [x.count("x (") for x in untold] == [len(uses) - n for uses, n in zip(found, told, strict=True)]
+    assert not any("Its unit is the document" not in c.proto.help for c in test.caption if "in brackets" in c.value) and not test.exception
 
 
 def test_layers_done_are_kept_when_a_view_is_left() -> None:
@@ -732,5 +763,5 @@ def test_pairs_are_tested_and_crossed_out(by: str) -> None:
 def plotted(values: object) -> object:
     """Numbers of a figure, which Plotly writes as base64 where they came as an array."""
     if isinstance(values, dict):
-        return np.frombuffer(base64.b64decode(values["bdata"]), np.dtype(values["dtype"]))
+        return np.frombuffer(base64.base64.b64decode(values["bdata"]), np.dtype(values["dtype"]))
     return values

@@ -39,13 +39,16 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
                        marker=crosses(z.ravel()[weak], theme))  # fmt: skip
     told = np.stack([np.broadcast_to(experts, z.shape), *(getattr(found, n)[cell] for n in ("share", "elsewhere", "lift", "low", "high", "q")),
                      *(np.broadcast_to(n[groups][:, None], z.shape) for n in (found.tokens, found.documents)),
-                     *(getattr(found, n)[cell] for n in ("count", "enrichment", "p", "significant"))], -1).reshape(z.size, -1)  # fmt: skip
+                     *(getattr(found, n)[cell] for n in ("count", "enrichment", "p", "significant", "within"))], -1).reshape(z.size, -1)  # fmt: skip
+    effect = "%{customdata[4]:.1f} to %{customdata[5]:.1f}"
+    if np.isfinite(found.within).any():
+        effect = f"%{{customdata[10]:.1f}} over all tokens (95%: {effect}), %{{customdata[13]:.1f}} within documents"
     cells_over(
         figure, [x[c] for c in column], [names[r] for r in row], told,
         "%{y}, expert %{customdata[0]:.0f}<br>used for %{customdata[1]:.1%} of its %{customdata[7]:,} tokens, %{customdata[2]:.1%}"
-        " elsewhere<br>lift %{customdata[3]:.2f}, log2 enrichment %{customdata[4]:.1f} to %{customdata[5]:.1f}, q = %{customdata[6]:.2g}<extra></extra>",
+        " elsewhere<br>lift %{customdata[3]:.2f}, log2 enrichment " + effect + ", q = %{customdata[6]:.2g}<extra></extra>",
         {"x": None, "y": "group", "customdata": ["expert", "share", "elsewhere", "lift", "log2_enrichment_low", "log2_enrichment_high", "q",
-                                                 "group_tokens", "documents", "count", "log2_enrichment", "p", "significant"]},
+                                                 "group_tokens", "documents", "count", "log2_enrichment", "p", "significant", "log2_enrichment_within"]},
     )  # fmt: skip
     figure.update_xaxes(
         title="expert",

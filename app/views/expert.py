@@ -256,15 +256,16 @@ if tokens:
     st.header("Which tokens, most of all?")
     st.dataframe(
         pd.DataFrame([{"token": text.visible_token(t.text or "?"), "uses it": t.count, "of its occurrences": t.tokens, "share": t.share,
-                       "lift": t.lift, "leaning documents": t.leaning, "of documents": t.documents, "p (by token)": t.p} for t in tokens]),
+                       "lift": t.lift, "leaning documents": t.leaning, "of documents": t.documents, "q (by document)": t.q} for t in tokens]),
         hide_index=True, column_config={"share": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1),
-                                        "lift": st.column_config.NumberColumn(format="%.1f"), "p (by token)": st.column_config.NumberColumn(format="%.3f")},
+                                        "lift": st.column_config.NumberColumn(format="%.1f"), "q (by document)": st.column_config.NumberColumn(format="%.2g")},
     )  # fmt: skip
     text.show_note(
-        f"By lift, then by documents: the token's share over the expert's share of all n = {card.n:,} tokens. Leaning documents: by chance about half or fewer.",
-        "Leaning documents: those that hold the token and in which it uses the expert more often than the document's tokens do. p: that any token stands"
-        f" out as much when assignments are dealt at random, {DRAWS:,} times; less than {1 / (DRAWS + 1):.3f} cannot show. The unit of this p is the token, not"
-        " the document: repeats within one text count as independent, so a word of one document can look certain.",
+        f"By lift, then by documents: the token's share over the expert's share of all n = {card.n:,} tokens. q above 5%: cannot be told from chance by its documents.",
+        "Leaning documents: those that hold the token and in which it uses the expert more often than the document's tokens do. q: the false discovery rate at which"
+        " the token is still claimed, corrected for every frequent id at every expert of the layer. Its unit is the document: each gives the share of the token's"
+        " occurrences there that use the expert, expected to be the document's own rate (Hoeffding's bound, one-sided). The file also has p, which takes repeats within"
+        f" one text for independent: {DRAWS:,} deals of all assignments.",
     )
 if trace.load_tokens is not None:
     st.header("Where in the text?")

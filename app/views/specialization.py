@@ -17,6 +17,7 @@ from analysis.information import Information
 from analysis.jackknife import DocumentInterval, vocabulary_interval
 from analysis.pair_tests import coactivation_test, flow_test
 from analysis.paths import saturation
+from analysis.significance import ALPHA
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
 from analysis.token_classes import by_class
 from analysis.token_use import TokenUse, document_use, leading_ids, top_tokens_of
@@ -24,6 +25,7 @@ from analysis.trace import Trace
 from analysis.vocabulary import (
     PREDICTED_NEXT,
     VARIANTS,
+    TokenCounts,
     VocabularySpecialization,
     context_independence,
     predicts,
@@ -48,8 +50,9 @@ KINDS = {
     "runs": "two runs",
 }
 _TESTED = ("log2_enrichment", "lift", "false_discovery_rate")
-MEANT = {"label": (*_TESTED, "label_information"), "class": _TESTED, "position": _TESTED, "pairs": ("co_activation",), "flow": ("flow", "repetition"),
-         "token": ("token_information", "vocabulary_specialization", "predicted_next_token", "lift", "leaning_documents"),
+_WITHIN = ("log2_enrichment", "log2_enrichment_within", "lift", "false_discovery_rate")
+MEANT = {"label": (*_TESTED, "label_information"), "class": _WITHIN, "position": _WITHIN, "pairs": ("co_activation",), "flow": ("flow", "repetition"),
+         "token": ("token_information", "vocabulary_specialization", "predicted_next_token", "lift", "leaning_documents", "false_discovery_rate"),
          "runs": ("router_saturation",)}  # fmt: skip
 TOKEN = {"input": "it reads", "next": "that follows", "predicted": "the model predicts next"}
 SUBJECT = {
@@ -127,9 +130,7 @@ def vocabulary(
     experts = range(counts.classes)
     with ThreadPoolExecutor() as pool:  # each spends most of its time without Python's lock
         alone, words = pool.submit(context_independence, counts), pool.submit(vocabulary_specialization, counts)
-        found = top_tokens_of(
-            _trace, counts, experts, most=SHOWN, use=document_use(_trace, counts, leading_ids(counts, experts, most=SHOWN))
-        )
+        found = top_tokens_of(_trace, counts, experts, most=SHOWN, use=document_use(_trace, counts, leading_ids(counts, experts)))
         return alone.result(), words.result(), found
 
 
@@ -152,20 +153,26 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     beside = st.container()
     if "predicted" not in variants:
         text.show_note(PREDICTED_NEXT)
-    by_expert = {
-        e: [f"{text.visible_token(shown(t))} {t.lift:.1f}x ({t.leaning} of {t.documents})" for t in uses] for e, uses in enumerate(found)
-    }
     if words.n_frequent:
-        st.dataframe(pd.DataFrame({"tokens it is used for most, by lift": ["   ".join(t) for t in by_expert.values()]},
-                                  index=pd.Index(list(by_expert), name="expert")))  # fmt: skip
+        st.dataframe(pd.DataFrame({title: ["   ".join(map(told, (t for t in uses if claimed(t) == beyond))) for uses in found]
+                                   for title, beyond in ((f"beyond chance (q up to {ALPHA:.0%})", True), ("cannot be told from chance", False))},
+                                  index=pd.Index(range(len(found)), name="expert")))  # fmt: skip
         text.show_note(
-            "By lift, then by documents. In brackets: in how many of the documents that hold the token it uses the expert more often than the rest of the"
-            " document does; by chance in about half or fewer.",
-            f"Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
+            f"The {SHOWN} tokens it is used for most, by lift; in brackets: in how many of the documents that hold the token it uses the expert more often than"
+            " the rest of the document does, and q. By chance a token uses an expert as often as the rest of its document; few documents tell little.",
+            f"q: the false discovery rate at which the token is still claimed, corrected for every id seen {words.least:,} times at every expert of this layer"
+            " (Benjamini and Hochberg). Its unit is the document: each that holds the token gives the share of its occurrences there that use the expert, expected"
+            " to be the document's own rate (Hoeffding's bound, one-sided). The file has q, this p, and a p that takes each occurrence for independent."
+            f" Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
             " are left out. Where an expert takes every occurrence, all lifts tie at the highest. A token of one document may be that document's habit.",
         )
     tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in enumerate(found) for t in uses])
-    tables = {"tokens by expert": ("one row per expert and token; p takes each occurrence for independent", tokens)}
+    tables = {
+        "tokens by expert": (
+            "one row per expert and token; p takes each occurrence for independent, p_documents and q the document",
+            tokens,
+        )
+    }
     with beside:
         tables["interval"] = "one row: vocabulary specialization of the layer with its interval over documents", show_interval(asked, words)
     follow = section("follow", "Which token do the layers follow? Reads every decision of the run")
@@ -204,21 +211,52 @@ def show_interval(asked: str, words: VocabularySpecialization) -> pa.Table:
 
 
 def show_followed(variants: Mapping[str, str], least: int) -> pa.Table:
-    """Vocabulary specialization of every layer by each kind of token of ``variants``."""
-    table = layer_by_layer(trace, kept(run, ("vocabulary",)), lambda layers: ((i, vocabulary_table(trace, layers=[i])) for i in layers))
+    """Vocabulary specialization of every layer by each kind of token of ``variants``, with intervals over documents."""
+    place = st.empty()
+
+    def tell(done: int, total: int) -> None:  # a person who leaves stops it here
+        if done < total:
+            place.progress(done / total, text=f"Leaving out documents: {done:,} of {total:,} tokens of the layer …")
+
+    def beside(counts: TokenCounts) -> dict[str, object]:
+        found = asdict(vocabulary_interval(trace, counts, least, tell))
+        return {k: found[k] for k in ("low", "high", "documents", "left_out", "missing")}
+
+    try:
+        table = layer_by_layer(
+            trace, kept(run, ("vocabulary",)), lambda layers: ((i, vocabulary_table(trace, layers=[i], beside=beside)) for i in layers)
+        )
+    finally:
+        place.empty()
     titles = [x.title for x in trace.layers]
     frame = table.to_pandas()
-    lines = [(TOKEN[v], frame[frame.token == v].set_index("site")["frequent"].reindex(range(len(titles))).to_numpy(), None)
-             for v in variants]  # fmt: skip
+    value = {v: frame[frame.token == v].set_index("site").reindex(range(len(titles))) for v in variants}
+    lines = [(TOKEN[v], x["frequent"].to_numpy(), np.stack([x["low"], x["high"]])) for v, x in value.items()]
+    missing = "; ".join(sorted(set(frame.missing) - {""}))
     chance = frame[frame.token == "input"].set_index("site")["chance_frequent"].reindex(range(len(titles))).to_numpy()
     show_figure(
         trace, charts.layer_lines(titles, [*lines, ("by chance (input token)", chance, None)], "vocabulary specialization"),
         "vocabulary-specialization", key="vocabulary", alt="Vocabulary specialization per layer by input, next and predicted next token, with chance.",
-        definition=f"Mean over ids seen at least {least:,} times of the largest share any expert has of the id's tokens (OLMoE eq. 8); by chance:"
-        " the same assignments dealt again to the tokens. Lines are over different ids; small differences mean nothing.",
-        n=", ".join(f"{captions.spread(frame[frame.token == v].n_frequent.to_numpy())} ids ({TOKEN[v]})" for v in variants),
+        definition=f"Mean over ids seen at least {least:,} times of the largest share any expert has of the id's tokens (OLMoE eq. 8), with its 95% interval"
+        " over documents. Grey: by chance, the same assignments dealt again to the tokens.",
+        n=", ".join([*(f"{captions.spread(frame[frame.token == v].n_frequent.to_numpy())} ids ({TOKEN[v]})" for v in variants),
+                     text.counted(int(frame.documents.max()), "document")]),
+        how="Lines are over different ids: do not compare their heights closely. Each interval is for one layer and one kind of token: where its mean over other"
+        " collections of as many documents like these lies, made by leaving out each document, or each of 400 runs of them, in turn (jackknife); it errs"
+        f" on the wide side.{f' Without interval: {missing}.' if missing else ''}",
     )  # fmt: skip
     return table
+
+
+def told(use: TokenUse) -> str:
+    """A token with its lift, and by document."""
+    q = "" if use.q is None else f", q {use.q:.1g}" if use.q >= 0.001 else ", q < 0.001"
+    return f"{text.visible_token(shown(use))} {use.lift:.1f}x ({use.leaning} of {use.documents}{q})"
+
+
+def claimed(use: TokenUse) -> bool:
+    """Whether the token's use of the expert is more than chance."""
+    return use.q is not None and use.q <= ALPHA
 
 
 def shown(use: TokenUse) -> str:
