@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from .capacity_answer import percent
-from .paths import PairCounts, coactivation, flow
-from .specialization import ROWS, Preferences, assignments, by_label, effects
-from .token_classes import CLASSES, by_class, class_codes
-from .token_use import DocumentUse, TokenUse, document_use, leading_ids, top_tokens
+from .pair_tests import PairTest, coactivation_test, flow_test
+from .specialization import ROWS, Preferences, Reading, assignments_reading, by_label, documents_of, effects, one_pass
+from .token_classes import class_codes, class_reading, present_classes
+from .token_use import DocumentUse, TokenUse, leading_ids, top_tokens, use_reading
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, input_tokens
 
@@ -31,8 +31,8 @@ NONE = "no significant preference"
 class SiteEvidence:
     """What the cards of one site's experts are made of; worth keeping while cards of one site are looked at.
 
-    ``crossed``: effects of every label and class together, groups in the order label by label.  ``into``: flow from the
-    site before.  ``missing`` says in words what this run cannot tell.
+    ``crossed``: effects of every label and class together, groups in the order label by label.  ``partners``: pairs in one
+    token.  ``into``: flow from the site before; ``onward``: to the next.  ``missing`` says in words what this run cannot tell.
     """
 
     site: int
@@ -41,9 +41,9 @@ class SiteEvidence:
     crossed: Preferences | None
     tokens: TokenCounts | None
     token_use: DocumentUse | None
-    partners: PairCounts
-    into: PairCounts | None
-    onward: PairCounts | None
+    partners: PairTest | None
+    into: PairTest | None
+    onward: PairTest | None
     missing: tuple[str, ...]
 
 
@@ -68,20 +68,33 @@ class GroupUse:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """Another expert: ``count`` tokens or pairs, ``share`` of this expert's, ``lift`` over what loads alone would give."""
+    """Another expert: ``count`` tokens that use both, their ``share`` of this expert's tokens, ``lift`` over what loads alone would give.
+
+    low, high, p, q, significant: as in PairTest; NaN and False where nothing could be told.
+    """
 
     expert: int
     count: int
     share: float
     lift: float
+    low: float
+    high: float
+    p: float
+    q: float
+    significant: bool
+
+    @property
+    def direction(self) -> int:
+        """1 and -1: the two meet more, or less, than chance gives; 0: that cannot be told."""
+        return 0 if not self.significant else 1 if self.lift > 1 else -1
 
 
 @dataclass(frozen=True)
 class ExpertCard:
     """One expert. ``share`` is the part of the site's ``n`` tokens that use it (even: k / E), ``relative_load`` 1 = even.
 
-    ``labels`` and ``classes`` by falling lift; ``tokens`` by falling lift, ids seen at least LEAST times; ``partners`` by
-    falling lift, ``sources`` and ``targets`` by falling count.
+    ``labels`` and ``classes`` by falling lift; ``tokens`` by falling lift, ids seen at least LEAST times; ``partners``, ``sources``
+    and ``targets``, every other expert there, see ``neighbours``: empty where the evidence leaves them out.
     """
 
     site: int
@@ -104,42 +117,46 @@ class ExpertCard:
     missing: tuple[str, ...]
 
 
-def site_evidence(trace: Trace, site: int) -> SiteEvidence:
-    """All tests and tables of one site. About 0.5 s on 50,000 tokens; one pass over the site where there are tokens."""
-    before = [i for i, after in enumerate(trace.stats.following) if after == site]
-    decided = trace.source is not None and trace.load_tokens is not None
+def site_evidence(trace: Trace, site: int, pairs: bool = True) -> SiteEvidence:
+    """All tests and tables of one site; without ``pairs`` those of other experts are None, which read it and its neighbours once more."""
+    before = site_before(trace, site)
     with ThreadPoolExecutor() as pool:  # each spends most of its time without Python's lock
-        tested, kinds, use = (pool.submit(by_label, trace, site), pool.submit(_kinds, trace, site), pool.submit(_token_use, trace, site))
-    labels, (classes, crossed), (tokens, token_use) = tested.result(), kinds.result(), use.result()
+        tested, read = pool.submit(by_label, trace, site), pool.submit(_read, trace, site)
+    labels, (classes, crossed, tokens, token_use) = tested.result(), read.result()
     missing = [] if labels.groups else ["labels: the run has none"]
-    if not decided:
+    if classes is None:
         missing.append("token classes, texts and passages: the run holds statistics only")
     if tokens is None:
         missing.append("top tokens: assignments were dropped, and without tokens an id's occurrences are unknown")
-    if not before:
+    if before is None:
         missing.append("where its tokens come from: this is the first routed layer")
     if trace.stats.following[site] is None:
         missing.append("where its tokens go to: this is the last routed layer")
-    return SiteEvidence(site, labels, classes, crossed, tokens, token_use, coactivation(trace, site), flow(trace, before[0]) if before else None,
-                        flow(trace, site) if trace.stats.following[site] is not None else None, tuple(missing))  # fmt: skip
+    found = SiteEvidence(site, labels, classes, crossed, tokens, token_use, None, None, None, tuple(missing))
+    return found if not pairs else replace(found, partners=coactivation_test(trace, site),
+                                           into=None if before is None else flow_test(trace, before),
+                                           onward=None if trace.stats.following[site] is None else flow_test(trace, site))  # fmt: skip
 
 
-def _kinds(trace: Trace, site: int) -> tuple[Preferences | None, Preferences | None]:
-    """``classes`` and ``crossed`` of SiteEvidence."""
+def site_before(trace: Trace, site: int) -> int | None:
+    """The site whose tokens go on to ``site`` in the same stream."""
+    return next((i for i, after in enumerate(trace.stats.following) if after == site), None)
+
+
+def _read(trace: Trace, site: int) -> tuple[Preferences | None, Preferences | None, TokenCounts | None, DocumentUse | None]:
+    """``classes``, ``crossed``, ``tokens`` and ``token_use`` of SiteEvidence, in one pass over the site where there are tokens."""
+    layer, stats = trace.layers[site], trace.stats
     if trace.source is None or trace.load_tokens is None:
-        return None, None
-    codes = class_codes(trace, trace.layers[site].stream)
-    classes = by_class(trace, site, codes)
-    return classes, _crossed(trace, site, trace.stats.label_load(site)[0], classes, codes)
-
-
-def _token_use(trace: Trace, site: int) -> tuple[TokenCounts | None, DocumentUse | None]:
-    """``tokens`` and ``token_use`` of SiteEvidence."""
-    layer = trace.layers[site]
-    if trace.load_tokens is None and trace.stats.load(site).sum() != trace.stats.n_tokens(site) * layer.top_k:
-        return None, None
-    tokens = input_tokens(trace, site)
-    return tokens, document_use(trace, tokens, leading_ids(tokens, range(layer.n_classes)))
+        known = trace.load_tokens is not None or stats.load(site).sum() == stats.n_tokens(site) * layer.top_k
+        return None, None, input_tokens(trace, site) if known else None, None
+    with ThreadPoolExecutor() as pool:
+        counted, coded = pool.submit(input_tokens, trace, site), pool.submit(class_codes, trace, layer.stream)
+    tokens, (names, codes) = counted.result(), present_classes(coded.result())
+    labels = stats.label_load(site)[0]
+    crossed = [_crossed(trace, site, labels, names, codes)] if labels else []
+    use = use_reading(trace, tokens, leading_ids(tokens, range(layer.n_classes)))
+    found = one_pass(trace, site, class_reading(trace, site, names, codes), use, *crossed)
+    return found[0], found[2] if labels else None, tokens, found[1]
 
 
 def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | None = None) -> ExpertCard:
@@ -156,8 +173,8 @@ def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | N
         layer.top_k / layer.n_classes, float(used / mean) if mean else float("nan"), int(stats.first_choice_load(site)[expert]),
         float(stats.gate_mass(site)[expert] / used) if used else float("nan"), labels, classes,
         top_tokens(trace, known.tokens, expert, use=known.token_use) if known.tokens is not None else (),
-        _neighbours(known.partners, expert, True), _neighbours(known.into, expert, False, column=True),
-        _neighbours(known.onward, expert, False), known.missing,
+        neighbours(known.partners, expert, used), neighbours(known.into, expert, used, column=True), neighbours(known.onward, expert, used),
+        known.missing,
     )  # fmt: skip
 
 
@@ -211,22 +228,18 @@ def _together(
     return (count * every / n / uses if n and uses else 0.0), name, count, n, uses - count, every - n
 
 
-def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: Preferences, codes: np.ndarray) -> Preferences | None:
-    """Effects of label x class, in one pass; None for a run without labels."""
+def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: tuple[str, ...], codes: np.ndarray) -> Reading[Preferences]:
+    """Effects of label x class; ``codes`` int [tokens] into ``classes``, -1 for none."""
     layer = trace.layers[site]
-    if not labels:
-        return None
     place = {name: i for i, name in enumerate(labels)}
     of_document = {r["document"]: place.get(r["label"], -1) for r in trace.documents.to_pylist()}
-    numbers, inverse = np.unique(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy(), return_inverse=True)
-    label = np.array([of_document[int(d)] for d in numbers])[inverse]
-    column = np.array([classes.groups.index(c) if c in classes.groups else -1 for c in CLASSES] + [-1])
-    kind = column[codes]
-    group = np.where((label >= 0) & (kind >= 0), label * len(classes.groups) + kind, -1)
-    size = len(labels) * len(classes.groups)
-    names = tuple(f"{a} {b}" for a in labels for b in classes.groups)
-    return effects(site, "label and class", names, np.bincount(group[group >= 0], minlength=size),
-                   assignments(trace, layer, group, size))  # fmt: skip
+    numbers, document = documents_of(trace, layer.stream)
+    label = np.array([of_document[int(d)] for d in numbers])[document]
+    group = np.where((label >= 0) & (codes >= 0), label * len(classes) + codes, -1)
+    size = len(labels) * len(classes)
+    counts = yield from assignments_reading(layer, group, size)
+    return effects(site, "label and class", tuple(f"{a} {b}" for a in labels for b in classes),
+                   np.bincount(group[group >= 0], minlength=size), counts)  # fmt: skip
 
 
 def _uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:
@@ -242,14 +255,20 @@ def _uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:
     )  # fmt: skip
 
 
-def _neighbours(pairs: PairCounts | None, expert: int, by_lift: bool, column: bool = False, most: int = 8) -> tuple[Neighbour, ...]:
-    if pairs is None or not pairs.observed.size:
+def neighbours(test: PairTest | None, expert: int, used: int, column: bool = False) -> tuple[Neighbour, ...]:
+    """Every other expert that ``test`` sets beside ``expert``, which ``used`` tokens use: its row, or its ``column``.
+
+    First those that meet it more than chance gives, by falling lift; then those that cannot be told, by falling count; then those
+    that meet it less than chance gives, by falling lift. Empty without a test or a token.
+    """
+    if test is None or not used:
         return ()
-    count, lift = (x[:, expert] if column else x[expert] for x in (pairs.observed, pairs.lift))
-    total = count.sum()
-    keys = (np.arange(len(count)), -count, -np.nan_to_num(lift)) if by_lift else (np.arange(len(count)), -np.nan_to_num(lift), -count)
-    order = [int(i) for i in np.lexsort(keys) if count[i] >= (LEAST if by_lift else 1)][:most]
-    return tuple(Neighbour(i, int(count[i]), float(count[i] / total), float(lift[i])) for i in order)
+    n = test.counts.observed.shape[0 if column else 1]
+    others = [i for i in range(n) if test.kind != "pairs" or i != expert]
+    cells = [(i, expert) if column else (expert, i) for i in others]
+    found = [Neighbour(i, int(test.counts.observed[at]), int(test.counts.observed[at]) / used, float(test.counts.lift[at]), float(test.low[at]), float(test.high[at]), float(test.p[at]), float(test.q[at]),
+                       bool(test.significant[at])) for i, at in zip(others, cells, strict=True)]  # fmt: skip
+    return tuple(sorted(found, key=lambda x: (-x.direction, -x.lift if x.significant else -x.count)))
 
 
 @dataclass(frozen=True)

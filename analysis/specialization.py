@@ -8,9 +8,11 @@ Knows nothing of screens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count as count_from
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +37,8 @@ from .trace import LayerInfo, Trace
 MOST_UNITS = 400  # documents beyond this are joined into units, so that a test's cost does not grow with the corpus
 INTERVAL_DRAWS = 1_000
 ROWS = 65_536  # tokens read at a time
+_Found = TypeVar("_Found")
+Reading = Generator[None, tuple[int, np.ndarray] | None, _Found]  # see ``one_pass``
 _ONE_LABEL = "Nothing to compare: effects of a label need documents of another. Record some."
 _NO_DOCUMENTS = "The run holds counts without documents: effects are shown, none can be tested. Record the documents themselves."
 
@@ -197,7 +201,13 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
     (signs of whole documents flipped). ``significant`` also asks that shares over all documents lean the same way as
     those within them. One streaming pass over the site's decisions. Raises TraceError without them.
     """
-    counts, sizes, documents, held = _group_counts(trace, site, len(groups), codes)
+    return one_pass(trace, site, group_reading(trace, site, kind, groups, codes, draws, seed))[0]
+
+
+def group_reading(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: np.ndarray, draws: int | None = None,
+                  seed: int = 0) -> Reading[Preferences]:  # fmt: skip
+    """``by_group`` for a pass that others share."""
+    counts, sizes, documents, held = yield from _group_counts(trace, site, len(groups), codes)
     plain = effects(site, kind, tuple(groups), sizes.sum(0), counts.sum(0))
     totals = sizes.sum(1).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -259,29 +269,65 @@ def _interval(count: np.ndarray, tokens: np.ndarray, units: np.ndarray) -> tuple
     return low, high
 
 
-def _group_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(int64 [units, groups, classes], int64 [units, groups] tokens, int64 [groups] documents, int64 [units] the same); one pass over a site."""
+def _group_counts(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> Reading[tuple[np.ndarray, ...]]:
+    """(int64 [units, groups, classes], int64 [units, groups] tokens, int64 [groups] documents, int64 [units] the same)."""
     layer = trace.layers[site]
-    numbers = trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy()
-    distinct, document = np.unique(numbers, return_inverse=True)
+    distinct, document = documents_of(trace, layer.stream)
     units = min(len(distinct), MOST_UNITS)
     of_document = np.arange(len(distinct)) * units // max(len(distinct), 1)
     unit = of_document[document]
     known = codes >= 0
-    counts = assignments(trace, layer, np.where(known, unit * n_groups + codes, -1), units * n_groups)
+    counts = yield from assignments_reading(layer, np.where(known, unit * n_groups + codes, -1), units * n_groups)
     sizes = np.bincount(unit[known] * n_groups + codes[known], minlength=units * n_groups).reshape(units, n_groups)
-    pairs = np.unique(document[known] * n_groups + codes[known])
-    documents = np.bincount(pairs % n_groups, minlength=n_groups)
+    held = np.bincount(document[known] * n_groups + codes[known], minlength=len(distinct) * n_groups) > 0
+    documents = held.reshape(len(distinct), n_groups).sum(0)
     return counts.reshape(units, n_groups, layer.n_classes), sizes, documents, np.bincount(of_document, minlength=units)
 
 
 def assignments(trace: Trace, layer: LayerInfo, group: np.ndarray, n_groups: int) -> np.ndarray:
     """int64 [groups, classes]: assignments of the tokens of each group; ``group`` int [tokens], -1 for none. One pass over a site."""
+    return np.asarray(one_pass(trace, layer.index, assignments_reading(layer, group, n_groups))[0])
+
+
+def assignments_reading(layer: LayerInfo, group: np.ndarray, n_groups: int) -> Reading[np.ndarray]:
+    """``assignments`` for a pass that others share."""
     width = layer.n_classes + 1  # a row and a column more, for tokens of no group and places without an expert: no test in the pass
     first, counts = (group + 1) * width + 1, np.zeros((n_groups + 1) * width, np.int64)
-    for start, experts in blocks(trace, layer):
+    while (block := (yield)) is not None:
+        start, experts = block
         counts += np.bincount((experts + first[start : start + len(experts), None]).ravel(), minlength=len(counts))
     return counts.reshape(n_groups + 1, width)[1:, 1:]
+
+
+def one_pass(trace: Trace, site: int, *readings: Reading[Any]) -> list[Any]:
+    """What each of ``readings`` finds in a site's decisions, which are decoded once for all of them.
+
+    A reading is a generator that is sent every (first row, executed experts) of ``blocks``, then None, and returns what it found. What it
+    does before the first and after the last is done side by side with the others'.
+    """
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(next, readings))
+        for block in blocks(trace, trace.layers[site]):
+            for reading in readings:
+                reading.send(block)
+        return list(pool.map(_finished, readings))
+
+
+def _finished(reading: Reading[_Found]) -> _Found:
+    try:
+        reading.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("a reading goes on after the last block")
+
+
+def documents_of(trace: Trace, stream: str) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [D]: documents with a token in the stream, ascending; int64 [tokens of the stream]: which of these each token is of)."""
+    rows = trace.documents.filter(pc.and_(pc.equal(trace.documents["stack"], stream), pc.greater(trace.documents["n_tokens"], 0)))
+    rows = rows.sort_by("first_row")
+    number, lengths = (rows[c].to_numpy().astype(np.int64) for c in ("document", "n_tokens"))
+    distinct = np.sort(number)
+    return distinct, np.repeat(np.searchsorted(distinct, number), lengths)
 
 
 def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Iterator[tuple[int, np.ndarray]]:

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 
-from .specialization import Preferences, by_group
+from .specialization import Preferences, Reading, group_reading, one_pass
 from .trace import Trace, TraceError
 
 CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",
@@ -54,10 +54,20 @@ def class_codes(trace: Trace, stream: str = "decoder") -> np.ndarray:
 def by_class(trace: Trace, site: int, codes: np.ndarray | None = None) -> Preferences:
     """Preferences of the token classes that occur. Null and cost as in ``by_group``; ``codes`` are class_codes where at hand."""
     codes = class_codes(trace, trace.layers[site].stream) if codes is None else codes
+    return one_pass(trace, site, class_reading(trace, site, *present_classes(codes)))[0]
+
+
+def class_reading(trace: Trace, site: int, names: Sequence[str], codes: np.ndarray) -> Reading[Preferences]:
+    """``by_class`` for a pass that others share; ``names`` and ``codes`` of ``present_classes``."""
+    return group_reading(trace, site, "class", names, codes)
+
+
+def present_classes(codes: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """(the classes that occur, int64 [tokens] into them); ``codes`` of ``class_codes``."""
     present = np.flatnonzero(np.bincount(codes[codes >= 0], minlength=len(CLASSES)))
     place = np.full(len(CLASSES) + 1, -1)
     place[present] = np.arange(len(present))
-    return by_group(trace, site, "class", [CLASSES[i] for i in present], place[codes])
+    return tuple(CLASSES[i] for i in present), place[codes]
 
 
 def whole_words(texts: Sequence[str]) -> np.ndarray:

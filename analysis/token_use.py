@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from .significance import family_p
-from .specialization import blocks
+from .specialization import Reading, documents_of, one_pass
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded, on_cores, token_texts
 
@@ -54,6 +54,11 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
     """
     if trace.source is None or trace.load_tokens is None:
         return None
+    return one_pass(trace, counts.site, use_reading(trace, counts, ids))[0]
+
+
+def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None) -> Reading[DocumentUse]:
+    """``document_use`` of a run with tokens and decisions, for a pass that others share."""
     from .counting import check_ids
     from .shuffling import DocumentCells, count_leaning  # pay for numba
 
@@ -63,10 +68,11 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
     place = np.full(len(every) + 1, len(ids))
     place[np.searchsorted(every, ids)] = np.arange(len(ids))
     place[-1] = -1  # tokens that have no id
-    row, document = place[code], trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy().astype(np.int64)
+    row, document = place[code], documents_of(trace, layer.stream)[1]
     cells, documents = DocumentCells(len(ids), layer.n_classes), np.zeros(len(ids), np.int64)
     leaning = np.zeros((len(ids), layer.n_classes), np.int64)
-    for start, experts in blocks(trace, layer):
+    while (block := (yield)) is not None:
+        start, experts = block
         check_ids(experts, layer.n_classes)
         here = slice(start, start + len(experts))
         count_leaning(experts, document[here], row[here], cells.arrays(), documents, leaning)

@@ -112,14 +112,18 @@ def _times(lift: float) -> str:
 
 
 def pairs_how(found: PairTest) -> str:
-    """What the headline, the crosses and the intervals rest on."""
+    """What the headline, the crosses and the intervals of a map rest on."""
+    tested = f" {pairs_test(found)}" if not found.missing else ""
+    return f"Fixed scale from ⅛× to 8×. Uniform routing would give each partner {found.counts.chance_share:.1%}.{tested}"
+
+
+def pairs_test(found: PairTest) -> str:
+    """The test and the intervals of pairs, in sentences."""
     law = ("each token draws its experts at fixed odds without return, at the odds that give the document's loads" if found.kind == "pairs"
            else "row total x column total / n")  # fmt: skip
-    tested = "" if found.missing else (
-        f" Test: within each document, against what the document's own loads give ({law}); {found.method}; never surer than if tokens were independent."
-        f" Corrected for the {found.tested:,} pairs of this layer and this look only. Beyond chance also asks that documents and colour point the same"
-        f" way. Intervals: {found.units:,} units of whole documents drawn again.")  # fmt: skip
-    return f"Fixed scale from ⅛× to 8×. Uniform routing would give each partner {found.counts.chance_share:.1%}.{tested}"
+    return (f"Test: within each document, against what the document's own loads give ({law}); {found.method}; never surer than if tokens were independent."
+            f" Corrected for the {found.tested:,} pairs of this layer and this look only. Beyond chance also asks that documents and lift point the same"
+            f" way. Intervals: {found.units:,} units of whole documents drawn again.")  # fmt: skip
 
 
 def spread(values: np.ndarray) -> str:

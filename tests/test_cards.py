@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis import cards
-from analysis.cards import NONE, describe, expert_card, passages, site_evidence
+from analysis import cards, specialization
+from analysis.cards import NONE, describe, expert_card, neighbours, passages, site_evidence
+from analysis.pair_tests import coactivation_test, flow_test
 from analysis.specialization import effects
 from analysis.store import open_run
 from analysis.trace import SiteRouting, Trace, TraceError
 from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace
+from tests.test_pair_tests import planted
 
 TEXTS = [" the", "ing", "\n", "7", ";"]
 
@@ -93,12 +95,55 @@ def test_numbers_on_the_card() -> None:
         u.significant for u in card.classes
     )
     other = [int(((routing.experts == e).any(1) & here.any(1)).sum()) for e in range(8)]
-    assert {p.expert: p.count for p in card.partners} == {e: n for e, n in enumerate(other) if n >= 10 and e != 6}
+    assert {p.expert: p.count for p in card.partners} == {e: n for e, n in enumerate(other) if e != 6}
     before = trace.experts(0)[here.any(1)]
     assert {s.expert: s.count for s in card.sources} == {e: int((before == e).sum()) for e in range(8)}
-    assert sum(s.share for s in card.sources) == pytest.approx(1) and card.targets == ()
+    assert all(s.share == s.count / 800 for s in (*card.sources, *card.partners)) and card.targets == ()
     assert card.missing == ("where its tokens go to: this is the last routed layer",)
     assert card.title == "layer 1, expert 6" and all(t.tokens >= 10 for t in card.tokens)
+
+
+def test_neighbours_are_those_of_the_tests_and_what_chance_gives_comes_after() -> None:
+    """Planted: 1 and 2 in one token, 3 followed by 5."""
+    trace = planted()
+    tests = {"partners": coactivation_test(trace, 0), "targets": flow_test(trace, 0)}
+    for name, expert, other in (("partners", 1, 2), ("targets", 3, 5)):
+        rows, found = getattr(expert_card(trace, 0, expert), name), tests[name]
+        assert rows[0].expert == other and rows[0].direction == 1 and rows[0].low > 1
+        for x in rows:
+            at = expert, x.expert
+            assert x.count == found.counts.observed[at] and x.share == x.count / trace.stats.load(0)[expert]
+            assert (x.lift, x.low, x.high, x.p, x.q, x.significant) == tuple(
+                m[at] for m in (found.counts.lift, found.low, found.high, found.p, found.q, found.significant)
+            )
+        assert [(-x.direction, -x.lift if x.direction else -x.count) for x in rows] == sorted(
+            (-x.direction, -x.lift if x.direction else -x.count) for x in rows
+        )
+    assert expert_card(trace, 1, 5).sources[0].expert == 3
+    assert {x.direction for e in range(6) for x in neighbours(tests["targets"], e, 10)} == {1, 0, -1}
+    assert [x.expert for x in neighbours(tests["partners"], 1, 10)].count(1) == 0 and neighbours(tests["partners"], 1, 0) == ()
+    assert len(neighbours(tests["targets"], 3, 10)) == 6
+    bare = expert_card(trace, 0, 1, site_evidence(trace, 0, pairs=False))
+    assert bare.partners == bare.sources == bare.targets == () and bare.description == expert_card(trace, 0, 1).description
+
+
+def test_evidence_reads_each_decision_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the pairs; in blocks that cut documents it finds the same."""
+    trace, read = built(only_newlines=True), Trace.experts
+    whole, asked = site_evidence(trace, 1, pairs=False), []
+
+    def counted(self: Trace, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        asked.append((layer, start, stop))
+        return read(self, layer, start, stop)
+
+    monkeypatch.setattr(Trace, "experts", counted)
+    monkeypatch.setattr(specialization.blocks, "__defaults__", (970,))
+    cut = site_evidence(trace, 1, pairs=False)
+    assert asked == [(1, 0, 970), (1, 970, 1940), (1, 1940, 2400)]
+    assert whole.classes is not None and whole.crossed is not None and whole.token_use is not None
+    assert cut.classes is not None and cut.crossed is not None and cut.token_use is not None
+    assert cut.classes.p.tolist() == whole.classes.p.tolist() and cut.crossed.count.tolist() == whole.crossed.count.tolist()
+    assert cut.token_use.leaning.tolist() == whole.token_use.leaning.tolist() and whole.crossed.count[:, 6].any()
 
 
 def test_evidence_may_be_kept() -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from analysis import token_use
+from analysis import specialization, token_use
 from analysis.specialization import blocks
 from analysis.token_use import document_use, leading_ids, top_tokens, top_tokens_of
 from analysis.trace import SiteRouting
@@ -56,7 +56,7 @@ def test_top_tokens_of_random_routing_are_no_more_than_chance() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rows", [65_536, 7], ids=["whole", "cut"])
 def test_documents_that_lean_by_hand(layers: tuple, variant: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_use, "blocks", partial(blocks, rows=rows))
+    monkeypatch.setattr(specialization, "blocks", partial(blocks, rows=rows))
     trace = make_trace(layers, [make_part(layers, [60, 30, 40], seed=3, n_ids=6)])
     counts = VARIANTS[variant](trace, 0)
     found = document_use(trace, counts)

@@ -16,12 +16,14 @@ from streamlit.testing.v1 import AppTest
 
 from analysis import jackknife, vocabulary
 from analysis.capture import capture
-from analysis.cards import passages
+from analysis.cards import neighbours, passages
 from analysis.glossary import TERMS, search
 from analysis.jackknife import vocabulary_interval
 from analysis.metrics import METRICS
 from analysis.neighbours import expert_similarities
+from analysis.pair_tests import coactivation_test, flow_test
 from analysis.repetition import repetition
+from analysis.significance import ALPHA
 from analysis.specialization import by_label
 from analysis.store import open_run
 from analysis.trace import LayerInfo, SiteRouting
@@ -637,6 +639,35 @@ def test_weights_are_compared_where_the_model_of_the_run_is_here(runs: Path, tmp
     monkeypatch.setenv("ROUTERSCOPE_MODELS", f"changed={other}")
     test.run()
     assert any("is not among the models of this machine" in c.value for c in test.caption) and not test.exception
+
+
+def test_whom_an_expert_works_with_is_tested(runs: Path) -> None:
+    """Before, beside and after it, those first that meet it more than chance gives; all of them among the tables."""
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
+    for key, value in {"run": "demo-run", "layer": "layer 3", "expert": "5"}.items():
+        test.query_params[key] = value
+    test.switch_page("views/expert.py")
+    test.run()
+    trace = open_run(ROOT / "data" / "demo-run")
+    shown_, used = [d.value for d in test.dataframe if "than chance" in d.value], int(trace.stats.load(3)[5])
+    tests = (flow_test(trace, 2), True), (coactivation_test(trace, 3), False), (flow_test(trace, 3), False)
+    for table, (found, column), where in zip(
+        shown_, tests, ("Before, at layer 2", "For the same tokens", "After, at layer 4"), strict=True
+    ):
+        rows = neighbours(found, 5, used, column)
+        assert table["expert"].tolist() == [x.expert for x in rows if x.count][:8]
+        assert table["lift"].tolist() == [x.lift for x in rows if x.count][:8]
+        words = {("more", 1), ("less", -1), ("unclear", 0), ("mixed", 0)}
+        assert set(zip(table["than chance"], [x.direction for x in rows if x.count], strict=False)) <= words
+        unsure = {x.expert for x in rows if x.q > ALPHA}
+        assert set(table["expert"][table["than chance"] == "unclear"]) == unsure & set(table["expert"])
+        low, high = (float(x) for x in table["95% interval"][0].split(" to "))
+        assert (low, high) == (pytest.approx(rows[0].low, abs=0.006), pytest.approx(rows[0].high, abs=0.006))
+        more, less = (sum(x.direction == d for x in rows) for d in (1, -1))
+        said = f"{where}: of {len(rows)} experts, {more} more often than chance gives and {less} less often."
+        assert any(plain(said) in m.value for m in test.markdown)
+    assert {"partners", "sources", "targets"} <= set(test.selectbox(key="table").options) and not test.exception
+    assert any(f"n = {used:,} tokens of 75 documents in the run" in c.value.replace("\\", "") for c in test.caption)
 
 
 def test_what_was_clicked_is_marked_and_its_passages_are_offered(runs: Path) -> None:

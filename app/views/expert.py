@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,28 +11,38 @@ import pandas as pd
 import pyarrow as pa
 import streamlit as st
 
-from analysis.cards import GroupUse, Neighbour, Passage, SiteEvidence, expert_card, passages, site_evidence
+from analysis.cards import GroupUse, Neighbour, Passage, SiteEvidence, expert_card, neighbours, passages, site_before, site_evidence
 from analysis.checkpoints import weights_digest
 from analysis.glossary import GLOSSARY
 from analysis.neighbours import Similarities, WeightsError, expert_similarities
+from analysis.pair_tests import PairTest, coactivation_test, flow_test
+from analysis.significance import ALPHA
 from analysis.specialization import Preferences
-from analysis.token_use import DRAWS
+from analysis.token_use import DRAWS, TokenUse, top_tokens
 from analysis.trace import LayerInfo, Trace
-from app import charts, text
+from app import captions, charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
 from app.figures import show_figure
+from app.layers import kept, one_layer
 from app.runs_folder import model_folder
 from app.selection import choice, current_trace, expert_search, layer_picker, recording_id
 from app.strip_data import hues
 
-NEAREST = 8  # neighbours in weights shown
+SHOWN, WIDE = 8, 362  # other experts in a table; pixels of one of three tables side by side, or of a telephone
+VERDICT = {1: "more", -1: "less"}
 
 
 @st.cache_resource(max_entries=32, show_spinner="Testing what this layer's experts are used for …")
 def evidence(_trace: Trace, run: str, site: int) -> SiteEvidence:
-    """All tests of one site; ``run`` names the trace with its date."""
-    return site_evidence(_trace, site)
+    """All tests of one site but those of pairs; ``run`` names the trace with its date."""
+    return site_evidence(_trace, site, pairs=False)
+
+
+@st.cache_resource(max_entries=256, show_spinner="Dealing this expert's assignments to the tokens again …")
+def token_uses(_trace: Trace, _known: SiteEvidence, run: str, site: int, expert: int) -> tuple[TokenUse, ...]:
+    """The expert's tokens by lift; none where they cannot be known."""
+    return () if _known.tokens is None else top_tokens(_trace, _known.tokens, expert, use=_known.token_use)
 
 
 @st.cache_resource(max_entries=64, show_spinner="Looking for passages …")
@@ -55,11 +66,66 @@ def uses(rows: Sequence[GroupUse], what: str, found: Preferences | None) -> None
     )  # fmt: skip
 
 
-def neighbours(rows: Sequence[Neighbour], title: str) -> None:
+def pair_test(kind: str, at: int) -> PairTest:
+    """The pairs of site ``at``, tested once for all of its experts; the page Specialization keeps them at the same place."""
+    test: Callable[..., PairTest] = coactivation_test if kind == "pairs" else flow_test
+    return one_layer(at, kept(run, ("pair tests", kind)), lambda tell: test(trace, at, tell))
+
+
+def verdict(row: Neighbour) -> str:
+    """Whether the two experts meet more, or less, often than chance gives, or why that is not said."""
+    if not np.isfinite(row.p):
+        return "not tested"
+    return VERDICT.get(row.direction, "unclear" if not row.q <= ALPHA else "mixed")
+
+
+def show_neighbours(said: str, test: PairTest, rows: Sequence[Neighbour]) -> None:
+    """The experts that meet this one, those first that do so more than chance gives."""
+    often, rarely = (sum(x.direction == d for x in rows) for d in (1, -1))
+    text.show_text(
+        f"{said}: {test.missing or f'of {len(rows):,} experts, {often:,} more often than chance gives and {rarely:,} less often.'}"
+    )
+    met = [x for x in rows if x.count][:SHOWN]
+    if not met:
+        return
+    column, number = st.column_config.Column, st.column_config.NumberColumn
     st.dataframe(
-        pd.DataFrame([{title: n.expert, "share": n.share, "lift": n.lift, "count": n.count} for n in rows]), hide_index=True,
-        column_config={"share": st.column_config.NumberColumn(format="percent"), "lift": st.column_config.NumberColumn(format="%.2f")},
+        pd.DataFrame([{"expert": x.expert, "lift": x.lift, "95% interval": f"{x.low:.2f} to {x.high:.2f}" if np.isfinite(x.low) else "not known",
+                       "tokens": x.count, "than chance": verdict(x)} for x in met]),
+        hide_index=True,
+        column_config={"expert": column(width=55), "lift": number(width=55, format="%.2f"), "95% interval": column(width=100),
+                       "tokens": number(width=65, format="localized"), "than chance": column(width=95)},
     )  # fmt: skip
+
+
+def show_company() -> dict[str, tuple[str, pa.Table]]:
+    """Whom the expert works with: before, beside and after it. Every pair of the layer is tested, so this comes last; returns the tables."""
+    before, after, used = site_before(trace, site), trace.stats.following[site], int(trace.stats.load(site)[expert])
+    asked = [("partners", "For the same tokens", "pairs", site)]
+    asked = ([("sources", f"Before, at {trace.layers[before].title}", "flow", before)] if before is not None else []) + asked
+    asked += [("targets", f"After, at {trace.layers[after].title}", "flow", site)] if after is not None else []
+    tables, rests, documents = {}, dict[str, list[str]](), 0
+    with st.container(horizontal=True):
+        for name, said, kind, at in asked:
+            with st.container(width=WIDE):
+                test = pair_test(kind, at)
+                rows = neighbours(test, expert, used, name == "sources")
+                show_neighbours(said, test, rows)
+            documents = max(documents, test.documents)
+            if rows:
+                tables[name] = f"one row of {name} of this expert", pa.Table.from_pylist([vars(x) for x in rows])
+            if not test.missing:
+                rests.setdefault(captions.pairs_test(test), []).append(said)
+    tested = " ".join(f"{', '.join(names)}. {how}" for how, names in rests.items())
+    text.show_note(
+        "Lift: how often a token uses both, over what the loads of the two alone would give; 1 by chance."
+        f" n = {used:,} tokens{f' of {documents:,} documents in the run' if documents else ''}.",
+        f"At most {SHOWN} rows each: those more than chance by lift, then those unclear by count, then those less than chance; all of them, with q and"
+        " the share of its tokens, are below. Intervals are over documents, for one row alone. More, less: q at most 5%; unclear: above, not distinguishable from chance. Mixed: so it is within documents, but the"
+        " other way round than the lift of all of them."
+        f" {tested}",
+    )  # fmt: skip
+    return tables
 
 
 @st.cache_resource(max_entries=16, show_spinner="Comparing the model's files with the run's …")
@@ -106,7 +172,7 @@ def show_weights() -> pa.Table | None:
     text.show_text(f"The nearest is expert {others[0]}, with a cosine similarity of {nearest:.4f}: {verdict}.")
     table = pa.Table.from_pylist([{"expert": e, "cosine": found.whole[expert, e], **{m: found.each[i, expert, e] for i, m in enumerate(found.matrices)},
                                    "parameters": sum(found.parameters), "chance_sd": found.chance, "layer_mean": found.mean} for e in others])  # fmt: skip
-    shown = table.slice(0, NEAREST).select(["expert", "cosine", *found.matrices]).to_pandas()
+    shown = table.slice(0, SHOWN).select(["expert", "cosine", *found.matrices]).to_pandas()
     st.dataframe(shown.rename(columns={"cosine": "all its weights"}), hide_index=True, column_config={
         c: st.column_config.NumberColumn(format="%.4f") for c in ("all its weights", *found.matrices)})  # fmt: skip
     text.show_note(
@@ -130,13 +196,13 @@ def show_passages() -> None:
         token_strip(text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist()),
                     ["\n" in (t or "") for t in rows["token"].to_pylist()], [np.where(weights > 0, expert, -1)], [weights], [layer.title], hues(trace, [layer]),
                     f"passage-{run}-{site}-{expert}-{i}", layer=0, spotlight=expert, slot=f"passage-{i}", compact=True)  # fmt: skip
-        text.show_note(
-            f"{p.name}"
-            + (f", {p.label}" if p.label else "")
-            + f": {p.used} of {len(p.texts)} tokens use it, gate weights sum to {p.mass:.1f}"
-        )
-        st.page_link("views/tokens.py", label="See it on the Tokens page →", query_params={
-            "run": trace.name, "layer": layer.title, "doc": str(p.document + 1), "token": str(p.position)})  # fmt: skip
+        with st.container(horizontal=True, vertical_alignment="center"):
+            with st.container(width="content"):
+                text.show_note(
+                    f"{p.name}{f', {p.label}' if p.label else ''}: {p.used} of {len(p.texts)} tokens use it, gate weights sum to {p.mass:.1f}"
+                )
+            st.page_link("views/tokens.py", label="See it on the Tokens page →", query_params={
+                "run": trace.name, "layer": layer.title, "doc": str(p.document + 1), "token": str(p.position)})  # fmt: skip
     if not found:
         text.show_note(f"No token of {'these texts' if label is not None else 'this run'} uses it.")
     text.show_note(
@@ -157,7 +223,7 @@ with st.container(horizontal=True):
     known = evidence(trace, run, site)
     kinds = {f"{p.kind}-{g}": text.visible_name(g) for p in (known.labels, known.classes) if p is not None for g in p.groups}
     of = choice("of", "Looking at", {"all": "all tokens", **kinds}, "all", width=180) if kinds else "all"
-card = expert_card(trace, site, expert, known)
+card = expert_card(trace, site, expert, replace(known, tokens=None))  # of its tokens further down: they take longer
 text.show_heading(f"{card.title[:1].upper()}{card.title[1:]}: {card.description}")
 numbers = st.container(horizontal=True, key="numbers")
 numbers.metric(
@@ -181,11 +247,12 @@ if card.labels:
 if card.classes:
     st.header("Which kinds of token?")
     uses(card.classes, "class", known.classes)
-if card.tokens:
+tokens = token_uses(trace, known, run, site, expert)
+if tokens:
     st.header("Which tokens, most of all?")
     st.dataframe(
         pd.DataFrame([{"token": text.visible_token(t.text or "?"), "uses it": t.count, "of its occurrences": t.tokens, "share": t.share,
-                       "lift": t.lift, "leaning documents": t.leaning, "of documents": t.documents, "p (by token)": t.p} for t in card.tokens]),
+                       "lift": t.lift, "leaning documents": t.leaning, "of documents": t.documents, "p (by token)": t.p} for t in tokens]),
         hide_index=True, column_config={"share": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1),
                                         "lift": st.column_config.NumberColumn(format="%.1f"), "p (by token)": st.column_config.NumberColumn(format="%.3f")},
     )  # fmt: skip
@@ -198,28 +265,22 @@ if card.tokens:
 if trace.load_tokens is not None:
     st.header("Where in the text?")
     show_passages()
-st.header("Whom does it work with?")
-with st.container(horizontal=True):
-    for rows, title in (
-        (card.sources, "from expert (layer before)"),
-        (card.partners, "together with expert"),
-        (card.targets, "on to expert (layer after)"),
-    ):
-        if rows:
-            with st.container(width=340):
-                neighbours(rows, title)
-st.caption("Lift: over what the experts' loads alone would give; 1 is no preference.")
+company = st.container()
 weights = show_weights()
 for sentence in card.missing:
     text.show_note(f"Not known: {sentence}.")
 text.show_definitions(trace.name, {n: GLOSSARY[n].title for n in (
     "expert_load", "gate_weight", "log2_enrichment", "lift", "leaning_documents", "co_activation", "flow", "weight_similarity")})  # fmt: skip
-st.header("Take the numbers")
-tables = {}
-for name, uses_ in (("labels", card.labels), ("token classes", card.classes), ("tokens", card.tokens), ("partners", card.partners)):
-    if uses_:
-        tables[name] = f"one row of {name} of this expert", pa.Table.from_pylist([dict(vars(u)) for u in uses_])
+tables = {
+    name: (f"one row of {name} of this expert", pa.Table.from_pylist([dict(vars(u)) for u in uses_]))
+    for name, uses_ in (("labels", card.labels), ("token classes", card.classes), ("tokens", tokens))
+    if uses_
+}
+with company:
+    st.header("Whom does it work with?")
+    tables |= show_company()
 if weights is not None:
     tables["weights"] = "one row per other expert of the layer: cosine similarity of weights", weights
 if tables:
+    st.header("Take the numbers")
     computed_downloads(trace, tables, {"layer": layer.title, "expert": expert})

@@ -27,6 +27,7 @@ from analysis.cards import expert_card, passages
 from analysis.findings import first_finding
 from analysis.glossary import GLOSSARY
 from analysis.overflow import FACTORS
+from analysis.significance import ALPHA
 from analysis.slots import PRESETS
 from analysis.specialization import by_label
 from analysis.stability import maxvio_table
@@ -285,7 +286,10 @@ def test_an_interpretability_researcher_follows_a_token_of_their_own_text(page: 
     grids = [table(page, i) for i in range(page.get_by_test_id("stDataFrame").count())]
     assert card.partners
     for others in (card.partners, card.sources, card.targets):
-        assert not others or [[n.expert, n.share, n.lift, n.count] for n in others] in grids
+        told_first = [n for n in others if n.count][:8]
+        said = [{1: "more", -1: "less"}.get(n.direction, "unclear" if n.q > ALPHA else "mixed") for n in told_first]
+        rows = [[n.expert, n.lift, f"{n.low:.2f} to {n.high:.2f}", n.count, word] for n, word in zip(told_first, said, strict=True)]
+        assert not others or rows in grids
 
     for _ in range(4):  # the jump is one step back, the page another
         if page.url == was:
