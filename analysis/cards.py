@@ -266,8 +266,9 @@ def neighbours(test: PairTest | None, expert: int, used: int, column: bool = Fal
     n = test.counts.observed.shape[0 if column else 1]
     others = [i for i in range(n) if test.kind != "pairs" or i != expert]
     cells = [(i, expert) if column else (expert, i) for i in others]
-    found = [Neighbour(i, int(test.counts.observed[at]), int(test.counts.observed[at]) / used, float(test.counts.lift[at]), float(test.low[at]), float(test.high[at]), float(test.p[at]), float(test.q[at]),
-                       bool(test.significant[at])) for i, at in zip(others, cells, strict=True)]  # fmt: skip
+    met, lift = test.counts.observed, test.counts.lift
+    found = [Neighbour(i, int(met[at]), int(met[at]) / used, float(lift[at]), float(test.low[at]), float(test.high[at]), float(test.p[at]),
+                       float(test.q[at]), bool(test.significant[at])) for i, at in zip(others, cells, strict=True)]  # fmt: skip
     return tuple(sorted(found, key=lambda x: (-x.direction, -x.lift if x.significant else -x.count)))
 
 

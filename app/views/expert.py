@@ -113,7 +113,8 @@ def show_company() -> dict[str, tuple[str, pa.Table]]:
                 show_neighbours(said, test, rows)
             documents = max(documents, test.documents)
             if rows:
-                tables[name] = f"one row of {name} of this expert", pa.Table.from_pylist([vars(x) for x in rows])
+                what = "count: tokens that use both; share: of this expert's tokens; lift over what the loads alone give, with its 95% interval, p and q"
+                tables[name] = f"one row of {name} of this expert; {what}", pa.Table.from_pylist([vars(x) for x in rows])
             if not test.missing:
                 rests.setdefault(captions.pairs_test(test), []).append(said)
     tested = " ".join(f"{', '.join(names)}. {how}" for how, names in rests.items())
@@ -121,7 +122,8 @@ def show_company() -> dict[str, tuple[str, pa.Table]]:
         "Lift: how often a token uses both, over what the loads of the two alone would give; 1 by chance."
         f" n = {used:,} tokens{f' of {documents:,} documents in the run' if documents else ''}.",
         f"At most {SHOWN} rows each: those more than chance by lift, then those unclear by count, then those less than chance; all of them, with q and"
-        " the share of its tokens, are below. Intervals are over documents, for one row alone. More, less: q at most 5%; unclear: above, not distinguishable from chance. Mixed: so it is within documents, but the"
+        " the share of its tokens, are below. Intervals are over documents, for one row alone. More, less: q at most 5%; unclear: above, not distinguishable from"
+        " chance. Mixed: so it is within documents, but the"
         " other way round than the lift of all of them."
         f" {tested}",
     )  # fmt: skip
