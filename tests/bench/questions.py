@@ -22,4 +22,4 @@ QUERIES: Mapping[str, tuple[Ask, Ask, Ask, Ask]] = {  # in the order of ENGINES
     "one document": (decisions.document_product, decisions.document_floor, decisions.document_duckdb, decisions.document_polars),
     "one layer": (decisions.layer_product, decisions.layer_floor, decisions.layer_duckdb, decisions.layer_polars),
 }
-FROM_STATISTICS, FROM_DECISIONS = tuple(QUERIES)[:5], tuple(QUERIES)[5:]
+FROM_STATISTICS = tuple(QUERIES)[:5]
