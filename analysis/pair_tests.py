@@ -82,7 +82,7 @@ class PairTest:
 def coactivation_test(trace: Trace, site: int, progress: Progress | None = None, seed: int = 0) -> PairTest:
     """Which experts does a token use together more, or less, often than the loads alone give?
 
-    Null: within each unit experts are drawn at fixed odds without return, as many as each token has, at odds that give the unit's
+    Null: within each document experts are drawn at fixed odds without return, as many as each token has, at odds that give the document's
     loads (the most even law with these loads; for two experts per token the quasi-independent one). Statistic: signs of whole units
     flipped on observed - expected; p is at least that of independent tokens. ``progress`` is told (tokens read, tokens in all).
     """
@@ -95,7 +95,7 @@ def coactivation_test(trace: Trace, site: int, progress: Progress | None = None,
 def flow_test(trace: Trace, site: int, progress: Progress | None = None, seed: int = 0) -> PairTest:
     """From which expert here do tokens go on to which at the next site of the stream more, or less, often than the loads alone give?
 
-    As ``coactivation_test``, with row total x column total / n within each unit expected.
+    As ``coactivation_test``, with row total x column total / n within each document expected.
     """
     after = trace.stats.following[site]
     if after is None:
@@ -117,16 +117,16 @@ def _tested(trace: Trace, site: int, after: int, kind: str, counts: PairCounts, 
         return _untested(site, kind, counts, ONE_DOCUMENT, len(lengths))
     if _fitting(counts.observed.size) < LEAST_UNITS <= len(lengths):
         return _untested(site, kind, counts, TOO_MANY, len(lengths))
-    tables, sizes = unit_pairs(trace, site, after, lengths, progress)
+    counted = unit_pairs(trace, site, after, lengths, progress)
     one, two = np.triu_indices(len(counts.observed), 1) if kind == "pairs" else (x.ravel() for x in np.indices(counts.observed.shape))
     one, two = (x[counts.expected[one, two] > 0] for x in (one, two))
-    excess, mean, spread = _excess(tables, sizes, one, two, kind, trace.layers[after].top_k)
-    p, draws, least = _p_values(excess, mean, spread, seed)
-    low, high = _intervals(tables, one, two, kind, seed)
+    excess = counted.excess[:, one, two]
+    p, draws, least = _p_values(excess, counted.expected[one, two], counted.spread[one, two], seed)
+    low, high = _intervals(counted.tables, one, two, kind, seed)
     q = benjamini_hochberg(p)
     claimed = (q <= ALPHA) & (np.sign(excess.sum(0, dtype=np.float64)) == np.sign(counts.lift[one, two] - 1))
     placed = [_placed(x, counts.observed.shape, one, two, kind) for x in (low, high, p, q, claimed.astype(np.float64))]
-    units, every = len(tables), len(lengths)
+    units, every = len(counted.tables), len(lengths)
     of = f"{every:,} documents" if units == every else f"{units:,} groups of whole documents ({every:,} in all)"
     few = (f"Too few documents to tell: with {every} the smallest possible p is {least:.2f} before correction. Record at least"
            f" {LEAST_UNITS}, better many more.") if least > ALPHA else ""  # fmt: skip
@@ -150,21 +150,36 @@ def _lengths(trace: Trace, site: int) -> np.ndarray:
     return np.asarray(lengths[lengths > 0])
 
 
-def unit_pairs(trace: Trace, site: int, after: int, lengths: np.ndarray, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 [units, classes here, classes after], int64 [units, k + 1]: tokens by how many experts they have here); one pass.
+@dataclass(frozen=True)
+class UnitPairs:
+    """Units are documents, or at most MOST_UNITS and TABLE_BYTES of runs of them; cells are [classes here, classes after].
 
-    [u, e, f]: tokens of unit u with e here and f at ``after``; of a site with itself the diagonal holds the loads. Units are
-    documents, or at most MOST_UNITS and TABLE_BYTES of runs of them.
+    tables    int32 [units, *cells]: tokens with both; of a site with itself the diagonal holds the loads.
+    excess    float32 [units, *cells]: these less what the loads of each single document give; of a site with itself above the diagonal.
+    expected  float64 [*cells]: the latter summed.  spread  its variance: that of tokens dealt at random within documents, loads given.
     """
+
+    tables: np.ndarray
+    excess: np.ndarray
+    expected: np.ndarray
+    spread: np.ndarray
+
+
+def unit_pairs(trace: Trace, site: int, after: int, lengths: np.ndarray, progress: Progress | None = None) -> UnitPairs:
+    """Pairs of experts here and at ``after`` in documents of these lengths; one pass."""
     from .bittables import count_pairs  # pays for numba
+    from .chance_pairs import add_chance_flow, add_chance_pairs
     from .counting import check_ids, slots_of
 
     here, there = trace.layers[site], trace.layers[after]
     shape = (here.n_classes + 1, there.n_classes + 1)
     units = max(2, min(len(lengths), MOST_UNITS, _fitting(here.n_classes * there.n_classes)))
-    owner = np.arange(len(lengths)) * units // len(lengths)
-    ends = np.cumsum(np.bincount(owner, lengths, units).astype(np.int64))
-    tables, sizes = np.zeros((units, *shape), np.int32), np.zeros((units, here.top_k + 1), np.int64)
+    owner, ends = np.arange(len(lengths)) * units // len(lengths), np.cumsum(lengths)
+    last = ends[np.append(np.flatnonzero(np.diff(owner)), -1)]  # where each unit ends
+    tables, excess = np.zeros((units, *shape), np.int32), np.zeros((units, *shape), np.float32)
+    chance, expected, spread = (np.zeros(shape) for _ in range(3))
+    sizes = (shape[0], here.top_k + 1) if site == after else (shape[0], shape[0], shape[1], shape[1], 1)
+    held = tuple(np.zeros(n, np.int64) for n in sizes)
     for start in range(0, n := int(ends[-1]), ROWS):
         stop = min(start + ROWS, n)
         slots = []
@@ -172,76 +187,27 @@ def unit_pairs(trace: Trace, site: int, after: int, lengths: np.ndarray, progres
             experts = trace.experts(layer.index, start, stop)
             check_ids(experts, layer.n_classes)
             slots.append(slots_of(experts))
-        for unit in range(int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, stop - 1, "right")) + 1):
-            rows = slice(max(int(ends[unit - 1]) if unit else 0, start) - start, min(int(ends[unit]), stop) - start)
-            count_pairs(slots[0][rows], slots[-1][rows], tables[unit])
-            sizes[unit] += np.bincount((slots[0][rows] > 0).sum(1), minlength=here.top_k + 1)
+        for unit in range(int(np.searchsorted(last, start, "right")), int(np.searchsorted(last, stop - 1, "right")) + 1):
+            first, end = max(int(last[unit - 1]) if unit else 0, start), min(int(last[unit]), stop)
+            mine = [x[first - start : end - start] for x in slots]
+            count_pairs(mine[0], mine[-1], tables[unit])
+            whole = ends[np.searchsorted(ends, first, "right") : np.searchsorted(ends, end, "right")] - first
+            if site == after:
+                add_chance_pairs(mine[0], whole, held, chance, spread)
+            else:
+                add_chance_flow(mine[0], mine[1], whole, held, chance, spread)
+            if end == last[unit]:
+                lean = tables[unit] - chance
+                excess[unit] = np.where(np.abs(lean) > 1e-6 * (1 + chance), lean, 0)  # what only the fit left is no lean
+                expected += chance
+                chance[:] = 0
         if progress is not None:
             progress(stop, n)
-    return tables[:, 1:, 1:], sizes
+    return UnitPairs(tables[:, 1:, 1:], excess[:, 1:, 1:], expected[1:, 1:], spread[1:, 1:])
 
 
 def _fitting(cells: int) -> int:
     return TABLE_BYTES // (4 * max(cells, 1))
-
-
-def _excess(tables: np.ndarray, sizes: np.ndarray, one: np.ndarray, two: np.ndarray, kind: str, k_after: int) -> tuple[np.ndarray, ...]:
-    """(float32 [units, cells]: observed less what the unit's own loads give, float64 [cells]: the latter summed, float64 [cells]: its variance).
-
-    Variance: that of tokens dealt at random, with the loads given: each unit's expected count times the shares of tokens without either.
-    """
-    excess, mean, spread = np.zeros((len(tables), len(one)), np.float32), np.zeros(len(one)), np.zeros(len(one))
-    for unit, table in enumerate(tables):
-        if kind == "pairs":
-            rest = rest_after = 1 - table.diagonal() / max(sizes[unit].sum(), 1)
-            expected = fixed_odds_pairs(table.diagonal(), sizes[unit])[one, two]
-        else:
-            n, k = max(int(table.sum()), 1), sizes.shape[1] - 1
-            rest, rest_after = (np.maximum(1 - table.sum(axis) * each / n, 0) for axis, each in ((1, k), (0, k_after)))
-            expected = independent(table)[one, two]
-        lean = table[one, two] - expected
-        excess[unit] = np.where(np.abs(lean) > 1e-6 * (1 + expected), lean, 0)  # what only the fit left is no lean
-        mean += expected
-        spread += expected * rest[one] * rest_after[two]
-    return excess, mean, spread
-
-
-def independent(table: np.ndarray) -> np.ndarray:
-    """float64 as ``table``: row total x column total / n; 0 where n is."""
-    rows, columns = table.sum(1, dtype=np.float64), table.sum(0, dtype=np.float64)
-    return np.outer(rows, columns) / max(rows.sum(), 1)
-
-
-def fixed_odds_pairs(load: np.ndarray, sizes: np.ndarray, rounds: int = 500) -> np.ndarray:
-    """float64 [E, E]: tokens expected to use both experts, where each draws its experts at fixed odds without return. Diagonal 0.
-
-    load int [E]: tokens that use the expert.  sizes int [k + 1]: tokens that have 0..k experts. The odds are those that give ``load``,
-    to 1e-8 of the tokens (Chen, Dempster and Liu 1994). A token with m experts is E coins that show m heads: sums over sets are read
-    off the generating function on the unit circle, which loses no digits to subtraction.
-    """
-    tokens, k = float(sizes.sum()), len(sizes) - 1
-    share = load / max(tokens, 1)
-    points = min(len(load) + 1, 6 * k + 33) | 1  # odd: -1 would be a root of a fair coin's factor
-    z = np.exp(2j * np.pi * np.arange(points) / points)
-    used = sizes[2:] > 0
-    several, single = np.arange(2, k + 1)[used], sizes[1:2].sum()
-    coin, free = share.copy(), (share > 0) & (share < 1)
-    for _ in range(rounds):
-        factor = 1 - coin[:, None] + coin[:, None] * z
-        whole = factor.prod(0)
-        given = {m: whole * z ** (1.0 - m) / (whole * z ** (0.0 - m)).sum().real for m in (*several.tolist(), *([1] if single else []))}
-        once = sum((sizes[m] * x for m, x in given.items()), np.zeros(points, complex))
-        heads = coin[:, None] / factor
-        reached = (heads @ once).real / max(tokens, 1)
-        if np.abs(reached - share)[free].max(initial=0) <= 1e-8:
-            break
-        step = share[free] * (1 - reached[free]) / (reached[free] * (1 - share[free]))
-        odds = coin[free] / (1 - coin[free]) * step**0.75  # a whole step is too long by up to half, where two experts share a place
-        coin[free] = odds / (1 + odds)
-    twice = sum((sizes[m] * given[m] * z for m in several.tolist()), np.zeros(points, complex))
-    out = np.asarray(((heads * twice) @ heads.T).real)
-    np.fill_diagonal(out, 0)
-    return out
 
 
 def _p_values(excess: np.ndarray, mean: np.ndarray, spread: np.ndarray, seed: int) -> tuple[np.ndarray, str, float]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from analysis import pair_tests
+from analysis.chance_pairs import add_fixed_odds
 from analysis.pair_tests import (
     LAST_SITE,
     NO_DECISIONS,
@@ -17,9 +18,7 @@ from analysis.pair_tests import (
     TOO_MANY,
     PairTest,
     coactivation_test,
-    fixed_odds_pairs,
     flow_test,
-    independent,
     unit_pairs,
 )
 from analysis.significance import ALPHA, benjamini_hochberg, count_p
@@ -48,6 +47,15 @@ def drawn(seed: int, lengths: list[int], classes: int = 6, k: int = 2, spread: f
     return sites
 
 
+def fixed_odds(load: list[int] | np.ndarray, sizes: list[int]) -> np.ndarray:
+    """float64 [E, E]: expected pairs of experts with these loads, where so many tokens have 0..k of them; diagonal 0."""
+    out, spread = np.zeros((len(load), len(load))), np.zeros((len(load), len(load)))
+    add_fixed_odds(np.array(load), np.array(sizes), out, spread)
+    rest = 1 - np.array(load) / max(sum(sizes), 1)
+    np.testing.assert_allclose(spread, out * rest[:, None] * rest, atol=1e-9)
+    return out + out.T
+
+
 def planted(seed: int = 0, documents: int = 40) -> Trace:
     """Experts 1 and 2 together, and expert 3 followed by 5, in a quarter of the tokens of ``documents``."""
     lengths = [60] * documents
@@ -68,25 +76,35 @@ def test_pairs_of_units_are_those_of_the_decisions(layers: tuple, monkeypatch: p
         after = trace.stats.following[layer.index]
         for other in {layer.index} | ({after} - {None}):
             rows = [r for r in trace.documents.to_pylist() if r["stack"] == layer.stream and r["n_tokens"]]
-            tables, sizes = unit_pairs(trace, layer.index, other, np.array([r["n_tokens"] for r in rows]))
-            assert len(tables) == len(rows)
+            found = unit_pairs(trace, layer.index, other, np.array([r["n_tokens"] for r in rows]))
+            assert len(found.tables) == len(rows)
+            expected = np.zeros(found.expected.shape)
             for unit, row in enumerate(rows):
                 at = slice(row["first_row"], row["first_row"] + row["n_tokens"])
-                want = np.zeros(tables.shape[1:], int)
+                want = np.zeros(found.expected.shape, int)
                 here, there = trace.experts(layer.index)[at], trace.experts(other)[at]
                 for a, b in zip(here, there, strict=True):
                     for e, f in product(a[a >= 0], b[b >= 0]):
                         want[e, f] += 1
-                assert np.array_equal(tables[unit], want)
-                assert np.array_equal(sizes[unit], np.bincount((here >= 0).sum(1), minlength=layer.top_k + 1))
+                assert np.array_equal(found.tables[unit], want)
+                if other == layer.index:
+                    mine = np.triu(fixed_odds(want.diagonal(), np.bincount((here >= 0).sum(1), minlength=layer.top_k + 1).tolist()))
+                    want = np.triu(want, 1)
+                else:
+                    mine = np.outer(want.sum(1), want.sum(0)) / max(want.sum(), 1)
+                np.testing.assert_allclose(np.where(mine, found.excess[unit], 0), np.where(mine, want - mine, 0), atol=1e-5)
+                expected += mine
+            np.testing.assert_allclose(found.expected, expected, atol=1e-9)
 
 
 def test_many_documents_are_joined_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     trace, lengths = planted(), np.full(40, 60)
-    whole = unit_pairs(trace, 0, 1, lengths)[0]
+    whole = unit_pairs(trace, 0, 1, lengths)
     monkeypatch.setattr(pair_tests, "TABLE_BYTES", 4 * 6 * 6 * 8)
-    joined = unit_pairs(trace, 0, 1, lengths)[0]
-    assert len(joined) == 8 and np.array_equal(joined, whole.reshape(8, 5, 6, 6).sum(1))
+    joined = unit_pairs(trace, 0, 1, lengths)
+    assert len(joined.tables) == 8 and np.array_equal(joined.tables, whole.tables.reshape(8, 5, 6, 6).sum(1))
+    np.testing.assert_allclose(joined.excess, whole.excess.reshape(8, 5, 6, 6).sum(1), atol=1e-4)  # of single documents' loads
+    np.testing.assert_allclose([joined.expected, joined.spread], [whole.expected, whole.spread])
     assert "8 groups of whole documents (40 in all)" in flow_test(trace, 0).method
 
 
@@ -101,14 +119,14 @@ def test_expected_pairs_against_every_set_written_out(sizes: list[int]) -> None:
             load[list(s)] += tokens * w
             for e, f in product(s, s):
                 pairs[e, f] += tokens * w * (e != f)
-    found = fixed_odds_pairs(load, np.array(sizes))
+    found = fixed_odds(np.rint(1e6 * load).astype(np.int64), [10**6 * m for m in sizes]) / 1e6
     np.testing.assert_allclose(found, pairs, atol=2e-5)
     if len(sizes) > 3:
         assert np.abs(found - np.outer(load, load) / sum(sizes) * (1 - np.eye(7))).max() > 0.1  # else the product would do
 
 
 def test_an_expert_of_every_token_leaves_no_lean() -> None:
-    found = fixed_odds_pairs(np.array([10, 7, 3, 0]), np.array([0, 0, 10]))
+    found = fixed_odds([10, 7, 3, 0], [0, 0, 10])
     np.testing.assert_allclose(found[0], [0, 7, 3, 0], atol=1e-6)
     np.testing.assert_allclose(found[1:, 1:], 0, atol=1e-6)
 
@@ -119,13 +137,13 @@ def test_against_slow_loops(kind: str) -> None:
     lengths = [30, 20, 40, 25, 35, 30, 20]
     trace = routed(drawn(3, lengths), lengths, 6)
     found = TESTS[kind](trace, 0)
-    tables, sizes = unit_pairs(trace, 0, 0 if kind == "pairs" else 1, np.array(lengths))
+    tables = unit_pairs(trace, 0, 0 if kind == "pairs" else 1, np.array(lengths)).tables
     weights = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), 1000)
     for e, f in combinations(range(6), 2):
         observed, expected, spread = tables[:, e, f], [], 0.0
-        for t, n in zip(tables, sizes.sum(1), strict=True):
+        for t, n in zip(tables, lengths, strict=True):
             one, two = (t[e, e], t[f, f]) if kind == "pairs" else (t[e].sum() / 2, t[:, f].sum() / 2)  # tokens that use the experts
-            expected.append(fixed_odds_pairs(np.diag(t), np.array([0, 0, n]))[e, f] if kind == "pairs" else one * two / n)
+            expected.append(fixed_odds(np.diag(t), [0, 0, n])[e, f] if kind == "pairs" else one * two / n)
             spread += expected[-1] * (1 - one / n) * (1 - two / n)
         lean, mean = observed - np.array(expected), np.array([sum(expected)])
         p = np.mean([abs(np.dot(signs, lean)) >= abs(lean.sum()) - 1e-6 for signs in product((1, -1), repeat=7)])
@@ -231,4 +249,3 @@ def test_the_table_has_one_row_per_cell_and_progress_is_told() -> None:
     row = table.to_pylist()[3 * 6 + 5]
     assert (row["expert"], row["other"], row["units"], row["significant"]) == (3, 5, 40, True)
     assert row["log2_lift"] == pytest.approx(np.log2(row["lift"])) and row["lift"] == row["observed"] / row["expected"]
-    np.testing.assert_allclose(independent(np.array([[2, 0], [1, 1]])), [[1.5, 0.5], [1.5, 0.5]])
