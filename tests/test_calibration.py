@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import comb
 
 import numpy as np
 import pytest
 
+from analysis.pair_tests import coactivation_test, flow_test
 from analysis.specialization import Preferences, by_group, by_label
 from analysis.token_use import document_use, leading_ids, top_tokens_of
 from analysis.trace import SiteRouting, Trace
@@ -153,3 +155,51 @@ def test_token_ids_that_say_nothing_within_documents(name: str) -> None:
     runs = int(np.count_nonzero(cells))
     print(f"token ids, {name}: {runs} of {RUNS} runs claim something, {sum(cells)} cells in all")
     assert runs <= most_runs(RUNS)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Documents whose tokens draw ``k`` of ``classes`` experts at each of two sites, at fixed odds without return; see World."""
+
+    documents: int
+    length: int
+    skew: float = 1.0
+    differ: float = 0.3
+    topics: int = 1
+    classes: int = 8
+    k: int = 2
+
+
+PATHS = {
+    "random routing": Paths(20, 50, skew=0, differ=0),
+    "documents differ": Paths(40, 60, differ=1),
+    "rare experts": Paths(40, 60, skew=3),
+    "two topics, documents joined": Paths(900, 12, topics=2),
+    "two topics, documents joined, 4 of 10 experts": Paths(900, 12, topics=2, classes=10, k=4),
+    "many experts, documents joined": Paths(900, 10, skew=2, classes=24),
+    "tiny documents": Paths(900, 5, skew=1.5),
+}
+
+
+def paths_of(world: Paths, seed: int) -> Trace:
+    rng, every = np.random.default_rng(seed), np.array(list(combinations(range(world.classes), world.k)))
+    lengths = np.maximum(rng.poisson(world.length, world.documents), 2)
+    owner, topic, sites = np.repeat(np.arange(world.documents), lengths), np.arange(world.documents) % world.topics, []
+    for _ in range(2):
+        odds = world.skew * rng.normal(size=world.classes) + (world.topics > 1) * 1.5 * rng.normal(size=(world.topics, world.classes))
+        odds = odds[topic] + world.differ * rng.normal(size=(world.documents, world.classes))
+        weight = np.exp(odds[:, every].sum(2)).cumsum(1)
+        places = (rng.random(len(owner)) * weight[owner, -1])[:, None] > weight[owner]
+        sites.append(every[places.sum(1)].astype(np.int16))
+    layers = tuple(site(i, world.classes, world.k) for i in range(2))
+    part = make_part(layers, lengths.tolist(), seed)
+    return make_trace(layers, [replace(part, routing=tuple(SiteRouting(x, np.full(x.shape, 0.5, np.float32), x) for x in sites))])
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_pairs_of_experts_that_meet_by_chance_within_documents(name: str) -> None:
+    for kind, test in (("together", coactivation_test), ("flow", flow_test)):
+        found = [test(paths_of(PATHS[name], seed), 0).claimed for seed in range(RUNS)]
+        runs = int(np.count_nonzero(found))
+        print(f"pairs {kind}, {name}: {runs} of {RUNS} runs claim something, {sum(found)} cells in all")
+        assert runs <= most_runs(RUNS), kind

@@ -191,6 +191,21 @@ def test_documents_that_differ_are_no_partners() -> None:
         assert np.nanmax(found.counts.lift) > 1.8 and not found.claimed, kind
 
 
+def test_a_partnership_is_found_where_documents_of_two_topics_are_joined() -> None:
+    """Half of 900 documents use experts 0 to 4, half 5 to 9; in a fifth of the tokens of the first, 1 goes with 2, and 3 follows 0."""
+    lengths = [12] * 900
+    first, second = drawn(0, lengths, 5, spread=0.2)
+    one, some = np.repeat(np.arange(900) % 2 == 0, 12), np.random.default_rng(0).random(12 * 900) < 0.2
+    first[some & one] = [1, 2]
+    second[(first == 0).any(1) & one & (np.random.default_rng(1).random(len(one)) < 0.5)] = [3, 4]
+    together, onward = (test(routed([x + 5 * ~one[:, None] for x in (first, second)], lengths, 10), 0) for test in TESTS.values())
+    assert "400 groups of whole documents (900 in all)" in together.method
+    assert together.significant[1, 2] and onward.significant[0, 3]
+    for found in (together, onward):
+        assert not found.significant[:5, 5:].any() and not found.significant[5:, :5].any()  # they never meet
+        assert np.nanmin(found.counts.lift[5:, 5:]) > 1.5 and found.significant[5:, 5:].sum() <= 2  # of 25, beside true claims
+
+
 def test_intervals_hold_the_lift_of_other_documents() -> None:
     held, truth = [], TESTS["flow"](planted(99, 2000), 0).counts.lift
     for seed in range(20):

@@ -207,6 +207,26 @@ def test_sign_flips_by_brute_force() -> None:
     np.testing.assert_allclose(test.family, [[(scaled.max((1, 2)) >= x * (1 - 1e-9)).mean() for x in row] for row in test.statistic])
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_sign_flips_in_single_precision_count_the_same(ties: bool) -> None:
+    """Also where many patterns tie with what was seen: few units that lean, all by the same."""
+    rng = np.random.default_rng(0)
+    excess = np.sign(rng.normal(size=(60, 80))) * (rng.random((60, 80)) < 0.1) if ties else rng.normal(size=(400, 200))
+    whole, coarse = sign_flip_test(excess, 2_000), sign_flip_test(excess, 2_000, family=False)
+    for name in ("p", "statistic", "least"):
+        assert np.array_equal(getattr(whole, name), getattr(coarse, name), equal_nan=True)
+    assert np.isnan(coarse.family).all() and coarse.draws == 2_000 and not len(coarse.maximum)
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 1000])
+def test_intervals_are_percentiles_to_the_bit(n: int) -> None:
+    values = np.random.default_rng(n).normal(size=(n, 4, 3))
+    values[0, 1, 1] = np.nan
+    for coverage in (0.95, 0.5):
+        want = np.percentile(values, [50 - 50 * coverage, 50 + 50 * coverage], axis=0)
+        assert np.array_equal(interval(values, coverage), want, equal_nan=True)
+
+
 def test_sign_flips_are_right_as_often_as_set_and_find_what_is_there() -> None:
     claims = 0
     for seed in range(100):
