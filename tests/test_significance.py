@@ -223,7 +223,8 @@ def test_intervals_are_percentiles_to_the_bit(n: int) -> None:
     values = np.random.default_rng(n).normal(size=(n, 4, 3))
     values[0, 1, 1] = np.nan
     for coverage in (0.95, 0.5):
-        want = np.percentile(values, [50 - 50 * coverage, 50 + 50 * coverage], axis=0)
+        tail = 50 * (1 - coverage)
+        want = np.percentile(values, [tail, 100 - tail], axis=0)
         assert np.array_equal(interval(values, coverage), want, equal_nan=True)
 
 
