@@ -6,6 +6,8 @@ Every function returns NaN for a layer that saw no assignment. Vectors for n = [
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 COLD_SHARE = 0.1
@@ -80,6 +82,7 @@ def chance_cv(tokens: int, n_experts: int, top_k: int) -> float:
     return float(np.sqrt((1 - share) / (tokens * share))) if tokens else float("nan")
 
 
+@lru_cache(maxsize=16_384)  # layers are alike, and so are their batches and documents
 def chance_max_over_mean(tokens: int, n_experts: int, top_k: int) -> float:
     """Upper bound of the expected largest load over the mean, under the same uniform routing as ``chance_cv``.
 

@@ -83,9 +83,9 @@ class Replica:
 
     def plan(self, texts: Sequence[str], labels: Any, names: Any, limits: Mapping[str, Any]) -> tuple[ModelCard, list[PlannedPart]]:
         """The model's card, and the parts that ``texts`` make."""
-        from .capture import plan_parts
+        with self.turn:  # imports too: two threads that import transformers at once find it half made
+            from .capture import plan_parts
 
-        with self.turn:
             model, tokenizer, card, _ = self._model()
             return card, plan_parts(model, tokenizer, texts, labels=labels, names=names, **limits)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MANY = 4_096  # counts, from which on equal ones are taken together
 DENSE = 1 << 25  # cells of a table that is counted whole: 256 MiB
 
 
@@ -70,8 +71,13 @@ def entropy(counts: np.ndarray) -> float:
     total = counts.sum()
     if not total:
         return float("nan")
-    share = counts[counts > 0] / total
-    return float(-(share * np.log2(share)).sum()) + 0.0
+    kept, often = counts[counts > 0], np.ones(1)
+    if kept.size > MANY and kept.dtype.kind in "iu" and kept.max() < kept.size:  # most are small and alike: one logarithm for each value
+        times = np.bincount(kept)
+        kept = np.flatnonzero(times)
+        often = times[kept]
+    share = kept / total
+    return float(-(often * share * np.log2(share)).sum()) + 0.0
 
 
 def sparse_information(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> tuple[float, float, float, float]:

@@ -169,8 +169,9 @@ class DocumentCells:
 
 @compiled
 def count_leaning(experts: np.ndarray, document: np.ndarray, row: np.ndarray, cells: tuple[np.ndarray, ...], documents: np.ndarray,
-                  leaning: np.ndarray) -> None:  # fmt: skip
-    """Add to documents int64 [ids] who holds an id, and to leaning int64 [ids, classes] who sends it to an expert more often than all it has.
+                  leaning: np.ndarray, share: np.ndarray, rate: np.ndarray) -> None:  # fmt: skip
+    """Add to documents int64 [ids] who holds an id, and to leaning int64 [ids, classes] who sends it to an expert more often than all it has;
+    to share and rate float64 [ids, classes] the two shares of each who holds it: of the id's occurrences, and of all its tokens.
 
     experts int64 [n, k] from -1 to classes - 1, document int64 [n], side by side, row int64 [n]: -1 for a token that does not count, ids for
     one of another id. A document is added once the next one begins: call with one token of another document, that does not count, at the end.
@@ -183,6 +184,8 @@ def count_leaning(experts: np.ndarray, document: np.ndarray, row: np.ndarray, ce
                 documents[r] += 1
                 for e in range(leaning.shape[1]):
                     leaning[r, e] += used[r, e + 1] * now[2] > load[e + 1] * seen[r]
+                    share[r, e] += used[r, e + 1] / seen[r]
+                    rate[r, e] += load[e + 1] / now[2]
                 used[r] = 0
                 seen[r] = 0
             now[0], now[1], now[2] = document[t], 0, 0
@@ -243,6 +246,6 @@ def warm_up() -> None:
     compare_deals(np.ones((2, 6)), np.zeros((1, 2), np.int64), np.ones((1, 1)), 0.5)
     neighbours_alike(np.ones((2, 1), np.uint64), one, one + 1, np.arange(2), np.zeros(2), np.zeros((2, 2), np.int64))
     cells, two = DocumentCells(1, 1).arrays(), np.zeros(2, np.int64)
-    count_leaning(one[:, None] - 1, one, two, cells, one, np.zeros((1, 1), np.int64))
+    count_leaning(one[:, None] - 1, one, two, cells, one, np.zeros((1, 1), np.int64), np.zeros((1, 1)), np.zeros((1, 1)))
     cells = DocumentCells(1, 1).arrays()
     leave_out(one[:, None] - 1, two, two, cells, (one, two, one, two, one), np.ones(1), 1, np.zeros(1), one)

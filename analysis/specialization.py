@@ -389,10 +389,10 @@ def one_pass(trace: Trace, site: int, *readings: Reading[Any]) -> list[Any]:
         for block in blocks(trace, trace.layers[site]):
             for reading in readings:
                 reading.send(block)
-        return list(pool.map(finished, readings))
+        return list(pool.map(_finished, readings))
 
 
-def finished(reading: Reading[_Found]) -> _Found:
+def _finished(reading: Reading[_Found]) -> _Found:
     """What a reading found, at the end of its pass."""
     try:
         reading.send(None)

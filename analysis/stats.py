@@ -202,9 +202,9 @@ class Statistics:
         document = rows["document"].to_numpy()
         at = np.searchsorted(documents, document)
         known = (at < len(documents)) & (documents[np.minimum(at, len(documents) - 1)] == document) if len(documents) else at < 0
-        out = np.zeros((len(documents), self.classes[site]), np.int64)
-        np.add.at(out, (at[known], rows["expert"].to_numpy()[known]), rows["count"].to_numpy()[known])
-        return out
+        classes, counts = self.classes[site], rows["count"].to_numpy()[known]
+        found = np.bincount(at[known] * classes + rows["expert"].to_numpy()[known], counts, len(documents) * classes)
+        return found.astype(np.int64).reshape(len(documents), classes)  # floats are exact below 2^53
 
     def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(token ids, experts, counts), int64 [cells]: assignments of every token id that occur, sorted by id and expert."""

@@ -8,9 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from .significance import family_p
-from .specialization import Reading, documents_of, finished, one_pass
-from .token_tests import TokenTests, tests_reading
+from .significance import benjamini_hochberg, family_p, shares_p
+from .specialization import Reading, documents_of, one_pass
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded, on_cores, token_texts
 
@@ -43,6 +42,21 @@ class TokenUse:
 
 
 @dataclass(frozen=True)
+class TokenTests:
+    """Is an id sent to an expert more often than its documents' other tokens are? Of some ids at every expert, float64 [ids, classes], one-sided.
+
+    p        each document that holds the id gives one number, the share of its occurrences there that use the expert, expected to be the
+             document's own rate over all tokens that have an id of this kind (``shares_p``): a word that one document repeats counts once.
+    q        Benjamini and Hochberg over ``family`` cells: every id seen ``least`` times x every expert of the site. Cells of ids that were not
+             asked for count with p = 1, so that q errs high, and choosing the ids of highest lift is paid for.
+    """
+
+    p: np.ndarray
+    q: np.ndarray
+    family: int
+
+
+@dataclass(frozen=True)
 class DocumentUse:
     """Per id of ``ids``, int64 [I] ascending: ``documents`` int64 [I] that hold it; ``leaning`` int64 [I, classes], see TokenUse; ``tests`` of the same cells."""
 
@@ -52,17 +66,17 @@ class DocumentUse:
     tests: TokenTests
 
 
-def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None) -> DocumentUse | None:
+def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None, least: int = LEAST) -> DocumentUse | None:
     """In how many documents ``ids`` (ascending, of counts.ids; default all) lean to experts: the fewer, the less memory.
 
     One pass over the site; None for a run without decisions or tokens.
     """
     if trace.source is None or trace.load_tokens is None:
         return None
-    return one_pass(trace, counts.site, use_reading(trace, counts, ids))[0]
+    return one_pass(trace, counts.site, use_reading(trace, counts, ids, least))[0]
 
 
-def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None) -> Reading[DocumentUse]:
+def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None, least: int = LEAST) -> Reading[DocumentUse]:
     """``document_use`` of a run with tokens and decisions, for a pass that others share."""
     from .counting import check_ids
     from .shuffling import DocumentCells, count_leaning  # pay for numba
@@ -75,17 +89,15 @@ def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None
     place[-1] = -1  # tokens that have no id
     row, document = place[code], documents_of(trace, layer.stream)[1]
     cells, documents = DocumentCells(len(ids), layer.n_classes), np.zeros(len(ids), np.int64)
-    leaning = np.zeros((len(ids), layer.n_classes), np.int64)
-    tests = tests_reading(trace, counts, ids)
-    next(tests)
+    leaning, share, rate = (np.zeros((len(ids), layer.n_classes), t) for t in (np.int64, np.float64, np.float64))
     while (block := (yield)) is not None:
         start, experts = block
         check_ids(experts, layer.n_classes)
-        tests.send(block)
         here = slice(start, start + len(experts))
-        count_leaning(experts, document[here], row[here], cells.arrays(), documents, leaning)
-    count_leaning(np.full((1, layer.top_k), -1), np.array([-1]), np.array([-1]), cells.arrays(), documents, leaning)
-    return DocumentUse(ids, documents, leaning, finished(tests))
+        count_leaning(experts, document[here], row[here], cells.arrays(), documents, leaning, share, rate)
+    count_leaning(np.full((1, layer.top_k), -1), np.array([-1]), np.array([-1]), cells.arrays(), documents, leaning, share, rate)
+    p, family = shares_p(share, rate, documents[:, None]), int((counts.tokens >= least).sum()) * layer.n_classes
+    return DocumentUse(ids, documents, leaning, TokenTests(p, benjamini_hochberg(p, max(family, p.size)), family))
 
 
 def leading_ids(counts: TokenCounts, experts: Sequence[int], least: int = LEAST, most: int = 20) -> np.ndarray:

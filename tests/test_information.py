@@ -31,6 +31,13 @@ def test_vectors() -> None:
     assert np.isnan(table_information(np.zeros((2, 3), int))).all() and np.isnan(entropy(np.zeros(3)))
 
 
+def test_the_entropy_of_many_counts_is_that_of_each() -> None:
+    counts = np.random.default_rng(0).zipf(1.5, 20_000).clip(0, 19_000)
+    share = counts / counts.sum()
+    assert len(np.unique(counts)) < 2_000 and entropy(counts) == pytest.approx(-(share * np.log2(share)).sum(), rel=1e-12)
+    assert entropy(counts) == pytest.approx(entropy(counts.astype(float)), rel=1e-12)  # which goes one by one
+
+
 def test_correction_by_hand() -> None:
     table = np.array([[3, 1, 0], [1, 3, 2]])
     n = table.sum()

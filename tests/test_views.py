@@ -763,5 +763,5 @@ def test_pairs_are_tested_and_crossed_out(by: str) -> None:
 def plotted(values: object) -> object:
     """Numbers of a figure, which Plotly writes as base64 where they came as an array."""
     if isinstance(values, dict):
-        return np.frombuffer(base64.base64.b64decode(values["bdata"]), np.dtype(values["dtype"]))
+        return np.frombuffer(base64.b64decode(values["bdata"]), np.dtype(values["dtype"]))
     return values

@@ -67,6 +67,6 @@ def open_figures(page: Page, size: str) -> None:
     """The row that gives the page's figures away, with a size chosen."""
     page.locator(".js-plotly-plot").first.wait_for()
     rest(page)
-    with rerun(page):
-        page.get_by_text("Take the figures").click()
+    page.get_by_text("Take the figures").click()
+    expect(page.get_by_role("combobox", name="Size", exact=True)).to_be_visible()
     choose(page, "Size", size)

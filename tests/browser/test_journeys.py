@@ -27,7 +27,6 @@ from analysis.cards import expert_card, passages
 from analysis.findings import first_finding
 from analysis.glossary import GLOSSARY
 from analysis.overflow import FACTORS
-from analysis.significance import ALPHA
 from analysis.slots import PRESETS
 from analysis.specialization import by_label
 from analysis.stability import maxvio_table
@@ -287,8 +286,7 @@ def test_an_interpretability_researcher_follows_a_token_of_their_own_text(page: 
     assert card.partners
     for others in (card.partners, card.sources, card.targets):
         told_first = [n for n in others if n.count][:8]
-        said = [{1: "more", -1: "less"}.get(n.direction, "unclear" if n.q > ALPHA else "mixed") for n in told_first]
-        rows = [[n.expert, n.lift, f"{n.low:.2f} to {n.high:.2f}", n.count, word] for n, word in zip(told_first, said, strict=True)]
+        rows = [[n.expert, n.lift, "not known", n.count, "not tested"] for n in told_first]  # one document says nothing about others
         assert not others or rows in grids
 
     for _ in range(4):  # the jump is one step back, the page another
