@@ -71,7 +71,8 @@ def entropy(counts: np.ndarray) -> float:
     total = counts.sum()
     if not total:
         return float("nan")
-    kept, often = counts[counts > 0], np.ones(1)
+    kept: np.ndarray = counts[counts > 0]
+    often = np.ones(1, np.int64)
     if kept.size > MANY and kept.dtype.kind in "iu" and kept.max() < kept.size:  # most are small and alike: one logarithm for each value
         times = np.bincount(kept)
         kept = np.flatnonzero(times)
