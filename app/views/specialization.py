@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from threading import Event
 
 import numpy as np
 import pandas as pd
@@ -212,22 +213,25 @@ def show_interval(asked: str, words: VocabularySpecialization) -> pa.Table:
 
 def show_followed(variants: Mapping[str, str], least: int) -> pa.Table:
     """Vocabulary specialization of every layer by each kind of token of ``variants``, with intervals over documents."""
-    place = st.empty()
+    left = Event()
 
-    def tell(done: int, total: int) -> None:  # a person who leaves stops it here
-        if done < total:
-            place.progress(done / total, text=f"Leaving out documents: {done:,} of {total:,} tokens of the layer …")
+    def tell(_done: int, _total: int) -> None:
+        if left.is_set():
+            raise InterruptedError("the view was left")
 
     def beside(counts: TokenCounts) -> dict[str, object]:
         found = asdict(vocabulary_interval(trace, counts, least, tell))
         return {k: found[k] for k in ("low", "high", "documents", "left_out", "missing")}
 
-    try:
-        table = layer_by_layer(
-            trace, kept(run, ("vocabulary",)), lambda layers: ((i, vocabulary_table(trace, layers=[i], beside=beside)) for i in layers)
-        )
-    finally:
-        place.empty()
+    def tables(layers: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
+        with ThreadPoolExecutor(2) as pool:  # a layer spends most of its time without Python's lock
+            try:
+                yield from zip(layers, pool.map(lambda i: vocabulary_table(trace, layers=[i], beside=beside), layers), strict=True)
+            finally:  # a person who leaves stops those under way, inside a layer
+                left.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    table = layer_by_layer(trace, kept(run, ("vocabulary",)), tables)
     titles = [x.title for x in trace.layers]
     frame = table.to_pandas()
     value = {v: frame[frame.token == v].set_index("site").reindex(range(len(titles))) for v in variants}
