@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.layout import read_routing, write_routing
+from analysis.layout import read_routing, room_for, write_routing
 from analysis.stats import merge_statistics, part_statistics
 from analysis.trace import LayerInfo, Part, SiteRouting
 from tests.synthetic import make_part, site
@@ -121,7 +121,7 @@ def compare(name: str, shape: tuple[int, int, int]) -> None:
         reading, binning = floor(path, shape[1])
         stats = part_statistics(part, layers)
         pairs = sum(int(stats.coactivation(i).sum()) // 2 for i in range(len(layers)))
-        read = cpu(lambda: [read_routing(path, x, 0, n) for x in layers], 3)
+        read = cpu(lambda: [read_routing(path, [x], 0, n, [room_for(x, n, False)]) for x in layers], 3)
         print(
             f"  floor: bincount of decoded ids       {decisions / binning / 1e6:7.1f}; all statistics take {counted / binning:.1f} times as long"
         )
