@@ -233,8 +233,8 @@ def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: tuple[st
     layer = trace.layers[site]
     place = {name: i for i, name in enumerate(labels)}
     of_document = {r["document"]: place.get(r["label"], -1) for r in trace.documents.to_pylist()}
-    numbers, document = documents_of(trace, layer.stream)
-    label = np.array([of_document[int(d)] for d in numbers])[document]
+    numbers, lengths = documents_of(trace, layer.stream)
+    label = np.repeat(np.array([of_document[d] for d in numbers.tolist()], np.int64), lengths)
     group = np.where((label >= 0) & (codes >= 0), label * len(classes) + codes, -1)
     size = len(labels) * len(classes)
     counts = yield from assignments_reading(layer, group, size)

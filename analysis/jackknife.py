@@ -55,7 +55,7 @@ def vocabulary_interval(trace: Trace, counts: TokenCounts, least: int = LEAST,
     value = float(kept.share.mean()) if len(often) else float("nan")
     if trace.source is None or trace.load_tokens is None:
         return DocumentInterval(value, np.nan, np.nan, 0, 0, "the run holds statistics only, no decisions of single documents")
-    owner = owners(trace.stream_tokens(trace.layers[counts.site].stream, columns=["document"])["document"].to_numpy())
+    owner = owners(trace, trace.layers[counts.site].stream)
     documents = int(owner[-1]) + 1 if len(owner) else 0
     parts = min(documents, MOST_UNITS)
     if documents < FEWEST:

@@ -13,11 +13,10 @@ from math import ceil, log2
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from .paths import PairCounts, coactivation, flow, partner_odds
 from .significance import ALPHA, benjamini_hochberg, count_p, draws_for, interval, sign_flip_test
-from .specialization import INTERVAL_DRAWS, MOST_UNITS, ROWS
+from .specialization import INTERVAL_DRAWS, MOST_UNITS, ROWS, documents_of
 from .trace import Trace
 
 TABLE_BYTES = 110_000_000  # 400 units of 256 x 256 experts
@@ -112,7 +111,7 @@ def _untested(site: int, kind: str, counts: PairCounts, missing: str, documents:
 def _tested(trace: Trace, site: int, after: int, kind: str, counts: PairCounts, progress: Progress | None, seed: int) -> PairTest:
     if trace.source is None:
         return _untested(site, kind, counts, NO_DECISIONS)
-    lengths = _lengths(trace, site)
+    lengths = documents_of(trace, trace.layers[site].stream)[1]
     if len(lengths) < 2:
         return _untested(site, kind, counts, ONE_DOCUMENT, len(lengths))
     if _fitting(counts.observed.size) < LEAST_UNITS <= len(lengths):
@@ -141,13 +140,6 @@ def _placed(values: np.ndarray, shape: tuple[int, ...], one: np.ndarray, two: np
     if kind == "pairs":
         out[two, one] = values
     return out
-
-
-def _lengths(trace: Trace, site: int) -> np.ndarray:
-    """int64 [documents]: tokens of each document of the site's stream that has any, in the order of the rows."""
-    rows = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("first_row")
-    lengths = rows["n_tokens"].to_numpy().astype(np.int64)
-    return np.asarray(lengths[lengths > 0])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from .information import Information, ceiling, table_information
 from .significance import bootstrap_sums, interval
-from .specialization import MOST_UNITS, blocks
+from .specialization import MOST_UNITS, blocks, documents_of
 from .trace import Trace, TraceError
 
 TURNS, TURNS_BUDGET = (19, 199), 200_000_000  # shuffles of two runs' agreement, as many as so many looked-up choices allow
@@ -143,7 +143,7 @@ def check_comparable(a: Trace, b: Trace) -> None:
 
 def _site_saturation(a: Trace, b: Trace, site: int) -> dict[str, object]:
     layer, n = a.layers[site], a.n_tokens(a.layers[site].stream)
-    lengths = [r["n_tokens"] for r in a.documents.to_pylist() if r["stack"] == layer.stream]
+    lengths = documents_of(a, layer.stream)[1]
     units = max(min(len(lengths), MOST_UNITS), 1)
     unit = np.repeat(np.arange(len(lengths)) * units // max(len(lengths), 1), lengths)
     document = np.repeat(np.arange(len(lengths)), lengths)

@@ -13,10 +13,9 @@ from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from .significance import bootstrap_sums, interval
-from .specialization import MOST_UNITS, ROWS
+from .specialization import MOST_UNITS, ROWS, documents_of
 from .stats import first_choices
 from .trace import LayerInfo, Trace, TraceError
 
@@ -72,9 +71,7 @@ def repetition_test(trace: Trace, site: int, progress: Callable[[int, int], None
     if trace.source is None:
         raise TraceError(f"run {trace.name!r} holds statistics only, no order of tokens: capture it again with tokens")
     layer, plain = trace.layers[site], repetition(trace, site)
-    rows = trace.documents.filter(pc.equal(trace.documents["stack"], layer.stream)).sort_by("first_row")
-    lengths = rows["n_tokens"].to_numpy().astype(np.int64)
-    lengths = lengths[lengths > 0]
+    lengths = documents_of(trace, layer.stream)[1]
     ends, n = np.cumsum(lengths), int(lengths.sum())
     draws = int(np.clip(BUDGET // max(n * layer.top_k, 1), *DRAWS))
     found, shuffled = np.zeros((len(lengths), 3), np.int64), np.zeros((draws, 2), np.int64)

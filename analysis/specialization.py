@@ -323,7 +323,7 @@ class _KindCounts:
 def _kind_reading(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> Reading[_KindCounts]:
     """Rates are those of single documents, also where documents are joined into units: a unit's documents may differ."""
     layer = trace.layers[site]
-    owner = owners(trace.stream_tokens(layer.stream, columns=["document"])["document"].to_numpy())
+    owner = owners(trace, layer.stream)
     n, width = int(owner[-1]) + 1 if len(owner) else 0, layer.n_classes
     known, units = codes >= 0, min(n, MOST_UNITS)
     tokens = np.bincount(owner[known] * n_groups + codes[known], minlength=n * n_groups).reshape(n, n_groups)
@@ -356,11 +356,6 @@ def _document_tables(experts: np.ndarray, owner: np.ndarray, codes: np.ndarray, 
         row, n = (owner[a:b] - first) * (n_groups + 1) + codes[a:b] + 1, int(owner[b - 1]) - first + 1
         table = np.bincount((row[:, None] * width + experts[a:b] + 1).ravel(), minlength=n * (n_groups + 1) * width)
         yield first, table.reshape(n, n_groups + 1, width)[:, 1:, 1:]
-
-
-def owners(document: np.ndarray) -> np.ndarray:
-    """int64 [tokens]: number of the document, counted from 0 in the order of the rows; a document's rows lie side by side."""
-    return np.cumsum(np.append(False, document[1:] != document[:-1])[: len(document)])
 
 
 def assignments(trace: Trace, layer: LayerInfo, group: np.ndarray, n_groups: int) -> np.ndarray:
@@ -410,12 +405,16 @@ def _finished(reading: Reading[_Found]) -> _Found:
 
 
 def documents_of(trace: Trace, stream: str) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [D]: documents with a token in the stream, ascending; int64 [tokens of the stream]: which of these each token is of)."""
+    """(int64 [D] numbers, int64 [D] tokens) of the documents that have any in the stream, in the order of their rows, which lie side by side."""
     rows = trace.documents.filter(pc.and_(pc.equal(trace.documents["stack"], stream), pc.greater(trace.documents["n_tokens"], 0)))
     rows = rows.sort_by("first_row")
-    number, lengths = (rows[c].to_numpy().astype(np.int64) for c in ("document", "n_tokens"))
-    distinct = np.sort(number)
-    return distinct, np.repeat(np.searchsorted(distinct, number), lengths)
+    return rows["document"].to_numpy().astype(np.int64), rows["n_tokens"].to_numpy().astype(np.int64)
+
+
+def owners(trace: Trace, stream: str) -> np.ndarray:
+    """int64 [tokens of the stream]: which of ``documents_of`` each token is of."""
+    lengths = documents_of(trace, stream)[1]
+    return np.repeat(np.arange(len(lengths)), lengths)
 
 
 def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Iterator[tuple[int, np.ndarray]]:

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from .significance import benjamini_hochberg, family_p, shares_p
-from .specialization import Reading, documents_of, one_pass
+from .specialization import Reading, one_pass, owners
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded, on_cores, token_texts
 
@@ -87,7 +87,7 @@ def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None
     place = np.full(len(every) + 1, len(ids))
     place[np.searchsorted(every, ids)] = np.arange(len(ids))
     place[-1] = -1  # tokens that have no id
-    row, document = place[code], documents_of(trace, layer.stream)[1]
+    row, document = place[code], owners(trace, layer.stream)
     cells, documents = DocumentCells(len(ids), layer.n_classes), np.zeros(len(ids), np.int64)
     leaning, share, rate = (np.zeros((len(ids), layer.n_classes), t) for t in (np.int64, np.float64, np.float64))
     while (block := (yield)) is not None:
