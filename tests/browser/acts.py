@@ -23,7 +23,9 @@ def still(page: Page) -> None:
 @contextmanager
 def rerun(page: Page) -> Iterator[None]:
     """Around an act that the script answers: at the end of the block, until it has run once more. Asking whether it rests right after
-    the act is too early: it may not have started."""
+    the act is too early: it may not have started. It has to rest before, too: a run that the act cuts short goes over into the next
+    one without a word to the page."""
+    rest(page)
     page.evaluate("""() => {
         const app = document.querySelector('[data-test-script-state]');
         window.__runs = 0;
@@ -34,6 +36,13 @@ def rerun(page: Page) -> Iterator[None]:
     yield
     page.wait_for_function("() => window.__runs > 0")
     rest(page)
+
+
+def unfold(page: Page, name: str) -> None:
+    """Open what is folded away under a name the address keeps: the script runs for it."""
+    page.get_by_text(name).wait_for()
+    with rerun(page):
+        page.get_by_text(name).click()
 
 
 def choose(page: Page, label: str, wanted: str) -> None:

@@ -35,7 +35,7 @@ from analysis.token_classes import prose_example
 from analysis.trace import Trace
 from tests.test_report import opened
 
-from .acts import choose, open_figures, rest, save, taken
+from .acts import choose, open_figures, rest, save, taken, unfold
 from .conftest import watched
 from .served import served
 from .test_figures import SVG, chunks, told_by
@@ -170,7 +170,7 @@ def test_a_pretraining_engineer_asks_what_factor_is_needed(page: Page, browser: 
     expect(page).to_have_url(re.compile("batch=4096.*filled=recorded"))
 
     page.get_by_role("link", name="Capacity", exact=True).click()
-    page.get_by_text("Change the assumptions").click()
+    unfold(page, "Change the assumptions")
     choose(page, "Capacity as in", PRESETS["switch"].title)
     choose(page, "Documents per batch", "64")
     each = shuffled_curves(run, range(20), FACTORS, PRESETS["switch"].policy, "documents", size=64, preset="switch")
@@ -214,7 +214,7 @@ def test_a_serving_engineer_takes_the_decisions_home(page: Page, address: str, r
     assert skew == {x.layer: pytest.approx(relative_load(run.stats.load(x.index)).max()) for x in run.layers}
 
     page.get_by_role("link", name="Capacity", exact=True).click()
-    page.get_by_text("Change the assumptions").click()
+    unfold(page, "Change the assumptions")
     for shown, scope in (("each document alone", "document"), ("the whole run at once", "run")):
         choose(page, "Routed together", shown)
         pooled = pool_curves(capacity_curves(run, FACTORS, PRESETS["megatron"].policy, scope, preset="megatron"))
