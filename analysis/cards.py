@@ -17,7 +17,8 @@ import numpy as np
 
 from .capacity_answer import percent
 from .pair_tests import PairTest, coactivation_test, flow_test
-from .specialization import ROWS, Preferences, Reading, assignments_reading, by_label, documents_of, effects, one_pass
+from .reading import ROWS, Reading, assignments_reading, documents_of, one_pass
+from .specialization import Preferences, by_label, effects
 from .token_classes import class_codes, class_reading, present_classes
 from .token_use import DocumentUse, TokenUse, leading_ids, top_tokens, use_reading
 from .trace import Trace, gate_weights

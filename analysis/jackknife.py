@@ -14,7 +14,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .specialization import MOST_UNITS, blocks, owners
+from .reading import blocks, owners
+from .significance import MOST_UNITS
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded
 

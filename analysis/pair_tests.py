@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from .paths import PairCounts, coactivation, flow, partner_odds
-from .significance import ALPHA, benjamini_hochberg, count_p, draws_for, interval, sign_flip_test
-from .specialization import INTERVAL_DRAWS, MOST_UNITS, ROWS, documents_of
+from .reading import ROWS, documents_of
+from .significance import ALPHA, INTERVAL_DRAWS, MOST_UNITS, benjamini_hochberg, count_p, draws_for, interval, sign_flip_test
 from .trace import Trace
 
 TABLE_BYTES = 110_000_000  # 400 units of 256 x 256 experts

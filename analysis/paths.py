@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from .information import Information, ceiling, table_information
-from .significance import bootstrap_sums, interval
-from .specialization import MOST_UNITS, blocks, documents_of
+from .reading import blocks, documents_of
+from .significance import MOST_UNITS, bootstrap_sums, interval
 from .trace import Trace, TraceError
 
 TURNS, TURNS_BUDGET = (19, 199), 200_000_000  # shuffles of two runs' agreement, as many as so many looked-up choices allow

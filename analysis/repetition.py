@@ -14,8 +14,8 @@ from types import MappingProxyType
 import numpy as np
 import pyarrow as pa
 
-from .significance import bootstrap_sums, interval
-from .specialization import MOST_UNITS, ROWS, documents_of
+from .reading import ROWS, documents_of
+from .significance import MOST_UNITS, bootstrap_sums, interval
 from .stats import first_choices
 from .trace import LayerInfo, Trace, TraceError
 

@@ -22,6 +22,8 @@ PSEUDO = 0.5  # tokens added to "used" and to "not used" in enrichments, so that
 BUDGET = 1e10  # multiply-adds that one permutation test may spend: about 1 s on one core
 COMPILED = 400_000_000  # additions from which a permutation test is worth loading compiled code for
 LEAST, MOST = 999, 50_000  # permutations
+INTERVAL_DRAWS = 1_000  # of a bootstrap
+MOST_UNITS = 400  # documents beyond this are joined into units, so that a test's cost does not grow with the corpus
 CHUNK_BYTES = 4 << 20  # what a processor's cache holds
 _TIE = 1e-9  # relative; equal statistics differ in the last bits when documents are summed in another order
 
@@ -308,7 +310,7 @@ def family_p(observed: np.ndarray, maximum: np.ndarray, exact: bool) -> np.ndarr
     return np.asarray((above + own) / (len(maximum) + own))
 
 
-def bootstrap_sums(counts: np.ndarray, codes: np.ndarray, draws: int = 1000, seed: int = 0) -> np.ndarray:
+def bootstrap_sums(counts: np.ndarray, codes: np.ndarray, draws: int = INTERVAL_DRAWS, seed: int = 0) -> np.ndarray:
     """float64 [draws, groups, columns]: sums per group over units drawn again, with replacement, within their group.
 
     counts [units, columns] (append tokens as a column to have them drawn along), codes int [units]. Deterministic.

@@ -8,20 +8,21 @@ Knows nothing of screens.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count as count_from
 from itertools import pairwise
-from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from .information import Information, ceiling, jensen_shannon, plug_in, table_information
+from .reading import Reading, one_pass, owners
 from .significance import (
     ALPHA,
+    INTERVAL_DRAWS,
+    MOST_UNITS,
     PSEUDO,
     Verdict,
     benjamini_hochberg,
@@ -35,17 +36,12 @@ from .significance import (
     rearranged_labels,
     sign_flip_test,
 )  # fmt: skip
-from .trace import LayerInfo, Trace
+from .trace import Trace
 
-MOST_UNITS = 400  # documents beyond this are joined into units, so that a test's cost does not grow with the corpus
-INTERVAL_DRAWS = 1_000
-ROWS = 65_536  # tokens read at a time
 _LEAST = 1e-12  # keeps 0 / 0 at 0
 CELLS = 1 << 20  # documents x groups x classes counted at a time: 8 MB
 _FLOOR = ", p at least that of independent tokens"
 _BUNCHED = ", p at least that of tokens dealt at random within documents in such bunches as are seen"
-_Found = TypeVar("_Found")
-Reading = Generator[None, tuple[int, np.ndarray] | None, _Found]  # see ``one_pass``
 _ONE_LABEL = "Nothing to compare: effects of a label need documents of another. Record some."
 _NO_DOCUMENTS = "The run holds counts without documents: effects are shown, none can be tested. Record the documents themselves."
 
@@ -356,72 +352,6 @@ def _document_tables(experts: np.ndarray, owner: np.ndarray, codes: np.ndarray, 
         row, n = (owner[a:b] - first) * (n_groups + 1) + codes[a:b] + 1, int(owner[b - 1]) - first + 1
         table = np.bincount((row[:, None] * width + experts[a:b] + 1).ravel(), minlength=n * (n_groups + 1) * width)
         yield first, table.reshape(n, n_groups + 1, width)[:, 1:, 1:]
-
-
-def assignments(trace: Trace, layer: LayerInfo, group: np.ndarray, n_groups: int) -> np.ndarray:
-    """int64 [groups, classes]: assignments of the tokens of each group; ``group`` int [tokens], -1 for none. One pass over a site."""
-    return np.asarray(one_pass(trace, layer.index, assignments_reading(layer, group, n_groups))[0])
-
-
-def assignments_reading(layer: LayerInfo, group: np.ndarray, n_groups: int) -> Reading[np.ndarray]:
-    """``assignments`` for a pass that others share."""
-    width = layer.n_classes + 1  # a row and a column more, for tokens of no group and places without an expert: no test in the pass
-    first, counts = (group + 1) * width + 1, np.zeros((n_groups + 1) * width, np.int64)
-    while (block := (yield)) is not None:
-        start, experts = block
-        counts += np.bincount((experts + first[start : start + len(experts), None]).ravel(), minlength=len(counts))
-    return counts.reshape(n_groups + 1, width)[1:, 1:]
-
-
-def one_pass(trace: Trace, site: int, *readings: Reading[Any]) -> list[Any]:
-    """What each of ``readings`` finds in a site's decisions, which are decoded once for all of them.
-
-    A reading is a generator that is sent every (first row, executed experts) of ``blocks``, then None, and returns what it found. What it
-    does before the first and after the last is done side by side with the others'.
-    """
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(next, readings))
-        for block in _ahead(blocks(trace, trace.layers[site]), pool):
-            for reading in readings:
-                reading.send(block)
-        return list(pool.map(_finished, readings))
-
-
-def _ahead(items: Iterator[_Found], pool: ThreadPoolExecutor) -> Iterator[_Found]:
-    """``items``, of which the next is made while one is worked on."""
-    made = pool.submit(next, items, None)
-    while (item := made.result()) is not None:
-        made = pool.submit(next, items, None)
-        yield item
-
-
-def _finished(reading: Reading[_Found]) -> _Found:
-    """What a reading found, at the end of its pass."""
-    try:
-        reading.send(None)
-    except StopIteration as end:
-        return end.value
-    raise RuntimeError("a reading goes on after the last block")
-
-
-def documents_of(trace: Trace, stream: str) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [D] numbers, int64 [D] tokens) of the documents that have any in the stream, in the order of their rows, which lie side by side."""
-    rows = trace.documents.filter(pc.and_(pc.equal(trace.documents["stack"], stream), pc.greater(trace.documents["n_tokens"], 0)))
-    rows = rows.sort_by("first_row")
-    return rows["document"].to_numpy().astype(np.int64), rows["n_tokens"].to_numpy().astype(np.int64)
-
-
-def owners(trace: Trace, stream: str) -> np.ndarray:
-    """int64 [tokens of the stream]: which of ``documents_of`` each token is of."""
-    lengths = documents_of(trace, stream)[1]
-    return np.repeat(np.arange(len(lengths)), lengths)
-
-
-def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, executed experts int64 [up to ``rows``, k]) over a site's stream, in order; bounded memory."""
-    for start in range(0, trace.n_tokens(layer.stream), rows):
-        stop = min(start + rows, trace.n_tokens(layer.stream))
-        yield start, trace.experts(layer.index, start, stop).astype(np.int64)
 
 
 def label_information(trace: Trace, site: int, draws: int = 199, seed: int = 0) -> Information:

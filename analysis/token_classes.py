@@ -10,7 +10,8 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 
-from .specialization import Preferences, Reading, group_reading, one_pass
+from .reading import Reading, one_pass
+from .specialization import Preferences, group_reading
 from .trace import Trace, TraceError
 
 CLASSES = ("newlines", "spaces", "digits", "punctuation", "word starts", "word parts", "ideographs", "parts of characters",

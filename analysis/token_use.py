@@ -8,8 +8,8 @@ from functools import partial
 
 import numpy as np
 
+from .reading import Reading, one_pass, owners
 from .significance import benjamini_hochberg, family_p, shares_p
-from .specialization import Reading, one_pass, owners
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded, on_cores, token_texts
 

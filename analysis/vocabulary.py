@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from .information import DENSE, Information, ceiling, entropy, shuffled_tables, sparse_information
+from .reading import ROWS, blocks
 from .significance import rearranged_labels
-from .specialization import ROWS, blocks
 from .trace import LayerInfo, Trace, TraceError
 
 LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis import cards, specialization
+from analysis import cards, reading
 from analysis.cards import NONE, describe, expert_card, neighbours, passages, site_evidence
 from analysis.pair_tests import coactivation_test, flow_test
 from analysis.specialization import effects
@@ -137,7 +137,7 @@ def test_evidence_reads_each_decision_once(monkeypatch: pytest.MonkeyPatch) -> N
         return read(self, layer, start, stop)
 
     monkeypatch.setattr(Trace, "experts", counted)
-    monkeypatch.setattr(specialization.blocks, "__defaults__", (970,))
+    monkeypatch.setattr(reading.blocks, "__defaults__", (970,))
     cut = site_evidence(trace, 1, pairs=False)
     assert asked == [(1, 0, 970), (1, 970, 1940), (1, 1940, 2400)]
     assert whole.classes is not None and whole.crossed is not None and whole.token_use is not None

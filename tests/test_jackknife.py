@@ -13,8 +13,8 @@ import pytest
 
 from analysis import jackknife
 from analysis.jackknife import FEWEST, jackknife_interval, vocabulary_interval
+from analysis.reading import blocks
 from analysis.significance import interval
-from analysis.specialization import blocks
 from analysis.token_use import document_use
 from analysis.trace import LayerInfo, Trace
 from analysis.vocabulary import VARIANTS, vocabulary_specialization

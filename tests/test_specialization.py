@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import specialization
+from analysis import reading, specialization
+from analysis.reading import one_pass
 from analysis.significance import benjamini_hochberg, permutation_test
 from analysis.specialization import (
-    blocks,
     by_group,
     by_label,
     by_position,
@@ -163,7 +162,7 @@ def test_documents_that_differ_are_not_tokens_that_differ() -> None:
 @pytest.mark.parametrize(("rows", "cells", "units"), [(65_536, 1 << 20, 400), (7, 60, 400), (11, 1, 4)], ids=["whole", "cut", "joined"])
 def test_within_documents_by_hand(rows: int, cells: int, units: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What documents' own rates give, and Mantel and Haenszel's ratio, by loops over documents; some tokens are of no kind."""
-    monkeypatch.setattr(specialization.blocks, "__defaults__", (rows,))
+    monkeypatch.setattr(reading.blocks, "__defaults__", (rows,))
     monkeypatch.setattr(specialization, "CELLS", cells)
     monkeypatch.setattr(specialization, "MOST_UNITS", units)
     trace = random_trace(2, [9, 30, 1, 14, 22, 5, 17])
@@ -172,7 +171,7 @@ def test_within_documents_by_hand(rows: int, cells: int, units: int, monkeypatch
     kind[document == 3] = 1  # a document of one kind says nothing
     found, counted = (
         by_group(trace, 0, "kind", "xyz", kind),
-        specialization.one_pass(trace, 0, specialization._kind_reading(trace, 0, 3, kind))[0],
+        one_pass(trace, 0, specialization._kind_reading(trace, 0, 3, kind))[0],
     )
     inside, outside, expected, variance = (np.zeros((3, 8)) for _ in range(4))
     excess, shared = np.zeros((7, 3, 8)), np.zeros((7, 3))
@@ -212,14 +211,6 @@ def test_positions_are_doubling_stretches() -> None:
     alone = by_position(replace(trace, source=None, load_tokens=None), 0)
     assert alone.groups == found.groups and np.array_equal(alone.lift, found.lift) and alone.tokens.tolist() == found.tokens.tolist()
     assert alone.method.startswith("no test") and np.isnan(alone.p).all() and not alone.significant.any()
-
-
-def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    trace = random_trace(1)
-    kind = np.arange(24 * 60) % 3
-    whole = by_group(trace, 0, "kind", "xyz", kind)
-    monkeypatch.setattr(specialization.blocks, "__defaults__", (7,))
-    assert np.array_equal(by_group(trace, 0, "kind", "xyz", kind).count, whole.count)
 
 
 def test_many_documents_are_joined_within_their_label() -> None:
@@ -401,20 +392,3 @@ def test_domain_specialization_of_olmoe_and_mixtral(model: str, n_experts: int, 
             assert found.tokens[g] == figures["tokens"] and found.share[g].sum() == pytest.approx(top_k)
             assert 100 * found.share[g].max() == pytest.approx(figures["max_domain_specialization_pct"], abs=5e-7)
             assert found.share[g].argmax() == figures["argmax"]
-
-
-@pytest.mark.parametrize("rows", [7, 65_536])
-def test_assignments_of_groups_by_counting_one_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens of no group and places without an expert count nowhere, whatever block they fall in."""
-    monkeypatch.setattr(specialization, "blocks", partial(blocks, rows=rows))
-    trace = make_trace(MANY)
-    for layer in MANY:
-        experts = trace.experts(layer.index)
-        experts[::3, -1] = -1
-        group = np.random.default_rng(layer.index).integers(-1, 3, len(experts))
-        expected = np.zeros((3, layer.n_classes), int)
-        for g, chosen in zip(group, experts, strict=True):
-            for e in chosen:
-                if g >= 0 and e >= 0:
-                    expected[g, e] += 1
-        assert specialization.assignments(trace, layer, group, 3).tolist() == expected.tolist() and expected.any(1).all()

@@ -11,9 +11,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from analysis import specialization, token_use
+from analysis import reading, token_use
+from analysis.reading import blocks
 from analysis.significance import benjamini_hochberg, shares_p
-from analysis.specialization import blocks
 from analysis.token_use import document_use, leading_ids, top_tokens, top_tokens_of
 from analysis.trace import SiteRouting, Trace
 from analysis.vocabulary import VARIANTS, input_tokens
@@ -57,7 +57,7 @@ def test_top_tokens_of_random_routing_are_no_more_than_chance() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rows", [65_536, 7], ids=["whole", "cut"])
 def test_documents_that_lean_by_hand(layers: tuple, variant: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specialization, "blocks", partial(blocks, rows=rows))
+    monkeypatch.setattr(reading, "blocks", partial(blocks, rows=rows))
     trace = make_trace(layers, [make_part(layers, [60, 30, 40], seed=3, n_ids=6)])
     counts = VARIANTS[variant](trace, 0)
     found = document_use(trace, counts)
@@ -148,7 +148,7 @@ def test_the_bound_is_one(dealt: list[int], rate: float) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rows", [1 << 16, 7], ids=["whole", "cut"])
 def test_shares_of_documents_by_loops(layers: tuple, variant: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specialization, "blocks", partial(blocks, rows=rows))
+    monkeypatch.setattr(reading, "blocks", partial(blocks, rows=rows))
     trace = make_trace(layers, [make_part(layers, [60, 1, 30, 40], seed=3, n_ids=6)])
     counts = VARIANTS[variant](trace, 0)
     ids = counts.ids[::2]

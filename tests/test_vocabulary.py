@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis import specialization, vocabulary
+from analysis import reading, vocabulary
 from analysis.information import sparse_information
-from analysis.specialization import blocks, label_information
+from analysis.reading import blocks
+from analysis.specialization import label_information
 from analysis.token_use import document_use
 from analysis.trace import SiteRouting, Trace, TraceError
 from analysis.vocabulary import (
@@ -210,7 +211,7 @@ def test_tables_too_large_to_count_whole_are_sorted_to_the_same(kind: str, monke
     assert [x.tolist() for x in (pieces.row, pieces.expert, pieces.count)] == [x.tolist() for x in (whole.row, whole.expert, whole.count)]
     monkeypatch.undo()
     use = document_use(trace, whole)
-    monkeypatch.setattr(specialization, "blocks", partial(blocks, rows=7))
+    monkeypatch.setattr(reading, "blocks", partial(blocks, rows=7))
     cut = document_use(trace, whole)
     assert use is not None and cut is not None and use.leaning.sum() > 0 and (cut.leaning == use.leaning).all()
 

@@ -1,0 +1,80 @@
+"""A site's decisions read once, in blocks, however many questions are asked of them, and which document each token is of.
+
+Memory is that of a block. Knows nothing of what is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow.compute as pc
+
+from .trace import LayerInfo, Trace
+
+ROWS = 65_536  # tokens read at a time
+_Found = TypeVar("_Found")
+Reading = Generator[None, tuple[int, np.ndarray] | None, _Found]  # see ``one_pass``
+
+
+def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, executed experts int64 [up to ``rows``, k]) over a site's stream, in order; bounded memory."""
+    for start in range(0, trace.n_tokens(layer.stream), rows):
+        stop = min(start + rows, trace.n_tokens(layer.stream))
+        yield start, trace.experts(layer.index, start, stop).astype(np.int64)
+
+
+def one_pass(trace: Trace, site: int, *readings: Reading[Any]) -> list[Any]:
+    """What each of ``readings`` finds in a site's decisions, which are decoded once for all of them.
+
+    A reading is a generator that is sent every (first row, executed experts) of ``blocks``, then None, and returns what it found. What it
+    does before the first and after the last is done side by side with the others'.
+    """
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(next, readings))
+        for block in _ahead(blocks(trace, trace.layers[site]), pool):
+            for reading in readings:
+                reading.send(block)
+        return list(pool.map(_finished, readings))
+
+
+def _ahead(items: Iterator[_Found], pool: ThreadPoolExecutor) -> Iterator[_Found]:
+    """``items``, of which the next is made while one is worked on."""
+    made = pool.submit(next, items, None)
+    while (item := made.result()) is not None:
+        made = pool.submit(next, items, None)
+        yield item
+
+
+def _finished(reading: Reading[_Found]) -> _Found:
+    """What a reading found, at the end of its pass."""
+    try:
+        reading.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("a reading goes on after the last block")
+
+
+def assignments_reading(layer: LayerInfo, group: np.ndarray, n_groups: int) -> Reading[np.ndarray]:
+    """int64 [groups, classes]: assignments of the tokens of each group; ``group`` int [tokens], -1 for none."""
+    width = layer.n_classes + 1  # a row and a column more, for tokens of no group and places without an expert: no test in the pass
+    first, counts = (group + 1) * width + 1, np.zeros((n_groups + 1) * width, np.int64)
+    while (block := (yield)) is not None:
+        start, experts = block
+        counts += np.bincount((experts + first[start : start + len(experts), None]).ravel(), minlength=len(counts))
+    return counts.reshape(n_groups + 1, width)[1:, 1:]
+
+
+def documents_of(trace: Trace, stream: str) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [D] numbers, int64 [D] tokens) of the documents that have any in the stream, in the order of their rows, which lie side by side."""
+    rows = trace.documents.filter(pc.and_(pc.equal(trace.documents["stack"], stream), pc.greater(trace.documents["n_tokens"], 0)))
+    rows = rows.sort_by("first_row")
+    return rows["document"].to_numpy().astype(np.int64), rows["n_tokens"].to_numpy().astype(np.int64)
+
+
+def owners(trace: Trace, stream: str) -> np.ndarray:
+    """int64 [tokens of the stream]: which of ``documents_of`` each token is of."""
+    lengths = documents_of(trace, stream)[1]
+    return np.repeat(np.arange(len(lengths)), lengths)

@@ -1,0 +1,63 @@
+"""Blocks of decisions, cut anywhere, add up to the same; one pass serves several readings and reads each decision once."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from analysis import reading
+from analysis.reading import Reading, assignments_reading, blocks, documents_of, one_pass, owners
+from analysis.trace import Trace
+from tests.synthetic import MANY, PLAIN, TWO_STREAMS, make_part, make_trace
+
+
+@pytest.mark.parametrize("rows", [7, 65_536])
+def test_assignments_of_groups_by_counting_one_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of no group and places without an expert count nowhere, whatever block they fall in."""
+    monkeypatch.setattr(reading, "blocks", partial(blocks, rows=rows))
+    trace = make_trace(MANY)
+    for layer in MANY:
+        experts = trace.experts(layer.index)
+        experts[::3, -1] = -1
+        group = np.random.default_rng(layer.index).integers(-1, 3, len(experts))
+        expected = np.zeros((3, layer.n_classes), int)
+        for g, chosen in zip(group, experts, strict=True):
+            for e in chosen:
+                if g >= 0 and e >= 0:
+                    expected[g, e] += 1
+        assert one_pass(trace, layer.index, assignments_reading(layer, group, 3))[0].tolist() == expected.tolist() and expected.any(1).all()
+
+
+def test_readings_share_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees every block once and in order, and one that asks for more than there is is an error."""
+    trace, read, asked = make_trace(PLAIN, [make_part(PLAIN, [60, 40])]), Trace.experts, []
+
+    def counted(self: Trace, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        asked.append((layer, start, stop))
+        return read(self, layer, start, stop)
+
+    def kept(ends: bool = True) -> Reading[np.ndarray]:
+        seen: list[np.ndarray] = []
+        while (block := (yield)) is not None or not ends:
+            if block is not None:
+                assert block[0] == sum(map(len, seen))
+                seen.append(block[1])
+        return np.concatenate(seen)
+
+    monkeypatch.setattr(reading.blocks, "__defaults__", (30,))
+    monkeypatch.setattr(Trace, "experts", counted)
+    found = one_pass(trace, 1, kept(), kept())
+    assert asked == [(1, 0, 30), (1, 30, 60), (1, 60, 90), (1, 90, 100)]
+    assert all(x.tolist() == read(trace, 1).tolist() for x in found)
+    with pytest.raises(RuntimeError, match="after the last block"):
+        one_pass(trace, 1, kept(), kept(ends=False))
+
+
+def test_tokens_are_owned_by_the_document_they_stand_in() -> None:
+    trace = make_trace(TWO_STREAMS)
+    for stream in {layer.stream for layer in TWO_STREAMS}:
+        numbers, lengths = documents_of(trace, stream)
+        rows = trace.stream_tokens(stream, columns=["document"])["document"].to_numpy()
+        assert numbers[owners(trace, stream)].tolist() == rows.tolist() and lengths.sum() == len(rows) > 0 < lengths.min()
