@@ -8,17 +8,16 @@ Knows nothing of screens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count as count_from
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from .information import Information, ceiling, jensen_shannon, plug_in, table_information
-from .reading import Reading, one_pass, owners
+from .reading import Reading, one_pass
 from .significance import (
     ALPHA,
     INTERVAL_DRAWS,
@@ -37,9 +36,8 @@ from .significance import (
     sign_flip_test,
 )  # fmt: skip
 from .trace import Trace
+from .within import kind_reading
 
-_LEAST = 1e-12  # keeps 0 / 0 at 0
-CELLS = 1 << 20  # documents x groups x classes counted at a time: 8 MB
 _FLOOR = ", p at least that of independent tokens"
 _BUNCHED = ", p at least that of tokens dealt at random within documents in such bunches as are seen"
 _ONE_LABEL = "Nothing to compare: effects of a label need documents of another. Record some."
@@ -209,7 +207,7 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
 
     Null: within each document the kind has nothing to do with the expert, so documents lean to either side alike
     (signs of whole documents flipped), and no surer than if the kind were dealt at random to each document's tokens, in bunches as large as
-    ``_KindCounts.dispersion`` says: signs know nothing of counts too small to lean either way. ``significant`` also asks that
+    ``KindCounts.dispersion`` says: signs know nothing of counts too small to lean either way. ``significant`` also asks that
     shares over all documents lean the same way as those within them. One streaming pass over the site's decisions. Raises TraceError without them.
     """
     return one_pass(trace, site, group_reading(trace, site, kind, groups, codes, draws, seed))[0]
@@ -218,7 +216,7 @@ def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: n
 def group_reading(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: np.ndarray, draws: int | None = None,
                   seed: int = 0) -> Reading[Preferences]:  # fmt: skip
     """``by_group`` for a pass that others share."""
-    found = yield from _kind_reading(trace, site, len(groups), codes)
+    found = yield from kind_reading(trace, site, len(groups), codes)
     counts, sizes, expected = found.counts, found.sizes, found.expected.sum(0)
     plain = effects(site, kind, tuple(groups), sizes.sum(0), counts.sum(0))
     flipped = sign_flip_test(counts - found.expected, draws, seed)
@@ -278,80 +276,6 @@ def _interval(count: np.ndarray, tokens: np.ndarray, units: np.ndarray) -> tuple
         here, n = count[:, group], tokens[:, group]
         low[group], high[group] = interval(enrichment(here, n, total - here, size - n))
     return low, high
-
-
-@dataclass(frozen=True)
-class _KindCounts:
-    """How kinds of token use experts, within documents; [G] kinds, [E] classes, units of whole documents.
-
-    counts    int64 [units, G, E] assignments.  sizes  int64 [units, G] tokens.  documents  int64 [G] that hold the kind.  held  int64
-    [units] documents of a unit.
-    expected  float64 [units, G, E]: what each document's own rates give, summed over the unit's documents.  variance  float64 [G, E]: of the
-    count over all documents, if the kinds were dealt at random to each document's tokens.
-    inside, outside  float64 [G, E]: uses by tokens of the kind and by the other tokens of the same documents, each document weighted by
-    (its other tokens, its tokens of the kind) / its tokens: what Mantel and Haenszel compare.  shared  float64 [units, G]: tokens of the kind, so weighted.
-    """
-
-    counts: np.ndarray
-    sizes: np.ndarray
-    documents: np.ndarray
-    held: np.ndarray
-    expected: np.ndarray
-    variance: np.ndarray
-    inside: np.ndarray
-    outside: np.ndarray
-    shared: np.ndarray
-
-    @property
-    def dispersion(self) -> np.ndarray:
-        """float64 [G], 1 or more: how much more the documents' counts vary than if the kind were dealt to their tokens one by one.
-
-        Pearson's: squares of what a kind's mean lean leaves of each unit's excess, over ``variance``, both summed over experts. Like
-        tokens that stand side by side in a text are dealt in bunches.
-        """
-        excess, shared = self.counts - self.expected, self.shared[..., None]
-        total, units = shared.sum(0), (self.shared > 0).sum(0)
-        rest = excess - shared * (excess.sum(0) / np.maximum(total, _LEAST))
-        freedom = self.variance.sum(1) * (1 - 1 / np.maximum(units, 2))
-        return np.asarray(np.maximum((rest**2).sum((0, 2)) / np.maximum(freedom, _LEAST), 1))
-
-
-def _kind_reading(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> Reading[_KindCounts]:
-    """Rates are those of single documents, also where documents are joined into units: a unit's documents may differ."""
-    layer = trace.layers[site]
-    owner = owners(trace, layer.stream)
-    n, width = int(owner[-1]) + 1 if len(owner) else 0, layer.n_classes
-    known, units = codes >= 0, min(n, MOST_UNITS)
-    tokens = np.bincount(owner[known] * n_groups + codes[known], minlength=n * n_groups).reshape(n, n_groups)
-    total = np.maximum(tokens.sum(1), 1)
-    part = tokens / total[:, None]
-    load, counts, weighted = np.zeros((n, width), np.int64), np.zeros((units, n_groups, width), np.int64), np.zeros((n_groups, width))
-    unit = np.arange(n) * units // max(n, 1)
-    while (block := (yield)) is not None:
-        here = slice(block[0], block[0] + len(block[1]))
-        for first, table in _document_tables(block[1], owner[here], codes[here], n_groups, width):
-            mine = slice(first, first + len(table))
-            load[mine] += table.sum(1)
-            np.add.at(counts, unit[mine], table)
-            weighted += np.einsum("dg,dge->ge", part[mine], table)
-    rate = load / total[:, None]
-    edges = np.searchsorted(unit, np.arange(units + 1))
-    expected = np.array([tokens[a:b].T @ rate[a:b] for a, b in pairwise(edges.tolist())]).reshape(counts.shape)
-    shared = tokens * (1 - part)
-    return _KindCounts(counts, np.add.reduceat(tokens, edges[:-1]) if n else tokens, (tokens > 0).sum(0), np.diff(edges), expected,
-                       shared.T @ (rate * (1 - rate)), counts.sum(0) - weighted, expected.sum(0) - weighted, np.add.reduceat(shared, edges[:-1]) if n else shared)  # fmt: skip
-
-
-def _document_tables(experts: np.ndarray, owner: np.ndarray, codes: np.ndarray, n_groups: int,
-                     classes: int) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
-    """(first document, int64 [documents, groups, classes] assignments) of a block, in pieces; what the block has of a document cut by its ends."""
-    width = classes + 1  # a column more for places without an expert, a row more for tokens of no group
-    most = max(CELLS // ((n_groups + 1) * width), 1)
-    for first in range(int(owner[0]), int(owner[-1]) + 1, most):
-        a, b = np.searchsorted(owner, (first, first + most))
-        row, n = (owner[a:b] - first) * (n_groups + 1) + codes[a:b] + 1, int(owner[b - 1]) - first + 1
-        table = np.bincount((row[:, None] * width + experts[a:b] + 1).ravel(), minlength=n * (n_groups + 1) * width)
-        yield first, table.reshape(n, n_groups + 1, width)[:, 1:, 1:]
 
 
 def label_information(trace: Trace, site: int, draws: int = 199, seed: int = 0) -> Information:

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import reading, specialization
-from analysis.reading import one_pass
+from analysis import within
 from analysis.significance import benjamini_hochberg, permutation_test
 from analysis.specialization import (
     by_group,
@@ -159,49 +158,6 @@ def test_documents_that_differ_are_not_tokens_that_differ() -> None:
     assert not found.significant[:, 1].any() and found.within[0, 1] < -0.5 < 0.5 < found.enrichment[0, 1]
 
 
-@pytest.mark.parametrize(("rows", "cells", "units"), [(65_536, 1 << 20, 400), (7, 60, 400), (11, 1, 4)], ids=["whole", "cut", "joined"])
-def test_within_documents_by_hand(rows: int, cells: int, units: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What documents' own rates give, and Mantel and Haenszel's ratio, by loops over documents; some tokens are of no kind."""
-    monkeypatch.setattr(reading.blocks, "__defaults__", (rows,))
-    monkeypatch.setattr(specialization, "CELLS", cells)
-    monkeypatch.setattr(specialization, "MOST_UNITS", units)
-    trace = random_trace(2, [9, 30, 1, 14, 22, 5, 17])
-    kind = np.random.default_rng(0).integers(-1, 3, 98)
-    document = trace.stream_tokens("decoder")["document"].to_numpy()
-    kind[document == 3] = 1  # a document of one kind says nothing
-    found, counted = (
-        by_group(trace, 0, "kind", "xyz", kind),
-        one_pass(trace, 0, specialization._kind_reading(trace, 0, 3, kind))[0],
-    )
-    inside, outside, expected, variance = (np.zeros((3, 8)) for _ in range(4))
-    excess, shared = np.zeros((7, 3, 8)), np.zeros((7, 3))
-    for d in range(7):
-        uses = np.stack([(trace.experts(0) == e).any(1) for e in range(8)], 1)[(document == d) & (kind >= 0)]
-        of = kind[(document == d) & (kind >= 0)]
-        for g in range(3):
-            mine, share = uses[of == g], uses.mean(0) if len(uses) else np.zeros(8)
-            expected[g] += len(mine) * share
-            variance[g] += len(mine) * share * (1 - share) * (1 - len(mine) / max(len(of), 1))
-            excess[d, g], shared[d, g] = mine.sum(0) - len(mine) * share, len(mine) * (1 - len(mine) / max(len(of), 1))
-            inside[g] += mine.sum(0) * (of != g).sum() / max(len(of), 1)
-            outside[g] += uses[of != g].sum(0) * len(mine) / max(len(of), 1)
-    np.testing.assert_allclose(counted.expected.sum(0), expected)
-    np.testing.assert_allclose(counted.variance, variance)
-    np.testing.assert_allclose(found.within, np.log2((inside + 0.5) / (outside + 0.5)))
-    assert len(counted.counts) == min(units, 7) and np.array_equal(counted.counts.sum(0), found.count)
-    np.testing.assert_allclose(inside - outside, found.count - expected, atol=1e-9)  # what is tested leans the way the effect does
-    assert np.isnan(by_label(trace, 0).within).all()
-    if units == 400:
-        rest = excess - shared[:, :, None] * excess.sum(0) / shared.sum(0)[:, None]
-        bunch = (rest**2).sum((0, 2)) / (variance.sum(1) * (1 - 1 / (shared > 0).sum(0)))
-        np.testing.assert_allclose(counted.dispersion, np.maximum(bunch, 1))
-        assert (bunch > 1).any()
-        counts = [x / counted.dispersion[:, None] for x in (found.count, expected, variance)]
-        p = [specialization.sign_flip_test(counted.counts - counted.expected).p, specialization.count_p(*counts)]
-        np.testing.assert_allclose(found.p, np.maximum(*p))
-        assert (p[0] > p[1]).any() and (p[0] < p[1]).any() and (found.family_p >= found.p).all()
-
-
 def test_positions_are_doubling_stretches() -> None:
     trace = random_trace(0, [20, 5])
     found = by_position(trace, 0)
@@ -285,7 +241,7 @@ def test_p_corrected_for_the_family_is_kept_for_the_file() -> None:
 def test_joined_documents_are_named_for_kinds_of_token_too(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = random_trace(0, [5, 9] * 20)
     assert by_position(trace, 0).method.startswith("signs of whole documents flipped")
-    monkeypatch.setattr(specialization, "MOST_UNITS", 15)
+    monkeypatch.setattr(within, "MOST_UNITS", 15)
     assert by_position(trace, 0).method.startswith("signs of 15 groups of whole documents (40 in all) flipped")
 
 

@@ -1,0 +1,94 @@
+"""How kinds of token use experts within documents, beside what each document's own rates give: a document is its own control.
+
+Mantel and Haenszel 1959; for shares Greenland and Robins 1985. Knows nothing of tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from .reading import Reading, owners
+from .significance import MOST_UNITS
+from .trace import Trace
+
+CELLS = 1 << 20  # documents x groups x classes counted at a time: 8 MB
+_LEAST = 1e-12  # keeps 0 / 0 at 0
+
+
+@dataclass(frozen=True)
+class KindCounts:
+    """How kinds of token use experts, within documents; [G] kinds, [E] classes, units of whole documents.
+
+    counts    int64 [units, G, E] assignments.  sizes  int64 [units, G] tokens.  documents  int64 [G] that hold the kind.  held  int64
+    [units] documents of a unit.
+    expected  float64 [units, G, E]: what each document's own rates give, summed over the unit's documents.  variance  float64 [G, E]: of the
+    count over all documents, if the kinds were dealt at random to each document's tokens.
+    inside, outside  float64 [G, E]: uses by tokens of the kind and by the other tokens of the same documents, each document weighted by
+    (its other tokens, its tokens of the kind) / its tokens: what Mantel and Haenszel compare.  shared  float64 [units, G]: tokens of the kind, so weighted.
+    """
+
+    counts: np.ndarray
+    sizes: np.ndarray
+    documents: np.ndarray
+    held: np.ndarray
+    expected: np.ndarray
+    variance: np.ndarray
+    inside: np.ndarray
+    outside: np.ndarray
+    shared: np.ndarray
+
+    @property
+    def dispersion(self) -> np.ndarray:
+        """float64 [G], 1 or more: how much more the documents' counts vary than if the kind were dealt to their tokens one by one.
+
+        Pearson's: squares of what a kind's mean lean leaves of each unit's excess, over ``variance``, both summed over experts. Like
+        tokens that stand side by side in a text are dealt in bunches.
+        """
+        excess, shared = self.counts - self.expected, self.shared[..., None]
+        total, units = shared.sum(0), (self.shared > 0).sum(0)
+        rest = excess - shared * (excess.sum(0) / np.maximum(total, _LEAST))
+        freedom = self.variance.sum(1) * (1 - 1 / np.maximum(units, 2))
+        return np.asarray(np.maximum((rest**2).sum((0, 2)) / np.maximum(freedom, _LEAST), 1))
+
+
+def kind_reading(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> Reading[KindCounts]:
+    """``codes`` int [tokens of the stream] into the kinds, -1 for none. Rates are those of single documents, also where documents are joined
+    into at most MOST_UNITS units: a unit's documents may differ."""
+    layer = trace.layers[site]
+    owner = owners(trace, layer.stream)
+    n, width = int(owner[-1]) + 1 if len(owner) else 0, layer.n_classes
+    known, units = codes >= 0, min(n, MOST_UNITS)
+    tokens = np.bincount(owner[known] * n_groups + codes[known], minlength=n * n_groups).reshape(n, n_groups)
+    total = np.maximum(tokens.sum(1), 1)
+    part = tokens / total[:, None]
+    load, counts, weighted = np.zeros((n, width), np.int64), np.zeros((units, n_groups, width), np.int64), np.zeros((n_groups, width))
+    unit = np.arange(n) * units // max(n, 1)
+    while (block := (yield)) is not None:
+        here = slice(block[0], block[0] + len(block[1]))
+        for first, table in _document_tables(block[1], owner[here], codes[here], n_groups, width):
+            mine = slice(first, first + len(table))
+            load[mine] += table.sum(1)
+            np.add.at(counts, unit[mine], table)
+            weighted += np.einsum("dg,dge->ge", part[mine], table)
+    rate = load / total[:, None]
+    edges = np.searchsorted(unit, np.arange(units + 1))
+    expected = np.array([tokens[a:b].T @ rate[a:b] for a, b in pairwise(edges.tolist())]).reshape(counts.shape)
+    shared = tokens * (1 - part)
+    return KindCounts(counts, np.add.reduceat(tokens, edges[:-1]) if n else tokens, (tokens > 0).sum(0), np.diff(edges), expected,
+                       shared.T @ (rate * (1 - rate)), counts.sum(0) - weighted, expected.sum(0) - weighted, np.add.reduceat(shared, edges[:-1]) if n else shared)  # fmt: skip
+
+
+def _document_tables(experts: np.ndarray, owner: np.ndarray, codes: np.ndarray, n_groups: int,
+                     classes: int) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
+    """(first document, int64 [documents, groups, classes] assignments) of a block, in pieces; what the block has of a document cut by its ends."""
+    width = classes + 1  # a column more for places without an expert, a row more for tokens of no group
+    most = max(CELLS // ((n_groups + 1) * width), 1)
+    for first in range(int(owner[0]), int(owner[-1]) + 1, most):
+        a, b = np.searchsorted(owner, (first, first + most))
+        row, n = (owner[a:b] - first) * (n_groups + 1) + codes[a:b] + 1, int(owner[b - 1]) - first + 1
+        table = np.bincount((row[:, None] * width + experts[a:b] + 1).ravel(), minlength=n * (n_groups + 1) * width)
+        yield first, table.reshape(n, n_groups + 1, width)[:, 1:, 1:]
