@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .queues import compiled
+from .counting import compiled
 
 
 @compiled

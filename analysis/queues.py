@@ -2,8 +2,9 @@
 
 A rank is an assignment's place in its expert's queue within its batch, 0 for the first served. It is found once per
 drop policy; with C slots the assignments of rank < C are kept, for every C. So one pass answers a whole curve over
-capacity factors. Importing this module imports numba (0.2 s) and compiles at the first call, cached on disk where
-possible; capacity.py imports it only when something is ranked. Kernels release the GIL and hold no state.
+capacity factors. Importing this module imports numba (0.2 s), so capacity.py does it only when something is ranked. Kernels
+release the GIL and hold no state. Those that call each other share this file: what numba keeps on disk of one file's functions
+does not notice that another file's have changed.
 
 Arrays shared by all kernels: experts int16 or int32 [tokens, k], -1 = none; weights float32 [tokens, k]; order int64
 [tokens], rows in the order they are served; starts int64 [batches + 1] into order; bits uint32 [tokens, k], the bits of a
@@ -14,23 +15,13 @@ float32 priority, larger first. A bad id, outside -1..E-1, ends a kernel before 
 # numba infers the types of these functions, mypy cannot.
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
+
+from .counting import compiled
 
 POSITION, CHOICE, SORTED, BATCH_PRIORITY, RANDOM = range(5)  # RANDOM is sorted by other bits than those of the weights
 NOBODY = np.int32(2**31 - 1)
 CELLS, FEW = 1024, 32
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """numba.njit, cached on disk; without the cache where no folder is writable (a read-only container without a home)."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
 
 
 @compiled
