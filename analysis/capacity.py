@@ -2,7 +2,7 @@
 
 ``apply_capacity`` answers one setting; ``rank_trace`` ranks the sites once, so that every further capacity factor is
 cheap (``at``) and the whole curve costs one pass (``curves``). Capacity is counted against what the router chose, before
-any native drop. overflow.py has policies and definitions, slots.py capacities and batches.
+any native drop. policies.py has the policies, overflow.py the figures, slots.py capacities and batches.
 
 The gate weight of a natively dropped assignment is not recorded: at sites that dropped any, gate mass is NaN and the
 policies that order by weight are refused. Everything else there is exact. So it is in a run that stored no gate weights, but that first
@@ -20,7 +20,8 @@ from types import MappingProxyType
 import numpy as np
 import pyarrow as pa
 
-from .overflow import BLOCK, FACTORS, POLICIES, MissingScores, Overflow, Queues, chance_curve, rank_site
+from .overflow import FACTORS, Overflow, chance_curve
+from .policies import BLOCK, POLICIES, MissingScores, Queues, rank_site
 from .slots import Batches, CapacityError, CapacityRule, ExpertShape, capacity_rule, make_batches, slot_cost
 from .trace import LayerInfo, ModelCard, Trace, by_document
 
@@ -132,7 +133,7 @@ def apply_capacity(trace: Trace, factor: float = 1.25, policy: str = "position",
     """Enforce expert capacity on a recorded run. ``layers`` are site numbers, by default all.
 
     factor, preset   the capacity (slots.PRESETS, or a rule of ``slots.capacity_rule``); ``slots`` sets it outright
-    policy, seed     who is served first (overflow.py); seed for "random"
+    policy, seed     who is served first (policies.py); seed for "random"
     scope, size, mixed  which tokens are routed together (``slots.make_batches``)
     Raises CapacityError for a setting without meaning, and TraceError for a run of statistics alone.
     """

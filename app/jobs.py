@@ -8,7 +8,6 @@ import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +132,11 @@ def warm_up() -> None:
     """Once the first page is out, in the background: import torch and compile the kernels, so that first uses start at once."""
 
     def warm() -> None:
-        import_module("analysis.overflow").warm_up()
-        import_module("analysis.shuffling").warm_up()
-        import_module("analysis.capture")
+        from analysis import policies, shuffling
+
+        policies.warm_up()
+        shuffling.warm_up()
+        import analysis.capture  # noqa: F401 (and with it torch)
 
     timer = threading.Timer(5.0, warm)
     timer.daemon = True

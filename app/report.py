@@ -39,7 +39,8 @@ from analysis.export import describe_computed
 from analysis.files import write_atomically
 from analysis.findings import Finding, first_finding
 from analysis.metrics import METRICS, balance_table
-from analysis.overflow import FACTORS, MissingScores
+from analysis.overflow import FACTORS
+from analysis.policies import MissingScores
 from analysis.slots import PRESETS
 from analysis.specialization import by_label, label_information, seriation
 from analysis.trace import Trace

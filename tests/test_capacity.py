@@ -17,7 +17,8 @@ from analysis import apply_capacity, expert_capacity, open_run
 from analysis.balance import maxvio
 from analysis.capacity import capacity_curves, compare_policies, expert_shape, pool_curves, rank_trace, with_shares
 from analysis.capture import capture
-from analysis.overflow import curve_of_loads, drop_curve, rank_site
+from analysis.overflow import curve_of_loads
+from analysis.policies import drop_curve, rank_site
 from analysis.slots import CapacityError, ExpertShape, capacity_rule, make_batches
 from analysis.trace import SiteRouting, Trace, TraceError
 from tests import tiny

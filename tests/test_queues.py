@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import outcomes, queues
-from analysis.overflow import drop_curve
+from analysis.policies import drop_curve
 from analysis.slots import expert_capacity, make_batches
 
 ROOT = Path(__file__).parent.parent

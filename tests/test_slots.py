@@ -101,7 +101,7 @@ def test_rounding_differs_in_the_last_bit_between_frameworks() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_a_title_a_source_and_a_policy(preset: str) -> None:
-    from analysis.overflow import POLICIES
+    from analysis.policies import POLICIES
 
     rule = PRESETS[preset]
     assert rule.name == preset and rule.title and len(rule.source) > 20 and rule.policy in POLICIES

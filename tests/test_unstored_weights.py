@@ -19,8 +19,8 @@ from analysis.copying import copy_run
 from analysis.export import describe, export_table
 from analysis.files import stamp
 from analysis.models import model_card
-from analysis.overflow import MissingScores
 from analysis.places import Place
+from analysis.policies import MissingScores
 from analysis.rounding import NOT_STORED, by_falling_weight
 from analysis.stats import first_choices, part_statistics
 from analysis.store import RunError, open_run, read_manifest, same_counts, stored_part, verify_run

@@ -27,7 +27,8 @@ from analysis.capacity_answer import (
     tokens_in_words,
     typical_shuffle,
 )
-from analysis.overflow import FACTORS, POLICIES, MissingScores, rank_site
+from analysis.overflow import FACTORS
+from analysis.policies import POLICIES, MissingScores, rank_site
 from analysis.slots import PRESETS, CapacityError, make_batches
 from analysis.trace import Trace
 from analysis.vocabulary import token_texts

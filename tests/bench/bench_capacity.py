@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from analysis.capacity import rank_trace
-from analysis.overflow import FACTORS, drop_curve, rank_site, warm_up
+from analysis.overflow import FACTORS
+from analysis.policies import drop_curve, rank_site, warm_up
 from analysis.slots import expert_capacity, make_batches
 from tests.synthetic import make_part, make_trace, site
 
