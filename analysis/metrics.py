@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from . import balance
 from .information import sparse_information, table_information
-from .stability import batch_maxvio, maxvio_batches, percentiles
+from .stability import batch_maxvio, maxvio_batches
 from .trace import LayerInfo, Trace
 
 CORRECTION = 1 / (2 * float(np.log(2)))  # bits; Miller and Madow's correction never moves an estimate further
@@ -211,6 +211,13 @@ def balance_table(trace: Trace) -> pa.Table:
     for name, metric in METRICS.items():
         table = table.append_column(name, metric(trace)["value"])
     return table
+
+
+def percentiles(values: np.ndarray) -> dict[str, float]:
+    """min, p10, median, p90, max over layers, NaN left out: layers are compared, never pooled."""
+    known = values[np.isfinite(values)]
+    names = {"min": 0, "p10": 10, "median": 50, "p90": 90, "max": 100}
+    return {name: float(np.percentile(known, at)) if len(known) else float("nan") for name, at in names.items()}
 
 
 def percentile_table(trace: Trace, table: pa.Table | None = None) -> pa.Table:

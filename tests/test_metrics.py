@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.metrics import METRICS, balance_table, load_table
+from analysis.metrics import METRICS, balance_table, load_table, percentile_table, percentiles
 from analysis.stats import merge_statistics, part_statistics
 from analysis.trace import Part, SiteRouting, SiteScores, Trace
 from tests.synthetic import MANY, PLAIN, SPECIAL, TWO_STREAMS, make_part, make_parts, make_trace
@@ -204,3 +204,15 @@ def test_too_few_tokens_have_no_chance_level_by_series() -> None:
 
 def test_no_words_of_chance_are_identifiers() -> None:
     assert not [m.name for m in METRICS.values() if "_" in m.chance]
+
+
+def test_percentiles_over_layers() -> None:
+    assert percentiles(np.array([0, 10, np.nan, 20])) == {"min": 0, "p10": 2, "median": 10, "p90": 18, "max": 20}
+    assert all(math.isnan(x) for x in percentiles(np.full(2, np.nan)).values())
+    trace = make_trace(TWO_STREAMS)
+    rows = {r["metric"]: r for r in percentile_table(trace).to_pylist()}
+    assert list(rows) == list(METRICS) and all(r["n"] == 3 for r in rows.values())
+    assert (
+        rows["cv"]["max"] == max(METRICS["cv"](trace)["value"].to_pylist())
+        and rows["cv"]["min"] <= rows["cv"]["median"] <= rows["cv"]["max"]
+    )

@@ -1,4 +1,4 @@
-"""Balance in pieces against loads counted from decisions; the pooled diagnostic on built and on random layers."""
+"""Balance in pieces against loads counted from decisions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from analysis import balance, stability
-from analysis.metrics import METRICS, percentile_table
+from analysis.metrics import METRICS
 from analysis.stability import (
     _described,
     batch_balance,
@@ -22,16 +22,14 @@ from analysis.stability import (
     least_stable,
     maxvio_batches,
     maxvio_table,
-    percentiles,
-    pooled_balance,
     position_balance,
-    transformers_auxiliary_loss,
 )
 from analysis.stats import Statistics
 from analysis.store import open_run
 from analysis.trace import SiteRouting, Trace
 from analysis.writing import RunWriter
 from tests.synthetic import MANY, PLAIN, TWO_STREAMS, card, make_part, make_parts, make_trace, site
+from tests.test_pooled import layered
 
 
 def loads_of(trace: Trace, number: int, documents: list[list[int]]) -> list[np.ndarray]:
@@ -269,77 +267,3 @@ def test_late_positions_are_told_with_the_text_they_come_from() -> None:
     unlabelled = late_positions(make_trace(PLAIN, [make_part(PLAIN, [10, 10, 10, 100, 40], labels=(None,))]), 0)
     assert unlabelled is not None and unlabelled.label is None and (unlabelled.first, unlabelled.documents) == (15, 2)
     assert late_positions(make_trace(PLAIN, [make_part(PLAIN, [20] * 4)]), 0) is None
-
-
-def layered(loads: np.ndarray) -> Trace:
-    """Top-1 layers with exactly these loads [layers, experts], equal sums."""
-    layers = tuple(site(i, loads.shape[1], 1) for i in range(len(loads)))
-    part = make_part(layers, [int(loads[0].sum())])
-    routing = []
-    for row, old in zip(loads, part.routing, strict=True):
-        experts = np.repeat(np.arange(len(row)), row)[:, None].astype(np.int16)
-        routing.append(SiteRouting(experts, old.weights, experts))
-    sums = tuple(np.asarray(row, float) for row in loads)
-    return make_trace(layers, [replace(part, routing=tuple(routing), probability_sums=sums)])
-
-
-def test_collapsed_layers_that_hide_each_other_are_named() -> None:
-    collapsed = np.full((8, 8), 10) + 330 * np.eye(8, dtype=int)
-    hidden = layered(collapsed)
-    found = pooled_balance(hidden)
-    assert found is not None and found.hidden and found.pooled == 1 and found.worst == pytest.approx(340 * 8 / 410)
-    assert found.p < 0.01 and found.chance > 1.5 and found.dead == 0 and found.layers == 8
-    assert METRICS["auxiliary_loss"](hidden)["value"].to_numpy().min() > 5  # each layer is far from 1 ...
-    assert transformers_auxiliary_loss(hidden) == pytest.approx(1)  # ... the pooled variant sees nothing
-
-
-def test_even_and_openly_collapsed_layers_are_not_hidden() -> None:
-    even = pooled_balance(layered(np.full((4, 8), 20)))
-    assert even is not None and not even.hidden and even.pooled == even.worst == 1 and even.p == 1
-    open_ = np.full((4, 8), 10)
-    open_[:, 2] = 340
-    found = pooled_balance(layered(open_))
-    assert found is not None and not found.hidden and found.pooled == found.worst and found.p > 0.9 and found.worst_site == 0
-    dead = np.full((4, 8), 20)
-    dead[[0, 1, 2, 3], [0, 1, 2, 3]] = 0
-    dead[[0, 1, 2, 3], [4, 5, 6, 7]] = 40
-    quiet = pooled_balance(layered(dead))
-    assert quiet is not None and quiet.dead == 4 and quiet.hidden and quiet.worst == 2
-
-
-def test_layers_numbered_at_random_look_pooled_as_chance_says() -> None:
-    small = 0
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        found = pooled_balance(layered(np.array([rng.permutation([1, 2, 4, 8, 16, 32, 64, 128]) for _ in range(6)])), draws=199)
-        assert found is not None
-        small += found.p <= 0.05
-    assert small < 8
-
-
-def test_what_cannot_be_pooled() -> None:
-    assert pooled_balance(make_trace((site(0),), [make_part((site(0),), [5])])) is None
-    layers = (site(0, 8), site(1, 4))
-    mixed = make_trace(layers, [make_part(layers, [5])])
-    assert pooled_balance(mixed) is None and math.isnan(transformers_auxiliary_loss(mixed))
-
-
-def test_transformers_variant_is_k_when_even() -> None:
-    layers = (site(0, 8, 2), site(1, 8, 2))
-    part = make_part(layers, [400] * 10)
-    trace = make_trace(layers, [replace(part, probability_sums=(np.full(8, 500.0),) * 2)])
-    assert transformers_auxiliary_loss(trace) == pytest.approx(2)
-    unknown = make_trace(layers, [replace(part, probability_sums=(np.zeros(8),) * 2)])
-    assert math.isnan(transformers_auxiliary_loss(unknown))
-
-
-def test_percentiles_over_layers() -> None:
-    assert percentiles(np.array([0, 10, np.nan, 20])) == {"min": 0, "p10": 2, "median": 10, "p90": 18, "max": 20}
-    assert all(math.isnan(x) for x in percentiles(np.full(2, np.nan)).values())
-    trace = make_trace(TWO_STREAMS)
-    rows = {r["metric"]: r for r in percentile_table(trace).to_pylist()}
-    assert list(rows) == list(METRICS) and all(r["n"] == 3 for r in rows.values())
-    assert (
-        rows["cv"]["max"] == max(METRICS["cv"](trace)["value"].to_pylist())
-        and rows["cv"]["min"] <= rows["cv"]["median"] <= rows["cv"]["max"]
-    )

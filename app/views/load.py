@@ -16,19 +16,15 @@ from analysis.balance import relative_load
 from analysis.findings import unused_experts
 from analysis.glossary import GLOSSARY
 from analysis.metrics import METRICS, balance_table, load_table, percentile_table
+from analysis.pooled import COLLAPSED, EVEN, PooledBalance, pooled_balance, transformers_auxiliary_loss
 from analysis.stability import (
-    COLLAPSED,
-    EVEN,
-    PooledBalance,
     document_balance,
     label_balance,
     late_positions,
     least_stable,
     maxvio_batches,
     maxvio_table,
-    pooled_balance,
     position_balance,
-    transformers_auxiliary_loss,
 )
 from analysis.trace import Trace
 from app import charts, text
