@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from .memory import join_routing, join_scores
 from .tokens import Pieces
-from .trace import DOCUMENTS, TOKENS, LayerInfo, Part, SiteRouting, SiteScores, join_routing, join_scores, token_digest
+from .trace import DOCUMENTS, TOKENS, LayerInfo, Part, SiteRouting, SiteScores, token_digest
 
 UNKNOWN = -1  # where the model predicted nothing
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from .assembling import Document, Piece, assembled
 from .forwards import Started, forward, generate
+from .memory import PartsInMemory
 from .models import model_card
 from .places import Place
 from .recorder import CaptureCancelled, CaptureError, recording
@@ -27,7 +28,7 @@ from .rounding import WEIGHTS, rounded
 from .routers import find_sites
 from .stats import merge_statistics, part_statistics
 from .tokens import Pieces, encode
-from .trace import LayerInfo, Part, PartsInMemory, Trace, check_part, gate_weights, token_digest
+from .trace import LayerInfo, Part, Trace, check_part, gate_weights, token_digest
 from .writing import RunWriter
 
 PART_TOKENS = 65_536

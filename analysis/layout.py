@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .trace import NO_EXPERT, LayerInfo, Part, SiteRouting, SiteScores, id_dtype, kept_routing
+from .memory import kept_routing
+from .trace import NO_EXPERT, LayerInfo, Part, SiteRouting, SiteScores, id_dtype
 
 GROUP_ROWS = 16_384  # a document of 1,000 tokens costs a quarter of what it does in groups of 65,536, for 1 % more bytes
 _SAMPLE = 1_024  # rows of a site that tell whether its ids are worth a codec

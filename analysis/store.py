@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 
 from .layout import Footer, read_experts, read_routing, read_scores, read_tokens, room_for
 from .longtables import LongTable, where, whole
+from .memory import join_scores
 from .places import Place
 from .places import RunError as RunError
 from .rounding import WEIGHTS, rounded
@@ -51,7 +52,6 @@ from .trace import (
     TraceError,
     check_part,
     id_dtype,
-    join_scores,
 )  # fmt: skip
 
 MANIFEST = "run.json"

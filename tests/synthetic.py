@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from analysis.counting import compiled
+from analysis.memory import PartsInMemory
 from analysis.stats import merge_statistics, part_statistics
 from analysis.trace import (
     DOCUMENTS,
@@ -16,7 +17,6 @@ from analysis.trace import (
     LayerInfo,
     ModelCard,
     Part,
-    PartsInMemory,
     SiteRouting,
     SiteScores,
     Trace,

@@ -18,13 +18,14 @@ from analysis.cards import expert_card, passages
 from analysis.copying import copy_run
 from analysis.export import describe, export_table
 from analysis.files import stamp
+from analysis.memory import kept_routing
 from analysis.models import model_card
 from analysis.places import Place
 from analysis.policies import MissingScores
 from analysis.rounding import NOT_STORED, by_falling_weight
 from analysis.stats import first_choices, part_statistics
 from analysis.store import RunError, open_run, read_manifest, same_counts, stored_part, verify_run
-from analysis.trace import TraceError, kept_routing
+from analysis.trace import TraceError
 from analysis.writing import RunWriter
 from app.model_card import origin
 from app.report import report_html
