@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from .information import Information, ceiling, table_information
 from .reading import blocks, documents_of
 from .significance import MOST_UNITS, bootstrap_sums, interval
 from .trace import Trace, TraceError
@@ -94,14 +93,6 @@ def flow(trace: Trace, site: int, first: bool = False) -> PairCounts:
     n = int(observed.sum())
     expected = observed.sum(1, keepdims=True) * observed.sum(0, keepdims=True) / n if n else np.zeros(observed.shape)
     return _pairs(observed, expected, n, 1 / observed.shape[1] if observed.shape[1] else float("nan"))
-
-
-def flow_information(trace: Trace, site: int) -> Information:
-    """I(first choice here; first choice at the next site), bits: how far a path is set by where it comes from."""
-    table = trace.stats.flow(site, first=True)
-    bits, corrected, here, there = table_information(table)
-    return Information(bits, corrected, float("nan"), float("nan"), here, there, ceiling(here, there),
-                       int(table.sum()), "none drawn: Miller and Madow's formula")  # fmt: skip
 
 
 def _pairs(observed: np.ndarray, expected: np.ndarray, n: int, chance: float) -> PairCounts:

@@ -234,11 +234,6 @@ class ExpertShape:
     parameters: int
     bytes_per_value: float = 2
 
-    @classmethod
-    def feed_forward(cls, hidden_size: int, intermediate_size: int, matrices: int = 3, bytes_per_value: float = 2) -> ExpertShape:
-        """A gated block (SwiGLU, 3 matrices) or a plain one (2)."""
-        return cls(hidden_size, matrices * hidden_size * intermediate_size, bytes_per_value)
-
 
 @dataclass(frozen=True)
 class SlotCost:

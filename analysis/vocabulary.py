@@ -20,7 +20,6 @@ import pyarrow as pa
 
 from .information import DENSE, Information, ceiling, entropy, shuffled_tables, sparse_information
 from .reading import ROWS, blocks
-from .significance import rearranged_labels
 from .trace import LayerInfo, Trace, TraceError
 
 LEAST = 10  # occurrences of a token id for a statement about it: a token seen once is always "specialised"
@@ -207,73 +206,6 @@ def context_independence(counts: TokenCounts, shuffles: int = 5, seed: int = 0) 
     p = (sum(x >= bits for x in null) + 1) / (len(null) + 1) if null else float("nan")
     return Information(bits, corrected, floor, p, h_id, h_expert, ceiling(h_id, h_expert, counts.each), int(counts.count.sum()),
                        f"assignments dealt again, {len(null)} times")  # fmt: skip
-
-
-def label_information_given_token(trace: Trace, site: int, draws: int = 19, seed: int = 0) -> Information:
-    """I(expert; label | token id) over assignments, bits: what the label tells beyond which tokens its texts are made of.
-
-    A router that only looks at the token shows I(expert; label), because labels differ in their tokens, but none of
-    this. Floor and p from labels dealt at random to whole documents; ``entropy_x`` is H(label | token), ``entropy_y``
-    H(expert | token). One pass over the site's decisions; TraceError without them.
-    """
-    layer, units = trace.layers[site], _label_of_document(trace, site)
-    names = sorted({x for x in units.values() if x is not None})
-    code = {name: i for i, name in enumerate(names)}
-    documents = np.array(sorted(d for d, name in units.items() if name is not None), np.int64)
-    labels = np.array([code[str(units[int(d)])] for d in documents], np.int64)
-    cells, count = _document_cells(trace, site, documents)
-    if len(names) < 2 or not len(cells):
-        unknown = float("nan")
-        return Information(*(unknown,) * 7, int(count.sum()), "no null: two labels are needed")
-    expert, token, document = cells % layer.n_classes, cells // layer.n_classes // len(documents), cells // layer.n_classes % len(documents)
-    real = _conditional(expert, labels[document], token, count)
-    deals, exact = rearranged_labels(labels, draws, seed)
-    null = np.array([_conditional(expert, deal[document], token, count)[0] for deal in deals])
-    each = layer.top_k if count.sum() == sum(trace.stats.label_tokens(site).values()) * layer.top_k else 1
-    own = 0 if exact else 1
-    p = ((null >= real[0] * (1 - 1e-9)).sum() + own) / (len(null) + own)
-    return Information(real[0], real[1], float(null.mean()), float(p), real[2], real[3],
-                       ceiling(real[2], real[3], each), int(count.sum()),
-                       f"labels moved between whole documents, {len(null)} times")  # fmt: skip
-
-
-def _label_of_document(trace: Trace, site: int) -> dict[int, str | None]:
-    stream = trace.layers[site].stream
-    return {r["document"]: r["label"] for r in trace.documents.to_pylist() if r["stack"] == stream}
-
-
-def _document_cells(trace: Trace, site: int, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(cell, count), cell = (token index x documents + document index) x classes + expert, of assignments that occur."""
-    layer = trace.layers[site]
-    table = trace.stream_tokens(layer.stream, columns=["token_id", "document"])
-    recorded, owner = np.unique(table["token_id"].to_numpy(), return_inverse=True)[1], table["document"].to_numpy()
-    at = np.minimum(np.searchsorted(documents, owner), max(len(documents) - 1, 0))
-    base = np.where(documents[at] == owner, recorded * len(documents) + at, -1) if len(documents) else np.full(len(owner), -1)
-    pieces = [np.zeros(0, np.int64)]
-    counts = [np.zeros(0, np.int64)]
-    for start, experts in blocks(trace, layer):
-        mine = base[start : start + len(experts), None]
-        cells, n = np.unique((mine * layer.n_classes + experts)[(mine >= 0) & (experts >= 0)], return_counts=True)
-        pieces.append(cells)
-        counts.append(n)
-    cells, inverse = np.unique(np.concatenate(pieces), return_inverse=True)
-    return cells, np.bincount(inverse, np.concatenate(counts), len(cells)).astype(np.int64)
-
-
-def _conditional(x: np.ndarray, y: np.ndarray, given: np.ndarray, count: np.ndarray) -> tuple[float, float, float, float]:
-    """(plug-in I(x; y | given), Miller-Madow corrected, H(y | given), H(x | given)), bits."""
-
-    def joint(*parts: np.ndarray) -> tuple[float, int]:
-        key = np.zeros(len(count), np.int64)
-        for part in parts:
-            key = key * (int(part.max()) + 1) + part
-        dense = int(key.max()) < DENSE  # counting beats sorting
-        sums = np.bincount(key, count) if dense else np.bincount(np.unique(key, return_inverse=True)[1], count)
-        return entropy(sums), int((sums > 0).sum())
-
-    (xg, n_xg), (yg, n_yg), (g, n_g), (xyg, n_xyg) = joint(given, x), joint(given, y), joint(given), joint(given, x, y)
-    bits = max(xg + yg - g - xyg, 0.0)
-    return bits, float(bits + (n_xg + n_yg - n_g - n_xyg) / (2 * float(count.sum()) * np.log(2))), yg - g, xg - g
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def test_cost_follows_from_the_models_card() -> None:
     trace = open_run(ROOT / "data/demo-run")
     config = json.loads((ROOT / "data/demo-model/config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    assert config["dtype"] == "bfloat16" and expert_shape(trace.model) == ExpertShape.feed_forward(hidden, inner, 3, 2)
+    assert config["dtype"] == "bfloat16" and expert_shape(trace.model) == ExpertShape(hidden, 3 * hidden * inner, 2)
     row = apply_capacity(trace, 1.25, scope="run").cost(devices=4).to_pylist()[0]
     assert row["flops"] == row["slots"] * 6 * hidden * inner and row["padding_flops"] == row["idle"] * 6 * hidden * inner
     assert row["all_to_all_bytes"] == row["slots"] * 2 * hidden * 2 * 3 // 4

@@ -21,7 +21,6 @@ from analysis.vocabulary import (
     TokenCounts,
     context_independence,
     input_tokens,
-    label_information_given_token,
     predicted_tokens,
     predicts,
     token_texts,
@@ -138,54 +137,8 @@ def test_tokens_that_differ_in_their_number_of_experts_have_no_bits_left_open_fo
             counts = count(trace, site_)
             alone = context_independence(counts)
             assert counts.each == each and alone.ceiling == min(alone.entropy_x, alone.entropy_y - np.log2(each))
-        for found in (label_information(trace, site_), label_information_given_token(trace, site_)):
-            assert found.ceiling == min(found.entropy_x, found.entropy_y - np.log2(each)) < found.entropy_y
-
-
-def spoken(by_token: bool) -> Trace:
-    """Labels a and b share half their tokens. Experts follow the token alone, or the label alone where the token allows both."""
-    part = make_part(PLAIN, [100] * 20)
-    label = (np.arange(2000) // 100) % 2
-    token = np.where(np.arange(2000) % 2, np.arange(2000) // 2 % 5, 5 + label)  # 0 to 4 in both, 5 in a, 6 in b
-    column = part.tokens.schema.get_field_index("token_id")
-    tokens = part.tokens.set_column(column, part.tokens.schema.field(column), pa.array(token.astype(np.int32)))
-    experts = np.stack([token, np.full(2000, 7)] if by_token else [label, 2 + label], 1).astype(np.int16)
-    routing = SiteRouting(experts, part.routing[0].weights, experts)
-    return make_trace(PLAIN, [replace(part, tokens=tokens, routing=(routing, part.routing[1]))])
-
-
-def test_labels_beyond_their_tokens() -> None:
-    by_token, by_label = spoken(True), spoken(False)
-    assert label_information(by_token, 0).corrected > 0.2  # labels differ in their tokens ...
-    beyond = label_information_given_token(by_token, 0)
-    assert beyond.plug_in == pytest.approx(0, abs=1e-9) and beyond.p > 0.05  # ... and tell no more than these
-    told = label_information_given_token(by_label, 0)
-    assert told.plug_in == pytest.approx(0.5) == told.entropy_x and told.entropy_y == pytest.approx(1.5)  # half the tokens are shared
-    cells = (5 * 4 + 2 * 2) + (5 * 2 + 2) - 7 - (5 * 4 + 2 * 2)  # (expert, token) + (label, token) - token - all three
-    assert told.corrected == pytest.approx(0.5 + cells / (2 * 4000 * np.log(2)))
-    assert told.p == 0.05 and told.n == 4000 and told.above_floor > 0.3
-    random = label_information_given_token(by_label, 1)
-    assert random.p > 0.05 and abs(random.above_floor) < 0.01
-    assert np.isnan(label_information_given_token(make_trace(PLAIN, [make_part(PLAIN, [9, 9], labels=("a",))]), 0).plug_in)
-
-
-def test_conditional_information_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    trace = make_trace(TWO_STREAMS)
-    experts, table = trace.experts(0), trace.stream_tokens("encoder").to_pandas()
-    rows = [(t, x, int(e)) for t, x, row in zip(table.token_id, table.label, experts, strict=True) for e in row[row >= 0]]
-
-    def entropy_of(*columns: int) -> float:
-        counts = np.unique(np.array([hash(tuple(r[c] for c in columns)) for r in rows]), return_counts=True)[1]
-        return float(-(counts / len(rows) * np.log2(counts / len(rows))).sum())
-
-    found = label_information_given_token(trace, 0)
-    by_hand = entropy_of(0, 2) + entropy_of(0, 1) - entropy_of(0) - entropy_of(0, 1, 2)
-    assert found.plug_in == pytest.approx(by_hand, abs=1e-9) and found.n == len(rows)
-    monkeypatch.setattr(vocabulary, "DENSE", 0)
-    assert label_information_given_token(trace, 0) == found
-    assert found.entropy_x == pytest.approx(entropy_of(0, 1) - entropy_of(0)) and found.entropy_y == pytest.approx(
-        entropy_of(0, 2) - entropy_of(0)
-    )
+        found = label_information(trace, site_)
+        assert found.ceiling == min(found.entropy_x, found.entropy_y - np.log2(each)) < found.entropy_y
 
 
 def test_vocabulary_specialization_by_hand() -> None:
