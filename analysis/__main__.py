@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pyarrow as pa
 
@@ -28,6 +28,9 @@ from .store import RunError, delete_run, list_runs, open_run, same_counts, valid
 from .trace import TraceError
 from .untrusted import Prompt, UploadError, read_prompts
 from .whatif import EXAMPLES, Example, weigh
+
+if TYPE_CHECKING:
+    from .capture import Progress
 
 SATURATION = {
     "low, high": "95% bootstrap interval over documents",
@@ -97,19 +100,14 @@ def _capture(arguments: argparse.Namespace) -> int:
         )
     prompts = _prompts(arguments)
     _before_torch()
-    from .capture import CaptureError, Progress, capture
+    from .capture import CaptureError, capture
     from .proofs import canary
     from .routers import RouterError
-
-    def show(p: Progress) -> None:
-        total = "?" if p.total is None else p.total
-        rate = p.tokens / p.seconds if p.seconds else 0.0
-        print(f"\r{p.documents}/{total} documents, {p.tokens:,} tokens, {rate:,.0f} tokens/s ", end="", file=sys.stderr)
 
     options: dict[str, Any] = {
         "labels": [p.label for p in prompts], "names": [p.name for p in prompts], "out": arguments.out, "batch_size": arguments.batch_size,
         "new_tokens": arguments.new_tokens, "max_tokens": arguments.max_tokens, "probabilities": arguments.probabilities, "weights": arguments.weights,
-        "progress": show,
+        "progress": _show_progress,
     }  # fmt: skip
     texts = [p.text for p in prompts]
     try:
@@ -134,6 +132,12 @@ def _capture(arguments: argparse.Namespace) -> int:
     if trace.weights_note:
         _say(trace.weights_note, sys.stderr)
     return 0
+
+
+def _show_progress(done: Progress) -> None:
+    total = "?" if done.total is None else done.total
+    rate = done.tokens / done.seconds if done.seconds else 0.0
+    print(f"\r{done.documents}/{total} documents, {done.tokens:,} tokens, {rate:,.0f} tokens/s ", end="", file=sys.stderr)
 
 
 def _before_torch() -> None:

@@ -58,14 +58,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("run", help="folder or address (s3://..., gs://...) of the run")
     _add_cluster_options(stats)
     stats.add_argument("--json", action="store_true", help="print the table, n and the definitions as JSON")
-    export.add_argument(
-        "--table", choices=sorted(TABLES), required=True, help="; ".join(f"{t.name}: {t.definition}" for t in TABLES.values())
-    )
-    export.add_argument("--format", choices=FORMATS, default="parquet")
-    _add_table_settings(export)
-    to = export.add_mutually_exclusive_group(required=True)
-    to.add_argument("-o", "--output", type=Path, help="the file to write")
-    to.add_argument("--describe", action="store_true", help="print what the table means, as JSON, and write nothing")
+    _add_export_options(export)
     report.add_argument("-o", "--output", type=Path, required=True, help="the file to write")
     copy = add("copy", "copy a finished run to or from a folder or an object store, every digest checked where it arrives",
                "copy data/demo-run s3://bucket/runs/demo-run")  # fmt: skip
@@ -77,6 +70,17 @@ def parser() -> argparse.ArgumentParser:
     delete.add_argument("folder", type=Path)
     delete.add_argument("name")
     return whole
+
+
+def _add_export_options(export: argparse.ArgumentParser) -> None:
+    export.add_argument(
+        "--table", choices=sorted(TABLES), required=True, help="; ".join(f"{t.name}: {t.definition}" for t in TABLES.values())
+    )
+    export.add_argument("--format", choices=FORMATS, default="parquet")
+    _add_table_settings(export)
+    to = export.add_mutually_exclusive_group(required=True)
+    to.add_argument("-o", "--output", type=Path, help="the file to write")
+    to.add_argument("--describe", action="store_true", help="print what the table means, as JSON, and write nothing")
 
 
 def _add_capture_options(capture: argparse.ArgumentParser) -> None:
