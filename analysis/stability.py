@@ -203,7 +203,8 @@ def late_positions(trace: Trace, site: int) -> LatePositions | None:
     late = next((r for r in rows if len(sizes) and 2 * r["documents"] < len(sizes)), None)
     if late is None:
         return None
-    labels = _rows(trace, site)["label"].to_pylist()
+    documents = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
+    labels = documents["label"].to_pylist()
     beyond = np.maximum(sizes - late["first"], 0)
     tokens = {x: int(beyond[[y == x for y in labels]].sum()) for x in dict.fromkeys(labels) if x is not None}
     label = max(tokens, key=tokens.__getitem__) if tokens else None
@@ -214,12 +215,8 @@ def late_positions(trace: Trace, site: int) -> LatePositions | None:
 
 def _sizes(trace: Trace, site: int) -> np.ndarray:
     """int64 [documents] tokens of the documents of the site's stream, by document number."""
-    return _rows(trace, site)["n_tokens"].to_numpy().astype(np.int64)
-
-
-def _rows(trace: Trace, site: int) -> pa.Table:
-    """The documents of the site's stream, by document number."""
-    return trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
+    rows = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
+    return rows["n_tokens"].to_numpy().astype(np.int64)
 
 
 def label_balance(trace: Trace, site: int) -> pa.Table:
@@ -233,7 +230,7 @@ def label_balance(trace: Trace, site: int) -> pa.Table:
     names: list[str | None] = [*labels]
     if labels and (rest := trace.stats.n_tokens(site) - sum(n)):
         n, names, loads = [*n, rest], [*labels, None], np.vstack([loads, trace.stats.load(site) - loads.sum(0)])
-    stream = _rows(trace, site)["label"].to_pylist()
+    stream = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream))["label"].to_pylist()
     table = _described(trace.layers[site], np.array(n, np.int64), loads)
     table = table.add_column(0, "documents", pa.array([stream.count(x) if stream else None for x in names], pa.int64()))
     return table.add_column(0, "label", pa.array(names, pa.string()))
@@ -245,7 +242,8 @@ def document_balance(trace: Trace, site: int) -> pa.Table:
     excess = max_over_mean / chance_max_over_mean of so many tokens: above 1 is more than chance. Documents without an
     assignment are left out.
     """
-    rows = _rows(trace, site).select(["document", "name", "label"])
+    stream = trace.layers[site].stream
+    rows = trace.documents.filter(pc.equal(trace.documents["stack"], stream)).sort_by("document").select(["document", "name", "label"])
     sizes, counts = _documents(trace, site)
     ran = counts[:, : trace.layers[site].n_experts].sum(1) > 0
     table = _described(trace.layers[site], sizes[ran], counts[ran])
@@ -274,8 +272,8 @@ def _described(layer: LayerInfo, n: np.ndarray, loads: np.ndarray) -> pa.Table:
 
 def _documents(trace: Trace, site: int) -> tuple[np.ndarray, np.ndarray]:
     """(int64 [documents] tokens, int64 [documents, classes] assignments, not to be changed) of the site's stream, by document number."""
-    rows, stats = _rows(trace, site), trace.stats
-    numbers = rows["document"].to_numpy()
+    rows = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
+    numbers, stats = rows["document"].to_numpy(), trace.stats
     kept = isinstance(stats.document_rows, LongTable) and len(numbers) * trace.layers[site].n_classes <= KEPT_CELLS
     counts = _kept_load(stats, site, numbers.tobytes(), numbers.dtype) if kept else stats.document_load(site, numbers)
     return rows["n_tokens"].to_numpy().astype(np.int64), counts
