@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2  # since 2 tokens have `predicted`; runs of version 1 open, with it null
 NO_EXPERT = -1
+STREAMS = ("encoder", "decoder")
 
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 TOKENS = pa.schema(
