@@ -199,11 +199,17 @@ class Statistics:
     def document_load(self, site: int, documents: np.ndarray) -> np.ndarray:
         """int64 [documents, classes]: assignments per expert in each of ``documents`` (distinct numbers, ascending)."""
         rows = self._of_site(self.document_rows, site)
-        document = rows["document"].to_numpy()
-        at = np.searchsorted(documents, document)
-        known = (at < len(documents)) & (documents[np.minimum(at, len(documents) - 1)] == document) if len(documents) else at < 0
-        classes, counts = self.classes[site], rows["count"].to_numpy()[known]
-        found = np.bincount(at[known] * classes + rows["expert"].to_numpy()[known], counts, len(documents) * classes)
+        document, expert, counts = (rows[n].to_numpy() for n in ("document", "expert", "count"))
+        starts = np.flatnonzero(np.append(True, document[1:] != document[:-1])[: len(document)])  # a document's rows lie together: it is sought once
+        numbers = document[starts]
+        at = np.searchsorted(documents, numbers)
+        known = (at < len(documents)) & (documents[np.minimum(at, len(documents) - 1)] == numbers) if len(documents) else at < 0
+        each, classes = np.diff(np.append(starts, len(document))), self.classes[site]
+        cell = np.repeat(at * classes, each) + expert
+        if not known.all():
+            mine = np.repeat(known, each)
+            cell, counts = cell[mine], counts[mine]
+        found = np.bincount(cell, counts, len(documents) * classes)
         return found.astype(np.int64).reshape(len(documents), classes)  # floats are exact below 2^53
 
     def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
