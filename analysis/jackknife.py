@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 from .specialization import MOST_UNITS, blocks, owners
-from .trace import Trace
+from .trace import Trace, id_dtype
 from .vocabulary import LEAST, TokenCounts, coded
 
 FEWEST = 4  # documents for an interval: with fewer, how much they differ is not known
@@ -133,4 +133,4 @@ def _leave_out(trace: Trace, counts: TokenCounts, often: np.ndarray, part: np.nd
         leave_out(experts, part[here], row[here], cells.arrays(), whole, kept.share, least, *sums)
         if progress is not None:
             progress(here.stop, len(part))
-    leave_out(np.full((1, layer.top_k), -1), np.array([-1]), np.array([-1]), cells.arrays(), whole, kept.share, least, *sums)
+    leave_out(np.full((1, layer.top_k), -1, id_dtype(layer.n_classes)), np.array([-1]), np.array([-1]), cells.arrays(), whole, kept.share, least, *sums)

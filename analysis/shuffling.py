@@ -168,6 +168,16 @@ class DocumentCells:
 
 
 @compiled
+def count_groups(experts: np.ndarray, document: np.ndarray, group: np.ndarray, tables: np.ndarray) -> None:
+    """Add to tables int64 [documents, groups, classes + 1] the experts [n, k], from -1 (counted as class 0) on, of tokens with a group, int64 [n], not -1."""
+    for t in range(experts.shape[0]):
+        if group[t] >= 0:
+            row = tables[_U(document[t]), _U(group[t])]
+            for j in range(experts.shape[1]):
+                row[_U(experts[t, j] + 1)] += 1
+
+
+@partial(compiled, error_model="numpy")
 def count_leaning(experts: np.ndarray, document: np.ndarray, row: np.ndarray, cells: tuple[np.ndarray, ...], documents: np.ndarray,
                   leaning: np.ndarray, share: np.ndarray, rate: np.ndarray) -> None:  # fmt: skip
     """Add to documents int64 [ids] who holds an id, and to leaning int64 [ids, classes] who sends it to an expert more often than all it has;
@@ -177,16 +187,21 @@ def count_leaning(experts: np.ndarray, document: np.ndarray, row: np.ndarray, ce
     one of another id. A document is added once the next one begins: call with one token of another document, that does not count, at the end.
     """
     now, held, seen, used, load = cells
+    own = np.empty(leaning.shape[1])
     for t in range(experts.shape[0]):
         if document[t] != now[0]:
+            tokens = now[2]
+            for e in range(own.shape[0]):
+                own[e] = load[e + 1] / tokens
             for i in range(now[1]):
-                r = held[i]
+                r = _U(held[i])
                 documents[r] += 1
-                for e in range(leaning.shape[1]):
-                    leaning[r, e] += used[r, e + 1] * now[2] > load[e + 1] * seen[r]
-                    share[r, e] += used[r, e + 1] / seen[r]
-                    rate[r, e] += load[e + 1] / now[2]
-                used[r] = 0
+                n, mine, more, shares, rates = seen[r], used[r], leaning[r], share[r], rate[r]
+                for e in range(own.shape[0]):
+                    more[e] += mine[e + 1] * tokens > load[e + 1] * n
+                    shares[e] += mine[e + 1] / n
+                    rates[e] += own[e]
+                mine[:] = 0
                 seen[r] = 0
             now[0], now[1], now[2] = document[t], 0, 0
             load[:] = 0
@@ -241,11 +256,12 @@ def leave_out(experts: np.ndarray, part: np.ndarray, row: np.ndarray, cells: tup
 
 def warm_up() -> None:
     """Compile every kernel, or load it from numba's cache."""
-    one = np.ones(2, np.int64)
+    one, none = np.ones(2, np.int64), np.full((2, 1), -1, np.int16)
     dealt_table(one, one, one, 2, 0)
     compare_deals(np.ones((2, 6)), np.zeros((1, 2), np.int64), np.ones((1, 1)), 0.5)
     neighbours_alike(np.ones((2, 1), np.uint64), one, one + 1, np.arange(2), np.zeros(2), np.zeros((2, 2), np.int64))
     cells, two = DocumentCells(1, 1).arrays(), np.zeros(2, np.int64)
-    count_leaning(one[:, None] - 1, one, two, cells, one, np.zeros((1, 1), np.int64), np.zeros((1, 1)), np.zeros((1, 1)))
+    count_groups(none, two, two, np.zeros((1, 1, 2), np.int64))
+    count_leaning(none, one, two, cells, one, np.zeros((1, 1), np.int64), np.zeros((1, 1)), np.zeros((1, 1)))
     cells = DocumentCells(1, 1).arrays()
-    leave_out(one[:, None] - 1, two, two, cells, (one, two, one, two, one), np.ones(1), 1, np.zeros(1), one)
+    leave_out(none, two, two, cells, (one, two, one, two, one), np.ones(1), 1, np.zeros(1), one)
