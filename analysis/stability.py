@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow as pa
@@ -255,7 +255,8 @@ def document_balance(trace: Trace, site: int) -> pa.Table:
 
 def _described(layer: LayerInfo, n: np.ndarray, loads: np.ndarray) -> pa.Table:
     """``balance``'s figures of every row of ``loads``, to the bit, with what chance gives of ``n`` tokens."""
-    chance = [of_each(n, lambda x, f=f: f(x, layer.n_classes, layer.top_k)) for f in (balance.chance_max_over_mean, balance.chance_cv)]
+    size = {"n_experts": layer.n_classes, "top_k": layer.top_k}
+    chance = [of_each(n, partial(f, **size)) for f in (balance.chance_max_over_mean, balance.chance_cv)]
     loads = loads[:, : layer.n_experts]
     total = loads.sum(1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -200,7 +200,9 @@ class Statistics:
         """int64 [documents, classes]: assignments per expert in each of ``documents`` (distinct numbers, ascending)."""
         rows = self._of_site(self.document_rows, site)
         document, expert, counts = (rows[n].to_numpy() for n in ("document", "expert", "count"))
-        starts = np.flatnonzero(np.append(True, document[1:] != document[:-1])[: len(document)])  # a document's rows lie together: it is sought once
+        starts = np.flatnonzero(
+            np.append(True, document[1:] != document[:-1])[: len(document)]
+        )  # a document's rows lie together: it is sought once
         numbers = document[starts]
         at = np.searchsorted(documents, numbers)
         known = (at < len(documents)) & (documents[np.minimum(at, len(documents) - 1)] == numbers) if len(documents) else at < 0
