@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -72,7 +72,7 @@ def maxvio_batches(trace: Trace, site: int, batch_tokens: int = 1, mixed: int | 
     """
     layer = trace.layers[site]
     n, loads = batch_loads(trace, site, batch_tokens, mixed)
-    chance = of_each(n, lambda x: _chance_maxvio(x, layer.n_classes, layer.top_k))
+    chance = of_each(n, _chance_maxvio, layer.n_classes, layer.top_k)
     return pa.table({"batch": pa.array(np.arange(1, len(n) + 1), pa.int64()), "n": pa.array(n, pa.int64()),
                      "maxvio": pa.array(loads.max(1) / loads.mean(1) - 1, pa.float64()), "chance": pa.array(chance, pa.float64())})  # fmt: skip
 
@@ -122,10 +122,18 @@ def least_stable(table: pa.Table) -> tuple[int, bool] | None:
     return row, bool(spread[row] > chance[row] * (1 + 2 / np.sqrt(2 * (batches[row] - 1))))
 
 
-def of_each(n: np.ndarray, function: Callable[[int], float]) -> np.ndarray:
-    """float64 [n]: ``function`` of each value, asked once for those that are equal, as many batches and documents are."""
-    values, at = np.unique(n, return_inverse=True)
-    return np.array([function(x) for x in values.tolist()], np.float64)[at]
+def of_each(n: np.ndarray, function: Callable[..., float], *settings: int) -> np.ndarray:
+    """float64 [n], not to be changed: ``function`` of each value and ``settings``, asked once for equal ones, as many batches and documents are."""
+    return _of_each(n.astype(np.int64).tobytes(), function, settings)
+
+
+@lru_cache(maxsize=64)
+def _of_each(n: bytes, function: Callable[..., float], settings: tuple[int, ...]) -> np.ndarray:
+    """Kept: layers are alike, and so are their batches."""
+    values, at = np.unique(np.frombuffer(n, np.int64), return_inverse=True)
+    found = np.array([function(x, *settings) for x in values.tolist()], np.float64)[at]
+    found.setflags(write=False)
+    return found
 
 
 @lru_cache(maxsize=16_384)
@@ -255,8 +263,7 @@ def document_balance(trace: Trace, site: int) -> pa.Table:
 
 def _described(layer: LayerInfo, n: np.ndarray, loads: np.ndarray) -> pa.Table:
     """``balance``'s figures of every row of ``loads``, to the bit, with what chance gives of ``n`` tokens."""
-    size = {"n_experts": layer.n_classes, "top_k": layer.top_k}
-    chance = [of_each(n, partial(f, **size)) for f in (balance.chance_max_over_mean, balance.chance_cv)]
+    chance = [of_each(n, f, layer.n_classes, layer.top_k) for f in (balance.chance_max_over_mean, balance.chance_cv)]
     loads = loads[:, : layer.n_experts]
     total = loads.sum(1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):

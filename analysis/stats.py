@@ -196,8 +196,9 @@ class Statistics:
         rows = self._rows("label_tokens", site)
         return dict(zip(rows["label"].to_pylist(), rows["count"].to_pylist(), strict=True))
 
-    def document_load(self, site: int, documents: np.ndarray) -> np.ndarray:
-        """int64 [documents, classes]: assignments per expert in each of ``documents`` (distinct numbers, ascending)."""
+    def document_load(self, site: int, documents: np.ndarray, unit: np.ndarray | None = None) -> np.ndarray:
+        """int64 [documents, classes]: assignments per expert in each of ``documents`` (distinct numbers, ascending); or [units, classes] in
+        each unit of them, where ``unit`` int64 [documents] says of which each is, from 0 on."""
         rows = self._of_site(self.document_rows, site)
         document, expert, counts = (rows[n].to_numpy() for n in ("document", "expert", "count"))
         starts = np.flatnonzero(
@@ -207,12 +208,14 @@ class Statistics:
         at = np.searchsorted(documents, numbers)
         known = (at < len(documents)) & (documents[np.minimum(at, len(documents) - 1)] == numbers) if len(documents) else at < 0
         each, classes = np.diff(np.append(starts, len(document))), self.classes[site]
-        cell = np.repeat(at * classes, each) + expert
+        n = len(documents) if unit is None else int(unit.max(initial=-1)) + 1
+        row = at if unit is None or not len(unit) else unit[np.minimum(at, len(unit) - 1)]
+        cell = np.repeat(row * classes, each) + expert
         if not known.all():
             mine = np.repeat(known, each)
             cell, counts = cell[mine], counts[mine]
-        found = np.bincount(cell, counts, len(documents) * classes)
-        return found.astype(np.int64).reshape(len(documents), classes)  # floats are exact below 2^53
+        found = np.bincount(cell, counts, n * classes)
+        return found.astype(np.int64).reshape(n, classes)  # floats are exact below 2^53
 
     def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(token ids, experts, counts), int64 [cells]: assignments of every token id that occur, sorted by id and expert."""
