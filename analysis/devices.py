@@ -12,7 +12,7 @@ from math import comb
 import numpy as np
 import pyarrow as pa
 
-from .stability import batch_loads
+from .stability import batch_loads, of_each
 from .trace import Trace
 
 
@@ -55,7 +55,7 @@ def queue_batches(trace: Trace, site: int, devices: int, batch_tokens: int = 1, 
     layer = trace.layers[site]
     n, loads = batch_loads(trace, site, batch_tokens, mixed)
     queue, experts = (x.max(1) / x.mean(1) for x in (device_loads(loads, devices), loads))
-    chance = [chance_longest_queue(t, layer.n_experts, layer.n_classes, layer.top_k, devices) for t in n.tolist()]
+    chance = of_each(n, chance_longest_queue, layer.n_experts, layer.n_classes, layer.top_k, devices)
     return pa.table({"batch": pa.array(np.arange(1, len(n) + 1), pa.int64()), "n": pa.array(n, pa.int64()),
                      **{name: pa.array(x, pa.float64()) for name, x in (("queue", queue), ("experts", experts), ("chance", chance))}})  # fmt: skip
 

@@ -14,9 +14,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .reading import blocks, owners
+from .reading import Reading, one_pass, owners
 from .significance import MOST_UNITS
-from .trace import Trace
+from .token_use import DocumentUse, use_reading
+from .trace import Trace, id_dtype
 from .vocabulary import LEAST, TokenCounts, coded
 
 FEWEST = 4  # documents for an interval: with fewer, how much they differ is not known
@@ -51,24 +52,39 @@ def vocabulary_interval(trace: Trace, counts: TokenCounts, least: int = LEAST,
     Nothing is drawn: the same run gives the same interval. Memory: an int32 for every such id at every expert, five int64 per token of the
     stream, and one block of tokens. ``missing`` where the run holds statistics only, has too few documents, or one of them holds all frequent ids.
     """
-    often = np.flatnonzero(counts.tokens >= least)
-    kept = _Kept.of(counts, often)
-    value = float(kept.share.mean()) if len(often) else float("nan")
     if trace.source is None or trace.load_tokens is None:
-        return DocumentInterval(value, np.nan, np.nan, 0, 0, "the run holds statistics only, no decisions of single documents")
-    owner = owners(trace, trace.layers[counts.site].stream)
+        return DocumentInterval(
+            _Kept.of(counts, least).value, np.nan, np.nan, 0, 0, "the run holds statistics only, no decisions of single documents"
+        )
+    return one_pass(trace, counts.site, interval_reading(trace, counts, least, progress))[0]
+
+
+def interval_reading(trace: Trace, counts: TokenCounts, least: int = LEAST,
+                     progress: Callable[[int, int], None] | None = None) -> Reading[DocumentInterval]:  # fmt: skip
+    """``vocabulary_interval`` of a run with tokens and decisions, for a pass that others share."""
+    kept = _Kept.of(counts, least)
+    value, owner = kept.value, owners(trace, trace.layers[counts.site].stream)
     documents = int(owner[-1]) + 1 if len(owner) else 0
     parts = min(documents, MOST_UNITS)
+    total, number = np.full(parts, kept.share.sum()), np.full(parts, len(kept.ids))
+    yield from _leave_out(trace, counts, owner * parts // max(documents, 1), kept, least, (total, number), progress)
     if documents < FEWEST:
         return DocumentInterval(value, np.nan, np.nan, documents, 0, f"fewer than {FEWEST} documents")
-    total, number = np.full(parts, kept.share.sum()), np.full(parts, len(often))
-    _leave_out(trace, counts, often, owner * parts // documents, kept, least, (total, number), progress)
     if not number.all():
         return DocumentInterval(
             value, np.nan, np.nan, documents, parts, "no token id is seen so often when one of the documents is left out"
         )
     low, high = jackknife_interval(value, total / number)
     return DocumentInterval(value, max(low, 0.0), min(high, 1.0), documents, parts)
+
+
+def use_and_interval(trace: Trace, counts: TokenCounts, ids: np.ndarray,
+                     progress: Callable[[int, int], None] | None = None) -> tuple[DocumentUse | None, DocumentInterval]:  # fmt: skip
+    """(``document_use`` of ``ids``, ``vocabulary_interval``) in one pass over the site."""
+    if trace.source is None or trace.load_tokens is None:
+        return None, vocabulary_interval(trace, counts)
+    use, interval = one_pass(trace, counts.site, use_reading(trace, counts, ids), interval_reading(trace, counts, progress=progress))
+    return use, interval
 
 
 def jackknife_interval(value: float, without: np.ndarray, coverage: float = COVERAGE) -> tuple[float, float]:
@@ -93,10 +109,11 @@ def _student(z: float, freedom: int) -> float:
 class _Kept:
     """Counts of the ids looked at, I of them: their cells lie side by side from ``start`` [I], ``length`` [I] each, in expert and count.
 
-    tokens  int64 [I].  share  float64 [I]: the largest share any expert has.
+    ids, tokens  int64 [I].  share  float64 [I]: the largest share any expert has.
     """
 
     classes: int
+    ids: np.ndarray
     tokens: np.ndarray
     start: np.ndarray
     length: np.ndarray
@@ -104,18 +121,23 @@ class _Kept:
     count: np.ndarray
     share: np.ndarray
 
+    @property
+    def value(self) -> float:
+        """Of the figure whose interval is sought."""
+        return float(self.share.mean()) if len(self.ids) else float("nan")
+
     @classmethod
-    def of(cls, counts: TokenCounts, often: np.ndarray) -> _Kept:
+    def of(cls, counts: TokenCounts, least: int) -> _Kept:
+        often = np.flatnonzero(counts.tokens >= least)
         start, stop = np.searchsorted(counts.row, often), np.searchsorted(counts.row, often, "right")
         top = np.zeros(len(counts.ids), np.int64)
         np.maximum.at(top, counts.row, counts.count)
-        return cls(
-            counts.classes, counts.tokens[often], start, stop - start, counts.expert, counts.count, top[often] / counts.tokens[often]
-        )
+        tokens = counts.tokens[often]
+        return cls(counts.classes, counts.ids[often], tokens, start, stop - start, counts.expert, counts.count, top[often] / tokens)
 
 
-def _leave_out(trace: Trace, counts: TokenCounts, often: np.ndarray, part: np.ndarray, kept: _Kept, least: int,
-               sums: tuple[np.ndarray, np.ndarray], progress: Callable[[int, int], None] | None) -> None:  # fmt: skip
+def _leave_out(trace: Trace, counts: TokenCounts, part: np.ndarray, kept: _Kept, least: int, sums: tuple[np.ndarray, np.ndarray],
+               progress: Callable[[int, int], None] | None) -> Reading[None]:  # fmt: skip
     """Change ``sums`` (float64 [parts] of the shares, int64 [parts] ids) to those without each part; ``part`` int64 [tokens] rises."""
     from .counting import check_ids
     from .shuffling import DocumentCells, leave_out  # pay for numba
@@ -123,15 +145,25 @@ def _leave_out(trace: Trace, counts: TokenCounts, often: np.ndarray, part: np.nd
     layer = trace.layers[counts.site]
     every, code = coded(trace, layer.stream, counts.kind)
     place = np.full(len(every) + 1, -1)  # the last for tokens that have no id
-    place[np.searchsorted(every, counts.ids[often])] = np.arange(len(often))
-    row, cells = place[code], DocumentCells(len(often), layer.n_classes)
+    place[np.searchsorted(every, kept.ids)] = np.arange(len(kept.ids))
+    row, cells = place[code], DocumentCells(len(kept.ids), layer.n_classes)
     whole = tuple(
         np.require(x, np.int64, "W") for x in (kept.tokens, kept.start, kept.length, kept.expert, kept.count)
     )  # one kind of array: compiled once
-    for start, experts in blocks(trace, layer):
+    while (block := (yield)) is not None:
+        start, experts = block
         check_ids(experts, layer.n_classes)
         here = slice(start, start + len(experts))
         leave_out(experts, part[here], row[here], cells.arrays(), whole, kept.share, least, *sums)
         if progress is not None:
             progress(here.stop, len(part))
-    leave_out(np.full((1, layer.top_k), -1), np.array([-1]), np.array([-1]), cells.arrays(), whole, kept.share, least, *sums)
+    leave_out(
+        np.full((1, layer.top_k), -1, id_dtype(layer.n_classes)),
+        np.array([-1]),
+        np.array([-1]),
+        cells.arrays(),
+        whole,
+        kept.share,
+        least,
+        *sums,
+    )

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow.compute as pc
 
-from .trace import LayerInfo, Trace
+from .trace import LayerInfo, Trace, id_dtype
 
 ROWS = 65_536  # tokens read at a time
 _Found = TypeVar("_Found")
@@ -20,10 +20,11 @@ Reading = Generator[None, tuple[int, np.ndarray] | None, _Found]  # see ``one_pa
 
 
 def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, executed experts int64 [up to ``rows``, k]) over a site's stream, in order; bounded memory."""
+    """(first row, executed experts [up to ``rows``, k], of ``id_dtype``) over a site's stream, in order; bounded memory."""
+    ids = id_dtype(layer.n_classes)  # one type whatever the source: kernels are compiled for it once
     for start in range(0, trace.n_tokens(layer.stream), rows):
         stop = min(start + rows, trace.n_tokens(layer.stream))
-        yield start, trace.experts(layer.index, start, stop).astype(np.int64)
+        yield start, np.ascontiguousarray(trace.experts(layer.index, start, stop), ids)
 
 
 def one_pass(trace: Trace, site: int, *readings: Reading[Any]) -> list[Any]:

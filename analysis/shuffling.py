@@ -12,6 +12,8 @@ import numpy as np
 
 from .counting import compiled
 
+DRAWN, FREQUENT = 1 << 24, 1_024  # from so many draws on, cells are drawn of the rows that hold so many, and not each draw
+MOST_DRAWN = 10**9  # beyond, numpy refuses to draw cells
 RAW = 1 << 15  # random numbers of 64 bits drawn at a time: these, and the places made of them, stay in a processor's cache
 _U = np.uintp
 
@@ -19,7 +21,8 @@ _U = np.uintp
 def dealt_table(x: np.ndarray, y: np.ndarray, counts: np.ndarray, width: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(x, y, counts), ascending, of a random table with the margins of the given cells: each draw keeps its x and is dealt another's y.
 
-    y from 0 to ``width`` - 1, int64 [cells] each. The draws, by x and then as given, end where numpy's Generator.shuffle puts them.
+    y from 0 to ``width`` - 1, int64 [cells] each. The draws, by x and then as given, end where numpy's Generator.shuffle puts them; from
+    DRAWN of them on, ``_drawn_and_dealt``: other random numbers, the same distribution, in a time that does not grow with the draws.
     ValueError for another y, more than 65,536 kinds of it, or 2^32 draws.
     """
     n = int(counts.sum())
@@ -30,16 +33,46 @@ def dealt_table(x: np.ndarray, y: np.ndarray, counts: np.ndarray, width: int, se
     if not (x[1:] >= x[:-1]).all():
         order = x.argsort(kind="stable")
         x, y, counts = x[order], y[order], counts[order]
-    held, rng = np.repeat(y.astype(np.uint16), counts), np.random.default_rng(seed)
-    places, last = np.empty(RAW, np.uint32), n - 1
+    rng = np.random.default_rng(seed)
+    starts = np.flatnonzero(np.append(True, x[1:] != x[:-1]))[: len(x)]
+    totals = np.add.reduceat(counts, starts) if len(starts) else counts
+    if DRAWN <= n < MOST_DRAWN and (totals >= FREQUENT).any():
+        return _drawn_and_dealt(x[starts], totals, np.bincount(y, counts, width).astype(np.int64), rng)  # floats are exact below 2^53
+    return _dealt(np.repeat(y.astype(np.uint16), counts), x[starts], totals, width, rng)
+
+
+def _drawn_and_dealt(
+    names: np.ndarray, totals: np.ndarray, load: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``dealt_table`` of rows ``names`` that hold ``totals``, and ``load`` int64 [width] draws of each kind.
+
+    Given its margins, the table is multivariate hypergeometric: kind after kind falls on the rows by what room each has left, all
+    infrequent rows taken as one; what fell on these is dealt to them draw by draw.
+    """
+    frequent = np.flatnonzero(totals >= FREQUENT)
+    left = np.append(totals[frequent], totals.sum() - totals[frequent].sum())
+    table = np.empty((len(load), len(left)), np.int64)
+    for kind, n in enumerate(load.tolist()):
+        table[kind] = rng.multivariate_hypergeometric(left, n, method="marginals")
+        left -= table[kind]
+    often, rest = np.nonzero(table[:, :-1].T), np.flatnonzero(totals < FREQUENT)
+    some = _dealt(np.repeat(np.arange(len(load), dtype=np.uint16), table[:, -1]), rest, totals[rest], len(load), rng)
+    row, column, number = (np.concatenate(x) for x in zip((frequent[often[0]], often[1], table[:, :-1].T[often]), some, strict=True))
+    order = row.argsort(kind="stable")  # two runs in order
+    return names[row[order]], column[order], number[order]
+
+
+def _dealt(
+    held: np.ndarray, names: np.ndarray, totals: np.ndarray, width: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``held`` uint16 [draws] shuffled, in place, and dealt to rows ``names`` that hold ``totals``."""
+    places, last = np.empty(RAW, np.uint32), len(held) - 1
     while last > 0:
         raw = rng.integers(0, 1 << 64, RAW, dtype=np.uint64)
         last = _swap(held, raw.astype("<u8", copy=False).view("<u4"), last, places)  # the lower half comes first
-    starts = np.flatnonzero(np.append(True, x[1:] != x[:-1]))[: len(x)]
-    totals = np.add.reduceat(counts, starts) if len(starts) else counts
     room = int(np.minimum(totals, width).sum()) + 1
     row, column, number = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
-    cells = _count_rows(held, x[starts], totals, width, row, column, number)
+    cells = _count_rows(held, names, totals, width, row, column, number)
     return row[:cells], column[:cells], number[:cells]
 
 
@@ -168,6 +201,16 @@ class DocumentCells:
 
 
 @compiled
+def count_groups(experts: np.ndarray, document: np.ndarray, group: np.ndarray, tables: np.ndarray) -> None:
+    """Add to tables int64 [documents, groups, classes + 1] the experts [n, k], from -1 (counted as class 0) on, of tokens with a group, int64 [n], not -1."""
+    for t in range(experts.shape[0]):
+        if group[t] >= 0:
+            row = tables[_U(document[t]), _U(group[t])]
+            for j in range(experts.shape[1]):
+                row[_U(experts[t, j] + 1)] += 1
+
+
+@partial(compiled, error_model="numpy")
 def count_leaning(experts: np.ndarray, document: np.ndarray, row: np.ndarray, cells: tuple[np.ndarray, ...], documents: np.ndarray,
                   leaning: np.ndarray, share: np.ndarray, rate: np.ndarray) -> None:  # fmt: skip
     """Add to documents int64 [ids] who holds an id, and to leaning int64 [ids, classes] who sends it to an expert more often than all it has;
@@ -177,16 +220,21 @@ def count_leaning(experts: np.ndarray, document: np.ndarray, row: np.ndarray, ce
     one of another id. A document is added once the next one begins: call with one token of another document, that does not count, at the end.
     """
     now, held, seen, used, load = cells
+    own = np.empty(leaning.shape[1])
     for t in range(experts.shape[0]):
         if document[t] != now[0]:
+            tokens = now[2]
+            for e in range(own.shape[0]):
+                own[e] = load[e + 1] / tokens
             for i in range(now[1]):
-                r = held[i]
+                r = _U(held[i])
                 documents[r] += 1
-                for e in range(leaning.shape[1]):
-                    leaning[r, e] += used[r, e + 1] * now[2] > load[e + 1] * seen[r]
-                    share[r, e] += used[r, e + 1] / seen[r]
-                    rate[r, e] += load[e + 1] / now[2]
-                used[r] = 0
+                n, mine, more, shares, rates = seen[r], used[r], leaning[r], share[r], rate[r]
+                for e in range(own.shape[0]):
+                    more[e] += mine[e + 1] * tokens > load[e + 1] * n
+                    shares[e] += mine[e + 1] / n
+                    rates[e] += own[e]
+                mine[:] = 0
                 seen[r] = 0
             now[0], now[1], now[2] = document[t], 0, 0
             load[:] = 0
@@ -241,11 +289,12 @@ def leave_out(experts: np.ndarray, part: np.ndarray, row: np.ndarray, cells: tup
 
 def warm_up() -> None:
     """Compile every kernel, or load it from numba's cache."""
-    one = np.ones(2, np.int64)
+    one, none = np.ones(2, np.int64), np.full((2, 1), -1, np.int16)
     dealt_table(one, one, one, 2, 0)
     compare_deals(np.ones((2, 6)), np.zeros((1, 2), np.int64), np.ones((1, 1)), 0.5)
     neighbours_alike(np.ones((2, 1), np.uint64), one, one + 1, np.arange(2), np.zeros(2), np.zeros((2, 2), np.int64))
     cells, two = DocumentCells(1, 1).arrays(), np.zeros(2, np.int64)
-    count_leaning(one[:, None] - 1, one, two, cells, one, np.zeros((1, 1), np.int64), np.zeros((1, 1)), np.zeros((1, 1)))
+    count_groups(none, two, two, np.zeros((1, 1, 2), np.int64))
+    count_leaning(none, one, two, cells, one, np.zeros((1, 1), np.int64), np.zeros((1, 1)), np.zeros((1, 1)))
     cells = DocumentCells(1, 1).arrays()
-    leave_out(one[:, None] - 1, two, two, cells, (one, two, one, two, one), np.ones(1), 1, np.zeros(1), one)
+    leave_out(none, two, two, cells, (one, two, one, two, one), np.ones(1), 1, np.zeros(1), one)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import count as count_from
 
 import numpy as np
@@ -110,33 +111,30 @@ class DocumentCounts:
 
 def labelled_documents(trace: Trace, site: int, most: int = MOST_UNITS) -> DocumentCounts:
     """Counts per labelled document of a site's stream. More than ``most`` are joined, in order, within their label."""
-    stream = trace.layers[site].stream
-    rows = trace.documents.filter(pc.and_(pc.equal(trace.documents["stack"], stream), pc.is_valid(trace.documents["label"])))
-    rows = rows.filter(pc.greater(rows["n_tokens"], 0)).sort_by("document")
-    names = np.array(rows["label"].to_pylist(), object)
-    labels = tuple(sorted(set(names.tolist())))
-    at = {label: i for i, label in enumerate(labels)}
-    codes = np.array([at[x] for x in names], np.int64)
-    numbers = rows["document"].to_numpy()
-    whole = DocumentCounts(labels, codes, rows["n_tokens"].to_numpy().astype(np.int64), trace.stats.document_load(site, numbers),
-                           np.ones(len(codes), np.int64))  # fmt: skip
-    return whole if len(codes) <= most else _joined(whole, most)
+    rows = trace.documents_in(trace.layers[site].stream)
+    rows = rows.filter(pc.and_(pc.is_valid(rows["label"]), pc.greater(rows["n_tokens"], 0)))
+    coded = rows["label"].combine_chunks().dictionary_encode()
+    names = coded.dictionary.to_pylist()
+    labels = tuple(sorted(names))
+    codes = np.array([labels.index(x) for x in names], np.int64)[coded.indices.to_numpy()]
+    numbers, tokens = rows["document"].to_numpy(), rows["n_tokens"].to_numpy().astype(np.int64)
+    if len(codes) <= most:
+        return DocumentCounts(labels, codes, tokens, trace.stats.document_load(site, numbers), np.ones(len(codes), np.int64))
+    unit = _units(codes, most)
+    first = np.unique(unit, return_index=True)[1]
+    sizes = np.bincount(unit, tokens).astype(np.int64)  # floats are exact below 2^53
+    return DocumentCounts(labels, codes[first], sizes, trace.stats.document_load(site, numbers, unit), np.bincount(unit))
 
 
-def _joined(whole: DocumentCounts, most: int) -> DocumentCounts:
-    """At most about ``most`` units of whole documents, each of one label, as many per label as its documents' share."""
-    order = np.argsort(whole.codes, kind="stable")
-    codes = whole.codes[order]
+def _units(codes: np.ndarray, most: int) -> np.ndarray:
+    """int64 [documents], from 0 on: at most about ``most`` units of whole documents, each of one label, as many per label as its documents' share."""
+    order = np.argsort(codes, kind="stable")
     sizes = np.bincount(codes)
     units = np.maximum(np.minimum(sizes, 2), sizes * most // len(codes))
     rank = np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    unit = np.repeat(np.cumsum(units) - units, sizes) + rank * units[codes] // sizes[codes]
-    starts = np.flatnonzero(np.append(True, unit[1:] != unit[:-1]))
-
-    def total(values: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(values[order], starts, axis=0)
-
-    return DocumentCounts(whole.labels, codes[starts], total(whole.tokens), total(whole.counts), total(whole.documents))
+    found = np.empty(len(codes), np.int64)
+    found[order] = np.repeat(np.cumsum(units) - units, sizes) + rank * units[codes[order]] // sizes[codes[order]]
+    return found
 
 
 def by_label(trace: Trace, site: int, draws: int | None = None, seed: int = 0) -> Preferences:
@@ -290,14 +288,22 @@ def label_information(trace: Trace, site: int, draws: int = 199, seed: int = 0) 
     most = ceiling(h_label, h_expert, layer.top_k if n == sum(trace.stats.label_tokens(site).values()) * layer.top_k else 1)
     if len(units.labels) < 2 or len(units.labels) != len(table) or not n:
         return Information(bits, corrected, np.nan, np.nan, h_label, h_expert, most, n, "no null: labelled documents are needed")
-    deals, exact = rearranged_labels(units.codes, draws, seed)
-    member = (deals[:, None, :] == np.arange(len(table))[None, :, None]).astype(np.float64)
+    member, exact = _dealt_labels(units.codes.tobytes(), len(table), draws, seed)
     null = plug_in(member @ units.counts.astype(np.float64))
     own = 0 if exact else 1
     p = ((null >= bits * (1 - 1e-9)).sum() + own) / (len(null) + own)
     low, high = interval(null)
     return Information(bits, corrected, float(null.mean()), float(p), h_label, h_expert, most, n,
                        f"labels moved between {_named(units.documents)}, {len(null)} times", float(low), float(high))  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _dealt_labels(codes: bytes, labels: int, draws: int, seed: int) -> tuple[np.ndarray, bool]:
+    """(float64 [deals, labels, units]: 1 where a unit is dealt a label, whether these are all deals); kept, as every site of a stream asks."""
+    deals, exact = rearranged_labels(np.frombuffer(codes, np.int64), draws, seed)
+    member = (deals[:, None, :] == np.arange(labels)[None, :, None]).astype(np.float64)
+    member.setflags(write=False)
+    return member, exact
 
 
 def token_score(load: np.ndarray, tokens: int, top_k: int) -> np.ndarray:

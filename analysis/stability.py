@@ -6,6 +6,7 @@ so many tokens would give.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +19,7 @@ from .longtables import LongTable
 from .stats import Statistics
 from .trace import LayerInfo, Trace
 
-KEPT_CELLS, KEPT_SITES = 1 << 18, 64  # documents x experts of a site whose loads are kept, and sites: 128 MiB at most
+KEPT_BYTES, KEPT_SITES = 1 << 21, 64  # of a site's loads that are kept, and sites: 128 MiB at most, and again for batches
 LEAST_DOCUMENTS = 30  # a text in ten is missing from 30 of them in 4 % of cases: 0.9^30
 SCHEMA = (("n", pa.int64()), ("max_over_mean", pa.float64()), ("cv", pa.float64()), ("normalised_entropy", pa.float64()),
           ("dead", pa.float64()), ("chance_max_over_mean", pa.float64()), ("chance_cv", pa.float64()))  # fmt: skip
@@ -32,8 +33,7 @@ def batch_balance(trace: Trace, site: int, batch_tokens: int = 1) -> pa.Table:
     """
     sizes, counts = _documents(trace, site)
     starts = _batches(sizes, batch_tokens)
-    n = np.add.reduceat(sizes, starts) if len(starts) else sizes
-    loads = np.add.reduceat(counts, starts, axis=0) if len(starts) else counts
+    n, loads = _together(sizes, starts), _together(counts, starts)
     table = _described(trace.layers[site], n, loads)
     table = table.add_column(0, "documents", pa.array(np.diff(np.append(starts, len(sizes))), pa.int64()))
     return table.add_column(0, "batch", pa.array(np.arange(len(n)), pa.int64()))
@@ -44,11 +44,7 @@ def batch_maxvio(trace: Trace, site: int, batch_tokens: int = 1) -> float:
 
     ``batch_tokens`` as in ``batch_balance``; at its default every document is a batch.
     """
-    sizes, counts = _documents(trace, site)
-    starts = _batches(sizes, batch_tokens)
-    loads = np.add.reduceat(counts, starts, axis=0) if len(starts) else counts
-    loads = loads[:, : trace.layers[site].n_experts]
-    loads = loads[loads.sum(1) > 0]
+    loads = batch_loads(trace, site, batch_tokens)[1]
     return float((loads.max(1) / loads.mean(1) - 1).mean()) if len(loads) else float("nan")
 
 
@@ -63,9 +59,9 @@ def batch_loads(trace: Trace, site: int, batch_tokens: int = 1, mixed: int | Non
         order = np.random.default_rng(mixed).permutation(len(sizes))  # one order for every site of a stream
         sizes, counts = sizes[order], counts[order]
     starts = _batches(sizes, batch_tokens)
-    n, loads = (np.add.reduceat(x, starts, axis=0) if len(starts) else x for x in (sizes, counts[:, : trace.layers[site].n_experts]))
+    n, loads = _together(sizes, starts), _together(counts[:, : trace.layers[site].n_experts], starts)
     ran = loads.sum(1) > 0
-    return n[ran], loads[ran]
+    return (n, loads) if ran.all() else (n[ran], loads[ran])
 
 
 def maxvio_batches(trace: Trace, site: int, batch_tokens: int = 1, mixed: int | None = None) -> pa.Table:
@@ -75,7 +71,7 @@ def maxvio_batches(trace: Trace, site: int, batch_tokens: int = 1, mixed: int | 
     """
     layer = trace.layers[site]
     n, loads = batch_loads(trace, site, batch_tokens, mixed)
-    chance = [_chance_maxvio(x, layer.n_classes, layer.top_k) for x in n.tolist()]
+    chance = of_each(n, _chance_maxvio, layer.n_classes, layer.top_k)
     return pa.table({"batch": pa.array(np.arange(1, len(n) + 1), pa.int64()), "n": pa.array(n, pa.int64()),
                      "maxvio": pa.array(loads.max(1) / loads.mean(1) - 1, pa.float64()), "chance": pa.array(chance, pa.float64())})  # fmt: skip
 
@@ -123,6 +119,20 @@ def least_stable(table: pa.Table) -> tuple[int, bool] | None:
         return None
     row = int(np.nanargmax(spread))
     return row, bool(spread[row] > chance[row] * (1 + 2 / np.sqrt(2 * (batches[row] - 1))))
+
+
+def of_each(n: np.ndarray, function: Callable[..., float], *settings: int) -> np.ndarray:
+    """float64 [n], not to be changed: ``function`` of each value and ``settings``, asked once for equal ones, as many batches and documents are."""
+    return _of_each(n.astype(np.int64).tobytes(), function, settings)
+
+
+@lru_cache(maxsize=64)
+def _of_each(n: bytes, function: Callable[..., float], settings: tuple[int, ...]) -> np.ndarray:
+    """Kept: layers are alike, and so are their batches."""
+    values, at = np.unique(np.frombuffer(n, np.int64), return_inverse=True)
+    found = np.array([function(x, *settings) for x in values.tolist()], np.float64)[at]
+    found.setflags(write=False)
+    return found
 
 
 @lru_cache(maxsize=16_384)
@@ -203,8 +213,7 @@ def late_positions(trace: Trace, site: int) -> LatePositions | None:
     late = next((r for r in rows if len(sizes) and 2 * r["documents"] < len(sizes)), None)
     if late is None:
         return None
-    documents = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
-    labels = documents["label"].to_pylist()
+    labels = trace.documents_in(trace.layers[site].stream)["label"].to_pylist()
     beyond = np.maximum(sizes - late["first"], 0)
     tokens = {x: int(beyond[[y == x for y in labels]].sum()) for x in dict.fromkeys(labels) if x is not None}
     label = max(tokens, key=tokens.__getitem__) if tokens else None
@@ -215,8 +224,7 @@ def late_positions(trace: Trace, site: int) -> LatePositions | None:
 
 def _sizes(trace: Trace, site: int) -> np.ndarray:
     """int64 [documents] tokens of the documents of the site's stream, by document number."""
-    rows = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
-    return rows["n_tokens"].to_numpy().astype(np.int64)
+    return trace.documents_in(trace.layers[site].stream)["n_tokens"].to_numpy().astype(np.int64)
 
 
 def label_balance(trace: Trace, site: int) -> pa.Table:
@@ -230,7 +238,7 @@ def label_balance(trace: Trace, site: int) -> pa.Table:
     names: list[str | None] = [*labels]
     if labels and (rest := trace.stats.n_tokens(site) - sum(n)):
         n, names, loads = [*n, rest], [*labels, None], np.vstack([loads, trace.stats.load(site) - loads.sum(0)])
-    stream = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream))["label"].to_pylist()
+    stream = trace.documents_in(trace.layers[site].stream)["label"].to_pylist()
     table = _described(trace.layers[site], np.array(n, np.int64), loads)
     table = table.add_column(0, "documents", pa.array([stream.count(x) if stream else None for x in names], pa.int64()))
     return table.add_column(0, "label", pa.array(names, pa.string()))
@@ -242,11 +250,10 @@ def document_balance(trace: Trace, site: int) -> pa.Table:
     excess = max_over_mean / chance_max_over_mean of so many tokens: above 1 is more than chance. Documents without an
     assignment are left out.
     """
-    stream = trace.layers[site].stream
-    rows = trace.documents.filter(pc.equal(trace.documents["stack"], stream)).sort_by("document").select(["document", "name", "label"])
+    rows = trace.documents_in(trace.layers[site].stream).select(["document", "name", "label"])
     sizes, counts = _documents(trace, site)
     ran = counts[:, : trace.layers[site].n_experts].sum(1) > 0
-    table = _described(trace.layers[site], sizes[ran], counts[ran])
+    table = _described(trace.layers[site], sizes[ran], counts[ran].astype(np.int64))
     for column in reversed(rows.column_names):
         table = table.add_column(0, column, rows[column].filter(pa.array(ran)))
     table = table.append_column("excess", pc.divide(table["max_over_mean"], table["chance_max_over_mean"]))
@@ -255,7 +262,7 @@ def document_balance(trace: Trace, site: int) -> pa.Table:
 
 def _described(layer: LayerInfo, n: np.ndarray, loads: np.ndarray) -> pa.Table:
     """``balance``'s figures of every row of ``loads``, to the bit, with what chance gives of ``n`` tokens."""
-    known = {x: [f(x, layer.n_classes, layer.top_k) for f in (balance.chance_max_over_mean, balance.chance_cv)] for x in set(n.tolist())}
+    chance = [of_each(n, f, layer.n_classes, layer.top_k) for f in (balance.chance_max_over_mean, balance.chance_cv)]
     loads = loads[:, : layer.n_experts]
     total = loads.sum(1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -265,34 +272,51 @@ def _described(layer: LayerInfo, n: np.ndarray, loads: np.ndarray) -> pa.Table:
         entropy[row] = balance.entropy(loads[row])
     even = entropy / np.log(layer.n_experts) if layer.n_experts > 1 else entropy + 1
     dead = np.where(total[:, 0] > 0, (loads == 0).sum(1), np.nan)
-    chance = np.array([known[x] for x in n.tolist()]).reshape(len(n), 2)
-    columns = n, relative.max(1), relative.std(1), even, dead, *chance.T
+    columns = n, relative.max(1), relative.std(1), even, dead, *chance
     return pa.table([pa.array(c, t) for c, (_, t) in zip(columns, SCHEMA, strict=True)], schema=pa.schema(SCHEMA))
 
 
 def _documents(trace: Trace, site: int) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [documents] tokens, int64 [documents, classes] assignments, not to be changed) of the site's stream, by document number."""
-    rows = trace.documents.filter(pc.equal(trace.documents["stack"], trace.layers[site].stream)).sort_by("document")
+    """(int64 [documents] tokens, [documents, classes] assignments) of the site's stream, by document number; the latter not to be changed,
+    and of whatever integers hold them: add them up as int64."""
+    rows = trace.documents_in(trace.layers[site].stream)
     numbers, stats = rows["document"].to_numpy(), trace.stats
-    kept = isinstance(stats.document_rows, LongTable) and len(numbers) * trace.layers[site].n_classes <= KEPT_CELLS
+    kept = isinstance(stats.document_rows, LongTable) and len(numbers) * trace.layers[site].n_classes * 2 <= KEPT_BYTES
     counts = _kept_load(stats, site, numbers.tobytes(), numbers.dtype) if kept else stats.document_load(site, numbers)
     return rows["n_tokens"].to_numpy().astype(np.int64), counts
 
 
 @lru_cache(maxsize=KEPT_SITES)
 def _kept_load(stats: Statistics, site: int, documents: bytes, dtype: np.dtype) -> np.ndarray:
-    """Statistics.document_load of a stored run, whose files do not change: one page asks for every site four times and more."""
+    """Statistics.document_load of a stored run, whose files do not change, in as narrow an integer as holds it: one page asks for every
+    site four times and more."""
     found = stats.document_load(site, np.frombuffer(documents, dtype))
-    found.setflags(write=False)
-    return found
+    narrow = found.astype(np.min_scalar_type(int(found.max(initial=0))))
+    narrow.setflags(write=False)
+    return narrow
+
+
+def _together(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """int64: sums of the rows of each batch, from its start to the next one's."""
+    if len(starts) == len(values):
+        return values.astype(np.int64)
+    return np.asarray(np.add.reduceat(values, starts, axis=0, dtype=np.int64))
 
 
 def _batches(sizes: np.ndarray, batch_tokens: int) -> np.ndarray:
     """First document of each batch. Raises ValueError for a batch of no tokens."""
     if batch_tokens < 1:
         raise ValueError(f"a batch of {batch_tokens} tokens holds nothing: give at least 1")
+    if len(sizes) and sizes.min() >= batch_tokens:
+        return np.arange(len(sizes))
+    return _cut(sizes.tobytes(), batch_tokens)
+
+
+@lru_cache(maxsize=8)
+def _cut(sizes: bytes, batch_tokens: int) -> np.ndarray:
+    """``_batches`` of int64 sizes: kept, as every site of a stream is cut alike."""
     starts, filled = [0] if len(sizes) else [], 0
-    for i, size in enumerate(sizes.tolist()):
+    for i, size in enumerate(np.frombuffer(sizes, np.int64).tolist()):
         if filled >= batch_tokens:
             starts.append(i)
             filled = 0

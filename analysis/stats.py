@@ -196,15 +196,26 @@ class Statistics:
         rows = self._rows("label_tokens", site)
         return dict(zip(rows["label"].to_pylist(), rows["count"].to_pylist(), strict=True))
 
-    def document_load(self, site: int, documents: np.ndarray) -> np.ndarray:
-        """int64 [documents, classes]: assignments per expert in each of ``documents`` (distinct numbers, ascending)."""
+    def document_load(self, site: int, documents: np.ndarray, unit: np.ndarray | None = None) -> np.ndarray:
+        """int64 [documents, classes]: assignments per expert in each of ``documents`` (distinct numbers, ascending); or [units, classes] in
+        each unit of them, where ``unit`` int64 [documents] says of which each is, from 0 on."""
         rows = self._of_site(self.document_rows, site)
-        document = rows["document"].to_numpy()
-        at = np.searchsorted(documents, document)
-        known = (at < len(documents)) & (documents[np.minimum(at, len(documents) - 1)] == document) if len(documents) else at < 0
-        classes, counts = self.classes[site], rows["count"].to_numpy()[known]
-        found = np.bincount(at[known] * classes + rows["expert"].to_numpy()[known], counts, len(documents) * classes)
-        return found.astype(np.int64).reshape(len(documents), classes)  # floats are exact below 2^53
+        document, expert, counts = (rows[n].to_numpy() for n in ("document", "expert", "count"))
+        starts = np.flatnonzero(
+            np.append(True, document[1:] != document[:-1])[: len(document)]
+        )  # a document's rows lie together: it is sought once
+        numbers = document[starts]
+        at = np.searchsorted(documents, numbers)
+        known = (at < len(documents)) & (documents[np.minimum(at, len(documents) - 1)] == numbers) if len(documents) else at < 0
+        each, classes = np.diff(np.append(starts, len(document))), self.classes[site]
+        n = len(documents) if unit is None else int(unit.max(initial=-1)) + 1
+        row = at if unit is None or not len(unit) else unit[np.minimum(at, len(unit) - 1)]
+        cell = np.repeat(row * classes, each) + expert
+        if not known.all():
+            mine = np.repeat(known, each)
+            cell, counts = cell[mine], counts[mine]
+        found = np.bincount(cell, counts, n * classes)
+        return found.astype(np.int64).reshape(n, classes)  # floats are exact below 2^53
 
     def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(token ids, experts, counts), int64 [cells]: assignments of every token id that occur, sorted by id and expert."""

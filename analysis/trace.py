@@ -249,6 +249,17 @@ class Trace:
         """What a reader of gate weights must know, in sentences; "" where they are exact."""
         return NOTES[self.weights_kept]
 
+    def documents_in(self, stream: str) -> pa.Table:
+        """The rows of ``documents`` of one stream, by document number; put in order once, as every site of the stream asks."""
+        if stream not in self._documents_in:
+            mine = self.documents.filter(pc.equal(self.documents["stack"], stream))
+            self._documents_in[stream] = mine.sort_by("document").combine_chunks()
+        return self._documents_in[stream]
+
+    @cached_property
+    def _documents_in(self) -> dict[str, pa.Table]:
+        return {}
+
     def n_tokens(self, stream: str = "decoder") -> int:
         """Tokens recorded in a stream."""
         of_stream = self.documents.filter(pc.equal(self.documents["stack"], stream))

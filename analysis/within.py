@@ -58,6 +58,8 @@ class KindCounts:
 def kind_reading(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> Reading[KindCounts]:
     """``codes`` int [tokens of the stream] into the kinds, -1 for none. Rates are those of single documents, also where documents are joined
     into at most MOST_UNITS units: a unit's documents may differ."""
+    from .counting import check_ids  # pays for numba
+
     layer = trace.layers[site]
     owner = owners(trace, layer.stream)
     n, width = int(owner[-1]) + 1 if len(owner) else 0, layer.n_classes
@@ -68,11 +70,13 @@ def kind_reading(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> R
     load, counts, weighted = np.zeros((n, width), np.int64), np.zeros((units, n_groups, width), np.int64), np.zeros((n_groups, width))
     unit = np.arange(n) * units // max(n, 1)
     while (block := (yield)) is not None:
+        check_ids(block[1], width)
         here = slice(block[0], block[0] + len(block[1]))
         for first, table in _document_tables(block[1], owner[here], codes[here], n_groups, width):
             mine = slice(first, first + len(table))
             load[mine] += table.sum(1)
-            np.add.at(counts, unit[mine], table)
+            starts = np.flatnonzero(np.diff(unit[mine], prepend=-1))
+            counts[unit[mine][starts]] += np.add.reduceat(table, starts)
             weighted += np.einsum("dg,dge->ge", part[mine], table)
     rate = load / total[:, None]
     edges = np.searchsorted(unit, np.arange(units + 1))
@@ -85,10 +89,11 @@ def kind_reading(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> R
 def _document_tables(experts: np.ndarray, owner: np.ndarray, codes: np.ndarray, n_groups: int,
                      classes: int) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
     """(first document, int64 [documents, groups, classes] assignments) of a block, in pieces; what the block has of a document cut by its ends."""
-    width = classes + 1  # a column more for places without an expert, a row more for tokens of no group
-    most = max(CELLS // ((n_groups + 1) * width), 1)
+    from .shuffling import count_groups
+
+    most = max(CELLS // ((n_groups + 1) * (classes + 1)), 1)
     for first in range(int(owner[0]), int(owner[-1]) + 1, most):
         a, b = np.searchsorted(owner, (first, first + most))
-        row, n = (owner[a:b] - first) * (n_groups + 1) + codes[a:b] + 1, int(owner[b - 1]) - first + 1
-        table = np.bincount((row[:, None] * width + experts[a:b] + 1).ravel(), minlength=n * (n_groups + 1) * width)
-        yield first, table.reshape(n, n_groups + 1, width)[:, 1:, 1:]
+        table = np.zeros((int(owner[b - 1]) - first + 1, n_groups, classes + 1), np.int64)  # a column more for places without an expert
+        count_groups(experts[a:b], owner[a:b] - first, codes[a:b], table)
+        yield first, table[..., 1:]

@@ -133,6 +133,20 @@ def test_documents_of_one_length_are_counted_beside_chance() -> None:
     assert figure.layout.xaxis.range[0] == 0 and figure.layout.xaxis.range[1] > 3
 
 
+def test_every_one_of_many_documents_is_counted_in_a_cell_beside_chance() -> None:
+    rng = np.random.default_rng(0)
+    n, ratio = rng.integers(1, 3_000, 5_000), rng.gamma(2.0, 1.0, 5_000) + 1
+    figure = charts.document_map(ratio, n, 1 + 1 / n, "light")
+    count = charts.rows(figure).filter(pc.equal(charts.rows(figure)["series"], "documents"))
+    told = count.filter(pc.is_valid(count["documents"])).to_pylist()
+    assert sum(x["documents"] for x in told) == len(n) and min(x["documents"] for x in told) == 1
+    for cell in told[:: len(told) // 20]:
+        inside = (n >= cell["first"]) & (n <= cell["last"]) & (ratio >= cell["max_over_mean_from"]) & (ratio < cell["max_over_mean_to"])
+        assert inside.sum() == cell["documents"]
+    line = figure.data[1]
+    assert list(line.x) == sorted(set(n.tolist())) and np.allclose(line.y, 1 + 1 / np.array(line.x))
+
+
 def test_rows_are_what_is_drawn() -> None:
     run, batch, least, most, chance = (np.array(x) for x in ([0.1, 0.2], [0.5, 0.9], [0.25, 0.9], [1.5, 1.0], [0.2, 0.2]))
     rows = charts.rows(charts.maxvio_lines(["layer 0", "a &lt;b&gt;"], run, batch, least, most, chance)).to_pylist()

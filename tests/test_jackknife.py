@@ -40,7 +40,7 @@ def figure(trace: Trace, layer: LayerInfo, variant: str, left_out: set[int], lea
 def test_interval_is_that_of_counting_again_without_each_document(
     layers: tuple[LayerInfo, ...], variant: str, rows: int, units: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jackknife, "blocks", partial(blocks, rows=rows))
+    monkeypatch.setattr(blocks, "__defaults__", (rows,))
     monkeypatch.setattr(jackknife, "MOST_UNITS", units)
     lengths = ([5, 3, 9], [6, 3, 9], [7, 3, 9])
     trace = make_trace(layers, [make_part(layers, x, 0, i, 3 * i, sum(map(sum, lengths[:i])), n_ids=6) for i, x in enumerate(lengths)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import comb
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,32 @@ def test_what_cannot_be_dealt_is_refused() -> None:
             dealt_table(np.array([0]), np.array([y]), np.array([1]), 3, 0)
     with pytest.raises(ValueError, match="70,000 kinds"):
         dealt_table(np.array([0]), np.array([0]), np.array([1]), 70_000, 0)
+
+
+def test_many_draws_are_dealt_cell_by_cell_with_the_same_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell of a table of given margins is hypergeometric, of frequent rows and of others; and so is what two of them hold together."""
+    monkeypatch.setattr(shuffling, "DRAWN", 1)
+    monkeypatch.setattr(shuffling, "FREQUENT", 4)
+    x, y, counts = np.array([2, 2, 5, 7, 7, 7, 9]), np.array([0, 3, 1, 0, 1, 3, 3]), np.array([4, 3, 2, 1, 2, 3, 3])
+    n, names, rows, kinds = 18, [2, 5, 7, 9], {2: 7, 5: 2, 7: 6, 9: 3}, {0: 5, 1: 4, 3: 9}
+    draws, seen = 6_000, np.zeros((6_000, 4, 4), int)
+    for seed in range(draws):
+        row, column, number = dealt_table(x, y, counts, 4, seed)
+        assert (np.diff(row * 4 + column) > 0).all() and (number > 0).all()
+        seen[seed, np.searchsorted(names, row), column] = number
+    assert (seen.sum(2) == [7, 2, 6, 3]).all() and (seen.sum(1) == [5, 4, 0, 9]).all()
+
+    def check(held: np.ndarray, total: int, load: int) -> None:
+        for value in range(min(total, load) + 1):
+            p = comb(load, value) * comb(n - load, total - value) / comb(n, total)
+            assert abs((held == value).mean() - p) <= 4.5 * (p * (1 - p) / draws) ** 0.5
+
+    for i, name in enumerate(names):
+        for kind, load in kinds.items():
+            check(seen[:, i, kind], rows[name], load)
+    for together in ([0, 1], [0, 2], [1, 3]):
+        check(seen[:, together, 3].sum(1), sum(rows[names[i]] for i in together), kinds[3])
+    assert [a.tolist() for a in dealt_table(x, y, counts, 4, 3)] == [a.tolist() for a in dealt_table(x, y, counts, 4, 3)]
 
 
 def test_warm_up_runs() -> None:

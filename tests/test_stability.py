@@ -81,7 +81,7 @@ def test_loads_of_a_stored_run_are_read_once(tmp_path: Path, monkeypatch: pytest
     assert all(x == tables[0] for x in tables) and read == [0, 1, 1] + [0, 1] * 2
     fewer = replace(trace, documents=trace.documents.slice(3))
     assert maxvio_batches(fewer, 0)["n"].to_pylist() == [6, 3, 9, 7, 3, 9] and read[7:] == [0]
-    monkeypatch.setattr(stability, "KEPT_CELLS", 9 * 8 - 1)
+    monkeypatch.setattr(stability, "KEPT_BYTES", 9 * 8 * 2 - 1)
     assert maxvio_table(trace, 12, 0) == tables[0][0] and read[8:] == [0, 1]
 
 

@@ -7,8 +7,10 @@ from .capacity import overflow_curves, share_bars, slot_bars, slot_grid
 from .drawing import BAR, UNSEEN
 from .files import file_name, plotly_script, portable, printed, rows
 from .load import (
+    DOTS,
     batch_line,
     document_histogram,
+    document_map,
     document_scatter,
     layer_lines,
     load_map,
@@ -22,11 +24,13 @@ from .tokens import busiest_hues, token_map
 
 __all__ = [
     "BAR",
+    "DOTS",
     "LEAST_USES",
     "UNSEEN",
     "batch_line",
     "busiest_hues",
     "document_histogram",
+    "document_map",
     "document_scatter",
     "enrichment_bars",
     "enrichment_grid",

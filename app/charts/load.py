@@ -12,6 +12,7 @@ from app import palette
 from .drawing import ABOVE, AGAIN, OCTAVES, OVER, cells_over, numbers, sized, times_bar
 
 CLICKABLE = 15_000  # cells of a map; more markers over them would hold up the browser
+DOTS = 2_000  # documents of a scatter; more are counted by cell, as dots would hide each other
 
 
 def load_map(relative: Sequence[np.ndarray], rows: Sequence[str], theme: str, mark: tuple[int, int] | None = None,
@@ -131,6 +132,26 @@ def document_scatter(names: Sequence[str], ratio: np.ndarray, n: np.ndarray, cha
     figure.add_scatter(x=n[order], y=chance[order], mode="lines", name="by chance, at most about", line={"color": "#9a9a9a", "dash": "dot", "width": 2},
                        meta={"x": "tokens", "y": "max_over_mean"}, hovertemplate="by chance at most about %{y:.2f} for %{x:,} tokens<extra></extra>")  # fmt: skip
     figure.update_layout(legend=ABOVE)
+    figure.update_xaxes(title="tokens of the document", type="log", tickformat=",")
+    figure.update_yaxes(title="max / mean load", rangemode="tozero")
+    return sized(figure, 340)
+
+
+def document_map(ratio: np.ndarray, n: np.ndarray, chance: np.ndarray, theme: str) -> go.Figure:
+    """How many documents [n] lie in each cell of length and max / mean, every one of them counted; the line is what chance stays below."""
+    across, up = np.geomspace(n.min(), n.max() + 1, 41), np.linspace(ratio.min(), np.nextafter(ratio.max(), np.inf), 31)
+    count = np.histogram2d(ratio, n, (up, across))[0]
+    row, column = np.indices(count.shape)
+    figure = go.Figure(go.Heatmap(z=np.where(count > 0, count, np.nan), x=across, y=up, colorscale=palette.scale(palette.AMOUNT[theme][1:]), hoverongaps=False,
+                                  customdata=np.stack([np.ceil(across[column]), np.ceil(across[column + 1]) - 1, up[row + 1]], -1),
+                                  meta={"x": "tokens_from", "y": "max_over_mean_from", "z": "documents", "customdata": ["first", "last", "max_over_mean_to"]},
+                                  colorbar={"title": "documents", "thickness": 10}, name="documents",
+                                  hovertemplate="%{z:,} documents of %{customdata[0]:,.0f} to %{customdata[1]:,.0f} tokens, up to %{customdata[2]:.2f} × the mean load"
+                                  "<extra></extra>"))  # fmt: skip
+    lengths, first = np.unique(n, return_index=True)
+    figure.add_scatter(x=lengths, y=chance[first], mode="lines", name="by chance, at most about", line={"color": "#9a9a9a", "dash": "dot", "width": 2},
+                       meta={"x": "tokens", "y": "max_over_mean"}, hovertemplate="by chance at most about %{y:.2f} for %{x:,} tokens<extra></extra>")  # fmt: skip
+    figure.update_layout(legend=ABOVE, showlegend=True)
     figure.update_xaxes(title="tokens of the document", type="log", tickformat=",")
     figure.update_yaxes(title="max / mean load", rangemode="tozero")
     return sized(figure, 340)

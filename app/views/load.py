@@ -252,13 +252,17 @@ def show_documents() -> dict[str, tuple[str, pa.Table]]:
         return {}
     st.header("Is it even within each document?")
     ratio, n, chance = (rows[c].to_numpy() for c in ("max_over_mean", "n", "chance_max_over_mean"))
-    names = [text.axis_name(x or "") for x in rows["name"].to_pylist()]
-    equal = n.min() == n.max()  # one length: a scatter over lengths would be a line
-    drawn = charts.document_histogram(ratio, int(n[0]), chance[0]) if equal else charts.document_scatter(names, ratio, n, chance)
+    equal, many = n.min() == n.max(), len(rows) > charts.DOTS  # one length: a scatter over lengths would be a line
+    if equal:
+        drawn = charts.document_histogram(ratio, int(n[0]), chance[0])
+    elif many:
+        drawn = charts.document_map(ratio, n, chance, theme())
+    else:
+        drawn = charts.document_scatter([text.axis_name(x or "") for x in rows["name"].to_pylist()], ratio, n, chance)
     show_figure(
         trace, drawn, f"documents-{trace.layers[site].title}", key="documents",
         alt="Max over mean load of every document" + (", by how many have it" if equal else " by its number of tokens") + ", with what chance stays below.",
-        definition=f"Largest load over mean load of {trace.layers[site].title} within each document{'' if equal else ', by its length'}; the line is what uniform"
+        definition=f"Largest load over mean load of {trace.layers[site].title} within each document{'' if equal else ', by its length'}{': a cell counts its documents' if many and not equal else ''}; the line is what uniform"
         " routing of so many tokens stays below on average.",
         n=f"{int(n.sum()):,} tokens in {len(n):,} documents" + (f" of {n[0]:,} each" if equal else ""),
     )  # fmt: skip

@@ -15,13 +15,13 @@ import streamlit as st
 
 from analysis.glossary import GLOSSARY
 from analysis.information import Information
-from analysis.jackknife import DocumentInterval, vocabulary_interval
+from analysis.jackknife import DocumentInterval, use_and_interval, vocabulary_interval
 from analysis.pair_tests import coactivation_test, flow_test
 from analysis.paths import saturation
 from analysis.significance import ALPHA
 from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
 from analysis.token_classes import by_class
-from analysis.token_use import TokenUse, document_use, leading_ids, top_tokens_of
+from analysis.token_use import TokenUse, leading_ids, top_tokens_of
 from analysis.trace import Trace
 from analysis.vocabulary import (
     PREDICTED_NEXT,
@@ -122,17 +122,31 @@ def show_layers() -> None:
                 alt="Bars of the mutual information of expert and label per layer.", definition=definition, n=n, how=how)  # fmt: skip
 
 
+@st.cache_resource(max_entries=2, show_spinner="Counting who serves which token …")
+def counted(_trace: Trace, run: str, site: int, variant: str) -> TokenCounts:
+    """Who serves which token id at one site, by the kind of token ``variant``; few are kept, as they are large."""
+    return VARIANTS[variant](_trace, site)
+
+
 @st.cache_resource(max_entries=32, show_spinner="Dealing every expert's assignments to the tokens again …")
-def vocabulary(
-    _trace: Trace, run: str, site: int, variant: str
-) -> tuple[Information, VocabularySpecialization, tuple[tuple[TokenUse, ...], ...]]:
-    """(context independence, eq. 8, each expert's tokens by lift) of one site, by the kind of token ``variant``."""
-    counts = VARIANTS[variant](_trace, site)
-    experts = range(counts.classes)
+def vocabulary(_trace: Trace, run: str, site: int, variant: str) -> tuple[Information, VocabularySpecialization]:
+    """(context independence, eq. 8) of one site, by the kind of token ``variant``."""
+    counts = counted(_trace, run, site, variant)
     with ThreadPoolExecutor() as pool:  # each spends most of its time without Python's lock
         alone, words = pool.submit(context_independence, counts), pool.submit(vocabulary_specialization, counts)
-        found = top_tokens_of(_trace, counts, experts, most=SHOWN, use=document_use(_trace, counts, leading_ids(counts, experts)))
-        return alone.result(), words.result(), found
+        return alone.result(), words.result()
+
+
+def served(variant: str) -> tuple[tuple[tuple[TokenUse, ...], ...], DocumentInterval]:
+    """(each expert's tokens by lift, interval of eq. 8) of the layer chosen: one pass over its decisions, told as it goes on."""
+
+    def make(progress: Callable[[int, int], None]) -> tuple[tuple[tuple[TokenUse, ...], ...], DocumentInterval]:
+        counts = counted(trace, run, site, variant)
+        experts = range(counts.classes)
+        use, interval = use_and_interval(trace, counts, leading_ids(counts, experts), progress)
+        return top_tokens_of(trace, counts, experts, most=SHOWN, use=use), interval
+
+    return one_layer(site, kept(run, ("tokens by expert", variant)), make)
 
 
 def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
@@ -140,7 +154,7 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     here = trace.layers[site]
     variants = {k: v for k, v in TOKEN.items() if k != "predicted" or predicts(trace, here.stream)}
     asked = choice("token_is", "The token", variants, "input", draw=st.segmented_control)
-    alone, words, found = vocabulary(trace, run, site, asked)
+    alone, words = vocabulary(trace, run, site, asked)
     if np.isfinite(alone.share):
         text.show_heading(f"At {here.title}, {SUBJECT[asked]} accounts for {alone.share:.0%} of what it could.")
     else:
@@ -151,7 +165,8 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         "I(expert; token id) over assignments. At most: a token's experts all differ, so even who knows its id cannot tell which of them an assignment is:"
         " min(H(token id), H(expert) - log2 k) where every token has k experts. The share is (measured - by chance) / (at most - by chance). Dealt at random, a token may get one expert twice: with few tokens, chance can exceed what is possible.",
     )
-    beside = st.container()
+    found, interval = served(asked)
+    show_interval(interval, words)
     if "predicted" not in variants:
         text.show_note(PREDICTED_NEXT)
     if words.n_frequent:
@@ -174,8 +189,8 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
             tokens,
         )
     }
-    with beside:
-        tables["interval"] = "one row: vocabulary specialization of the layer with its interval over documents", show_interval(asked, words)
+    told_of = pa.Table.from_pylist([{"site": site, "token_is": asked, **asdict(interval)}])
+    tables["interval"] = "one row: vocabulary specialization of the layer with its interval over documents", told_of
     follow = section("follow", "Which token do the layers follow? Reads every decision of the run")
     if follow.open:
         with follow:
@@ -183,23 +198,15 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
     return tables
 
 
-def show_interval(asked: str, words: VocabularySpecialization) -> pa.Table:
+def show_interval(found: DocumentInterval, words: VocabularySpecialization) -> None:
     """The layer's vocabulary specialization, and between which values it lies, or why that is not known."""
-
-    def make(progress: Callable[[int, int], None]) -> pa.Table:
-        found = vocabulary_interval(trace, VARIANTS[asked](trace, site), progress=progress)
-        return pa.Table.from_pylist([{"site": site, "token_is": asked, **asdict(found)}])
-
-    table = one_layer(site, kept(run, ("vocabulary interval", asked)), make)
-    row = table.to_pylist()[0]
-    found = DocumentInterval(**{k: v for k, v in row.items() if k not in ("site", "token_is")})
     if not words.n_frequent:
         text.show_note(f"No token id occurs {words.least} times: nothing can be told token by token.")
-        return table
+        return
     value = f"Vocabulary specialization of the n = {words.n_frequent:,} ids seen {words.least} times or more: {found.value:.3f}"
     if found.missing:
         text.show_note(f"{value}, by chance {words.chance_frequent:.3f}; there is no interval here: {found.missing}.", EQ_8)
-        return table
+        return
     each = text.counted(found.documents, "document") if found.left_out == found.documents else (
         f"{found.left_out:,} runs of documents ({found.documents:,} in all)")  # fmt: skip
     text.show_note(
@@ -208,7 +215,6 @@ def show_interval(asked: str, words: VocabularySpecialization) -> pa.Table:
         " documents drawn again (bootstrap) bring no other text, which raises this figure, and their interval misses. It errs on the wide side; what rare"
         " ids add is in the chance too.",
     )
-    return table
 
 
 def show_followed(variants: Mapping[str, str], least: int) -> pa.Table:
