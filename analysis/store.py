@@ -419,5 +419,5 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         sizes = layer["n_experts"], layer.get("n_special", 0), layer["top_k"]
         if layer["index"] != i or any(not isinstance(n, int) for n in sizes) or layer["stream"] not in STREAMS:
             raise ValueError("layers out of order, or sizes that are none")
-        if not (0 < sizes[0] and 0 <= sizes[1] and 0 < sizes[2] <= sizes[0] + sizes[1] <= MOST_CLASSES):
+        if not (sizes[0] > 0 and sizes[1] >= 0 and 0 < sizes[2] <= sizes[0] + sizes[1] <= MOST_CLASSES):
             raise ValueError("a layer whose experts or top-k cannot be")
