@@ -155,7 +155,7 @@ def lift_map(lift: np.ndarray, rows: str, columns: str, theme: str, weak: np.nda
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.clip(np.log2(lift), -OCTAVES, OCTAVES).astype(np.float32)
-    many = weak is not None and weak.sum() > MOST_MARKS
+    many = weak is not None and int(weak.sum()) > MOST_MARKS
     z = np.where(weak, np.nan, z) if many else z
     figure = go.Figure(
         go.Heatmap(z=z, x=np.arange(z.shape[1]), y=np.arange(len(z)), customdata=lift, colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
