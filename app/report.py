@@ -2,7 +2,7 @@
 
 Its policy lets two scripts run, named by their hashes: the page's own and plotly.js, which travels gzipped in base64
 (4.8 MB become 2.0) and is unpacked by the browser's DecompressionStream. Styles may be inline, as Plotly sets them on its
-drawings. All text from data passes text.markup or text.axis_names; in the JSON, < is written as \\u003c.
+drawings. All text from data passes text.markup, text.axis_label or text.axis_names; in the JSON, < is written as \\u003c.
 """
 
 from __future__ import annotations
