@@ -155,14 +155,14 @@ def lift_map(lift: np.ndarray, rows: str, columns: str, theme: str, weak: np.nda
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.clip(np.log2(lift), -OCTAVES, OCTAVES).astype(np.float32)
-    many = weak is not None and int(weak.sum()) > MOST_MARKS
-    z = np.where(weak, np.nan, z) if many else z
+    if weak is not None and weak.sum() > MOST_MARKS:
+        z, weak = np.where(weak, np.nan, z).astype(np.float32), None
     figure = go.Figure(
         go.Heatmap(z=z, x=np.arange(z.shape[1]), y=np.arange(len(z)), customdata=lift, colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
                    meta={"x": "other", "y": "expert", "z": None, "customdata": ["lift"]}, hoverongaps=False,
                    hovertemplate="%{y} and %{x}: %{customdata:.2f} × expected<extra></extra>")
     )  # fmt: skip
-    if weak is not None and weak.any() and not many:
+    if weak is not None and weak.any():
         row, column = np.nonzero(weak)
         figure.add_scatter(x=column, y=row, mode="markers", hoverinfo="skip", showlegend=False, meta=AGAIN, marker=crosses(z[weak], theme))
     times_bar(figure, "times as often as by load alone")
