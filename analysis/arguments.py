@@ -9,19 +9,31 @@ from .export import FORMATS, TABLES
 from .rounding import LARGEST_ERROR, WEIGHTS
 from .whatif import EXAMPLES
 
+MOST = 10**12
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+def _whole(text: str, least: int, most: int = MOST) -> int:
+    """A number given on the command line; what is none, or beyond what any count can be, is said in words."""
+    try:
+        n = int(text)
+    except ValueError:
+        n = least - 1
+    if not least <= n <= most:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from {least} to {most:,}")
+    return n
+
+
 def _at_least_one(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    return _whole(text, 1)
+
+
+def _threads(text: str) -> int:
+    return _whole(text, 1, 1_024)
 
 
 def _at_least_none(text: str) -> int:
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
+    return _whole(text, 0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -127,4 +139,4 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", default="auto", choices=DTYPES, help="auto (default) is as stored")
     command.add_argument("--device-map", choices=("auto",), help="spread a model larger than a device over GPUs, memory and disk")
     command.add_argument("--offload-folder", type=Path, help="with --device-map: a folder for weights that fit nowhere else")
-    command.add_argument("--threads", type=_at_least_one, default=1, help="CPU threads (default 1: small models are fastest so)")
+    command.add_argument("--threads", type=_threads, default=1, help="CPU threads (default 1: small models are fastest so)")

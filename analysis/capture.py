@@ -98,7 +98,10 @@ def capture_parts(
         raise CaptureError(f"no way {weights!r} to keep gate weights: there are {', '.join(WEIGHTS)}")
     sites = find_sites(model)
     batch_size = 1 if any(s.kind.mixes for s in sites) else batch_size
-    documents = _documents(tokenizer, texts, labels, names, committed, _limit(model, max_tokens) - new_tokens, first_document)
+    limit = _limit(model, max_tokens)
+    if new_tokens >= limit:
+        raise CaptureError(f"{new_tokens:,} new tokens leave no room for a text: a document has at most {limit:,} tokens here")
+    documents = _documents(tokenizer, texts, labels, names, committed, limit - new_tokens, first_document)
 
     def start(batch: Sequence[Document]) -> Started:
         if cancelled is not None and cancelled():

@@ -42,6 +42,7 @@ from .stats import BY_DOCUMENT, BY_TOKEN, CORE, NAMES, Statistics, following_sit
 from .trace import (
     DOCUMENTS,
     SCHEMA_VERSION,
+    STREAMS,
     TOKENS,
     LayerInfo,
     ModelCard,
@@ -56,6 +57,7 @@ from .trace import (
 
 MANIFEST = "run.json"
 READABLE = (1, SCHEMA_VERSION)
+MOST_CLASSES = 1 << 20  # per site; what claims more is damage, and would be believed with memory
 STATISTICS = (("stats.parquet", CORE), ("token_stats.parquet", BY_TOKEN), ("document_stats.parquet", BY_DOCUMENT))
 _Piece = tuple[Mapping[str, Any], int, int]  # a part, and the start and stop within it of the rows that are asked for
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -223,7 +225,7 @@ def verify_run(run: str | Path) -> tuple[str, ...]:
         place = Place.of(run)
         manifest = read_manifest(place)
         listed, there = listed_files(manifest), place.sizes()
-        problems = [f"{n}: its sha256 differs from the manifest" for n, s in listed.items()
+        problems = [f"{n}: missing" if n not in there else f"{n}: its sha256 differs from the manifest" for n, s in listed.items()
                     if n not in there or place.digest(n) != s["sha256"]]  # fmt: skip
         problems += [f"{n}: not part of the run" for n in sorted(there.keys() - {MANIFEST, *listed})]
         if problems:
@@ -411,3 +413,11 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     for text in (manifest["created"], manifest["model"]["name"], manifest["model"]["family"]):
         if not isinstance(text, str):
             raise ValueError("a name that is no text")
+    if not manifest["model"]["layers"] or not manifest["parts"]:
+        raise ValueError("a run of nothing")
+    for i, layer in enumerate(manifest["model"]["layers"]):  # sizes of arrays follow from these
+        sizes = layer["n_experts"], layer.get("n_special", 0), layer["top_k"]
+        if layer["index"] != i or any(not isinstance(n, int) for n in sizes) or layer["stream"] not in STREAMS:
+            raise ValueError("layers out of order, or sizes that are none")
+        if not (sizes[0] > 0 and sizes[1] >= 0 and 0 < sizes[2] <= sizes[0] + sizes[1] <= MOST_CLASSES):
+            raise ValueError("a layer whose experts or top-k cannot be")

@@ -11,11 +11,12 @@ from analysis.pair_tests import PairTest
 from analysis.specialization import Preferences
 from analysis.trace import LayerInfo
 
-from .charts import LEAST_USES
+from .charts import LEAST_USES, MOST_MARKS
 
 CLEAR = 1.5  # lift from which a significant preference is called one in the headline
 NAMED = 3  # groups that the headline names
 CROSS = "Cross: not distinguishable from chance at a false discovery rate of 5%."
+EMPTY = CROSS.replace("Cross", "Empty")
 KIND = {"label": "label", "class": "kind of token", "position": "position"}
 
 
@@ -65,10 +66,15 @@ def preferences_how(found: Preferences, layer: LayerInfo) -> str:
             f" expert for {chance:.1%} of every {KIND[found.kind]}.")  # fmt: skip
 
 
+def weak_cells(weak: np.ndarray) -> str:
+    """How a map shows its ``weak`` cells, bool: crosses, or nothing where there are more than MOST_MARKS."""
+    return EMPTY if weak.sum() > MOST_MARKS else CROSS
+
+
 def enrichment_definition(found: Preferences, layer: LayerInfo) -> str:
     """Under the heatmap."""
     return (f"Experts of {layer.title}. Colour: the share of the group's tokens that use the expert over the share of all others."
-            f" {'No cell can be tested.' if found.missing else CROSS}")  # fmt: skip
+            f" {'No cell can be tested.' if found.missing else weak_cells(~found.significant)}")  # fmt: skip
 
 
 def information_caption(found: Sequence[Information]) -> tuple[str, str, str]:

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import html
+import itertools
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlencode
 
@@ -68,16 +70,17 @@ def axis_name(text: str, limit: int = 22) -> str:
     return _for_plotly(visible_name(text) or "⟨empty⟩", limit)
 
 
-def axis_names(texts: Sequence[str]) -> list[str]:
-    """``axis_name`` of each place of one axis. Plotly would draw places of equal names as one, so that what shortening made equal is numbered."""
-    names: dict[str, None] = {}
-    for whole in texts:
-        name, n = axis_name(whole), 1
-        while name in names:
-            n += 1
-            name = f"{axis_name(whole, 18)} ({n})"
-        names[name] = None
-    return list(names)
+def axis_names(texts: Sequence[str], limit: int = 22) -> list[str]:
+    """``axis_name`` of each, no two alike: Plotly would draw both at one place. Long ones that begin alike lose their middle, then get a number."""
+    shown = [visible_name(t) or "⟨empty⟩" for t in texts]
+    short = [_for_plotly(x, limit) for x in shown]
+    often, out = Counter(short), list[str]()
+    for whole, name in zip(shown, short, strict=True):
+        if often[name] > 1 and len(whole) > limit:
+            name = _for_plotly(f"{whole[: (limit - 1) // 2]}…{whole[-(limit // 2) :]}", limit)
+        others = (f"{name} ({i})" for i in itertools.count(2))
+        out.append(name if name not in out else next(x for x in others if x not in out))
+    return out
 
 
 def _for_plotly(shown: str, limit: int) -> str:

@@ -254,3 +254,8 @@ def test_planned_parts_captured_apart_are_those_of_one_capture(family: str) -> N
         assert all(np.array_equal(a.experts, b.experts) for a, b in zip(again.routing, part.routing, strict=True))
     with pytest.raises(PromptTooLong, match="document 2 has 3 tokens"):
         plan_parts(model, TOKENIZER, ["a", "abc"], max_tokens=2)
+
+
+def test_new_tokens_that_fill_the_context_leave_no_room_for_a_text() -> None:
+    with pytest.raises(CaptureError, match="256 new tokens leave no room for a text: a document has at most 256 tokens"):
+        capture(tiny.build("mixtral"), TOKENIZER, ["a"], new_tokens=256)

@@ -9,7 +9,7 @@ import pytest
 
 from analysis.cards import GroupUse
 from analysis.specialization import Preferences, effects
-from app import charts, palette
+from app import captions, charts, palette
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -177,7 +177,7 @@ def test_a_printed_figure_is_light_and_without_what_only_the_mouse_sees() -> Non
 
 def preferences(groups: int = 2, experts: int = 32) -> Preferences:
     counts = np.random.default_rng(3).integers(5, 400, (groups, experts))
-    return effects(0, "label", tuple("abcdefgh"[:groups]), counts.sum(1), counts)
+    return effects(0, "label", tuple("abcdefgh"[:groups]) if groups <= 8 else tuple(f"g{i}" for i in range(groups)), counts.sum(1), counts)
 
 
 def enrichment(found: Preferences, theme: str = "light") -> Any:
@@ -265,6 +265,20 @@ def test_crosses_of_a_map_of_pairs_stand_on_their_cells_and_leave_its_edges() ->
     assert [list(x) for x in (figure.data[1].x, figure.data[1].y)] == [[1], [2]]
     assert (figure.layout.xaxis.range, figure.layout.yaxis.range) == ((-0.5, 3.5), (2.5, -0.5))
     assert len(charts.lift_map(np.ones((3, 4)), "expert", "expert", "light").data) == 1
+
+
+def test_what_chance_could_give_is_empty_where_crosses_would_be_too_many() -> None:
+    """An SVG of 90,000 crosses holds up a browser for a minute; a map of 300 labels is no taller than a canvas may be."""
+    weak = np.ones((40, 40), bool)
+    weak[3, 5] = False
+    figure = charts.lift_map(np.full((40, 40), 2.0), "expert", "expert", "light", weak)
+    assert len(figure.data) == 1 and np.argwhere(np.isfinite(figure.data[0].z)).tolist() == [[3, 5]]
+    assert np.isfinite(figure.data[0].customdata).all()
+    assert captions.weak_cells(weak) == captions.EMPTY and captions.weak_cells(weak[:2]) == captions.CROSS
+    figure = enrichment(preferences(300, 8))
+    drawn = np.isfinite(figure.data[0].z).sum()
+    assert figure.layout.height < 4_096 and len(figure.data) == 2 and drawn < 2_400
+    assert (len(figure.data[1].x), figure.data[1].marker.maxdisplayed) == (2_400, 1)
 
 
 def test_small_maps_draw_significant_cells_alone_and_give_every_row() -> None:

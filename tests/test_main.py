@@ -231,7 +231,8 @@ def test_more_errors_are_one_sentence(arguments: list[str], message: str, tmp_pa
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["--batch-size=0", "--batch-size=x", "--new-tokens=-1", "--threads=0", "--max-tokens=0", "--dtype=int8"])
+@pytest.mark.parametrize("option", ["--batch-size=0", "--batch-size=x", "--new-tokens=-1", "--threads=0", "--max-tokens=0", "--dtype=int8",
+                                    "--batch-size=99999999999999999999", "--threads=100000"])  # fmt: skip
 def test_numbers_out_of_range_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["capture", "--model", "m", "--text", "a", "--out", "r", option])

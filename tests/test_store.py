@@ -237,6 +237,8 @@ def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
         path.write_bytes(original[:-1])
         with pytest.raises(RunError, match=path.name):
             open_run(tmp_path / "run")
+        path.unlink()
+        assert f"{path.relative_to(tmp_path / 'run')}: missing" in verify_run(tmp_path / "run")
         path.write_bytes(original)
     (tmp_path / "run" / "extra.txt").write_text("x")
     assert verify_run(tmp_path / "run") == ("extra.txt: not part of the run",)
@@ -265,6 +267,10 @@ def test_broken_manifest(tmp_path: Path, content: str) -> None:
         ('"tokens/part-00001.parquet"', '"../../../outside"'),
         ('"stats.parquet"', '"/etc/hostname"'),
         ('"options": {', '"options": "", "o": {'),
+        ('"n_experts": 8', '"n_experts": 1000000000'),  # not believed: arrays of that size would take the machine's memory
+        ('"n_experts": 8', '"n_experts": -8'),
+        ('"top_k": 2', '"top_k": 9'),
+        ('"stream": "decoder"', '"stream": "side"'),
     ],
 )
 def test_a_manifest_that_says_nonsense_is_damaged_everywhere(tmp_path: Path, old: str, new: str) -> None:

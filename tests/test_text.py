@@ -52,6 +52,7 @@ def test_names_of_an_axis_differ_also_where_shortened(texts: list[str]) -> None:
     assert len(set(names)) == len(texts) and all(len(html.unescape(n)) <= 26 for n in names)
 
 
-def test_a_number_tells_shortened_names_apart() -> None:
-    assert axis_names(["a", "a very long label: one", "a very long label: one and more", "a very long label: one and less"]) == [
-        "a", "a very long label: one", "a very long label: on…", "a very long label… (2)"]  # fmt: skip
+def test_long_names_that_begin_alike_keep_their_ends() -> None:
+    assert axis_names(["languages/python", "languages/java", "short", "short"], 10) == ["lang…ython", "lang…/java", "short", "short (2)"]
+    assert axis_names(["a very long label: one", "a very long label: one and more", "a very long label: one and less"]) == [
+        "a very long label: one", "a very lon…ne and more", "a very lon…ne and less"]  # fmt: skip

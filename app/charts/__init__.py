@@ -4,7 +4,7 @@ A figure of a new kind goes into the file of its question, and is named here.
 """
 
 from .capacity import overflow_curves, share_bars, slot_bars, slot_grid
-from .drawing import BAR, UNSEEN
+from .drawing import BAR, MOST_MARKS, UNSEEN
 from .files import file_name, plotly_script, portable, printed, rows
 from .load import (
     DOTS,
@@ -26,6 +26,7 @@ __all__ = [
     "BAR",
     "DOTS",
     "LEAST_USES",
+    "MOST_MARKS",
     "UNSEEN",
     "batch_line",
     "busiest_hues",

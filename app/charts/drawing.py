@@ -16,6 +16,7 @@ UNSEEN = "unseen"  # a trace's name: it is there for the mouse, and is not print
 BAR: Mapping[str, Any] = MappingProxyType({"displaylogo": False, "modeBarButtonsToRemove": ["toImage", "select2d", "lasso2d"]})
 OCTAVES = 3
 OVER = 78  # pixels above a map for its colour bar
+MOST_MARKS = 1_024  # in SVG a second from some thousand on; WebGL compiles its code as it runs, which the page's policy forbids
 LABELLED = 32  # experts on an axis that each keep their number, however narrow; above, Plotly thins the numbers
 ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}  # a legend
 
@@ -53,11 +54,15 @@ def numbers(n: int, step: int | None = None) -> dict[str, Any]:
 
 
 def cells_over(figure: go.Figure, x: Any, y: Sequence[str], told: np.ndarray, hover: str, meta: Any) -> None:
-    """Transparent markers over a heatmap's cells: they take hover and clicks, which Plotly's heatmaps do not pass on to Streamlit."""
+    """Transparent markers over a heatmap's cells: they take hover and clicks, which Plotly's heatmaps do not pass on to Streamlit.
+
+    Of more than MOST_MARKS one is drawn: the mouse finds the others by their places, not by their drawings.
+    """
     unseen = {"marker": {"opacity": 0.001}}
-    draw = go.Scatter if len(told) <= 1_024 else go.Scattergl  # SVG takes a second from some thousand markers on
-    figure.add_trace(draw(x=x, y=y, mode="markers", showlegend=False, customdata=told, name=UNSEEN, meta=meta, hovertemplate=hover,
-                          marker={"symbol": "square", "size": 20, "opacity": 0.001, "color": "#888"}, selected=unseen, unselected=unseen))  # fmt: skip
+    drawn = 1 if len(told) > MOST_MARKS else 0  # 0: all
+    figure.add_scatter(x=x, y=y, mode="markers", showlegend=False, customdata=told, name=UNSEEN, meta=meta, hovertemplate=hover,
+                       marker={"symbol": "square", "size": 20, "opacity": 0.001, "color": "#888", "maxdisplayed": drawn},
+                       selected=unseen, unselected=unseen)  # fmt: skip
 
 
 def crosses(z: np.ndarray, theme: str) -> dict[str, Any]:

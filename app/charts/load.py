@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from app import palette
 
-from .drawing import ABOVE, AGAIN, OCTAVES, OVER, cells_over, numbers, sized, times_bar
+from .drawing import ABOVE, AGAIN, MOST_MARKS, OCTAVES, OVER, cells_over, numbers, sized, times_bar
 
 CLICKABLE = 15_000  # cells of a map; more markers over them would hold up the browser
 DOTS = 2_000  # documents of a scatter; more are counted by cell, as dots would hide each other
@@ -107,11 +107,13 @@ def _over_layers(rows: Sequence[str], title: str, measure: str, around: tuple[np
 
 def batch_line(batch: np.ndarray, maxvio: np.ndarray, n: np.ndarray, chance: np.ndarray, run: float) -> go.Figure:
     """MaxVio over batch number, arrays [batches], beside what chance gives in each and the value over the whole run."""
-    figure, draw = go.Figure(), go.Scatter if len(batch) <= 1_024 else go.Scattergl  # SVG takes a second from some thousand markers on
-    figure.add_trace(draw(x=batch, y=maxvio, customdata=n[:, None], mode="markers+lines" if len(batch) <= 100 else "markers", name="a batch",
-                          meta={"x": "batch", "y": "maxvio", "customdata": ["tokens"]}, marker={"size": 7, "color": palette.DEAD}, line={"width": 1},
+    figure = go.Figure()
+    mode = "markers+lines" if len(batch) <= 100 else "markers" if len(batch) <= MOST_MARKS else "lines"
+    figure.add_trace(go.Scatter(x=batch, y=maxvio, customdata=n[:, None], mode=mode, name="a batch",
+                          meta={"x": "batch", "y": "maxvio", "customdata": ["tokens"]}, marker={"size": 7, "color": palette.DEAD},
+                          line={"width": 1, "color": palette.DEAD},
                           hovertemplate="batch %{x}: MaxVio %{y:.3f}, n = %{customdata[0]:,} tokens<extra></extra>"))  # fmt: skip
-    figure.add_trace(draw(x=batch, y=chance, mode="lines", name="by chance, at most about", line={"color": "#9a9a9a", "dash": "dot", "width": 2},
+    figure.add_trace(go.Scatter(x=batch, y=chance, mode="lines", name="by chance, at most about", line={"color": "#9a9a9a", "dash": "dot", "width": 2},
                           meta={"x": "batch", "y": "maxvio"}, hovertemplate="batch %{x}: by chance at most about %{y:.3f}<extra></extra>"))  # fmt: skip
     figure.add_hline(
         y=run, line={"color": palette.AMOUNT["light"][3], "width": 1.5}, annotation_text="whole run", annotation_font_color="#888"

@@ -12,15 +12,16 @@ from analysis.cards import GroupUse
 from analysis.specialization import Preferences
 from app import palette
 
-from .drawing import ABOVE, AGAIN, OCTAVES, OVER, cells_over, crosses, numbers, sized, times, times_bar
+from .drawing import ABOVE, AGAIN, MOST_MARKS, OCTAVES, OVER, cells_over, crosses, numbers, sized, times, times_bar
 
 GRID = 2  # small maps side by side: half of a telephone's width still shows a row of 64 experts
 LEAST_USES = 20  # tokens an expert must have for its row of effects to be coloured
+TALLEST = 3_900  # pixels of a map's rows, however many
 
 
 def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray, experts: np.ndarray, theme: str) -> go.Figure:
     """Groups x experts in the orders given: log2 enrichment, drawn within +-3; cells that are not significant carry a small cross,
-    where any could be.
+    where any could be, or are empty where there are more than MOST_MARKS.
 
     Transparent markers over the cells take hover and clicks, which Plotly heatmaps do not pass on; customdata[0] is the expert.
     """
@@ -35,8 +36,11 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
     times_bar(figure, "times as often as elsewhere")
     row, column = (a.ravel() for a in np.indices(z.shape))
     weak = ~found.significant[cell].ravel() & (not found.missing)
-    figure.add_scatter(x=[x[c] for c in column[weak]], y=[names[r] for r in row[weak]], mode="markers", hoverinfo="skip", showlegend=False, meta=AGAIN,
-                       marker=crosses(z.ravel()[weak], theme))  # fmt: skip
+    if weak.sum() > MOST_MARKS:
+        figure.data[0].z = np.where(weak.reshape(z.shape), np.nan, z).astype(np.float32)
+    else:
+        figure.add_scatter(x=[x[c] for c in column[weak]], y=[names[r] for r in row[weak]], mode="markers", hoverinfo="skip", showlegend=False, meta=AGAIN,
+                           marker=crosses(z.ravel()[weak], theme))  # fmt: skip
     told = np.stack([np.broadcast_to(experts, z.shape), *(getattr(found, n)[cell] for n in ("share", "elsewhere", "lift", "low", "high", "q")),
                      *(np.broadcast_to(n[groups][:, None], z.shape) for n in (found.tokens, found.documents)),
                      *(getattr(found, n)[cell] for n in ("count", "enrichment", "p", "significant", "within"))], -1).reshape(z.size, -1)  # fmt: skip
@@ -59,8 +63,10 @@ def enrichment_map(found: Preferences, names: Sequence[str], groups: np.ndarray,
         constrain="domain",
         **numbers(len(x)),
     )
-    figure.update_yaxes(range=[len(names) - 0.5, -0.5], type="category", categoryorder="array", categoryarray=list(names))
-    return sized(figure, max(280, 28 * len(names) + 130), OVER)
+    row = min(28.0, TALLEST / max(len(names), 1))
+    dense = {"dtick": 1 if row >= 11 else None, "tickfont": {"size": 9}} if row < 18 else {}
+    figure.update_yaxes(range=[len(names) - 0.5, -0.5], type="category", categoryorder="array", categoryarray=list(names), **dense)
+    return sized(figure, max(280, round(row * len(names)) + 130), OVER)
 
 
 def enrichment_grid(
@@ -145,10 +151,12 @@ def information_bars(rows: Sequence[str], bits: np.ndarray, chance: np.ndarray, 
 def lift_map(lift: np.ndarray, rows: str, columns: str, theme: str, weak: np.ndarray | None = None) -> go.Figure:
     """Experts x experts: log2 of observed over expected, fixed at 1/8 to 8 times; empty where nothing is expected.
 
-    Cells that are ``weak``, bool as ``lift``, carry a small cross.
+    Cells that are ``weak``, bool as ``lift``, carry a small cross, or are empty where there are more than MOST_MARKS.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.clip(np.log2(lift), -OCTAVES, OCTAVES).astype(np.float32)
+    if weak is not None and weak.sum() > MOST_MARKS:
+        z, weak = np.where(weak, np.nan, z).astype(np.float32), None
     figure = go.Figure(
         go.Heatmap(z=z, x=np.arange(z.shape[1]), y=np.arange(len(z)), customdata=lift, colorscale=palette.scale(palette.LOAD[theme]), zmin=-OCTAVES, zmax=OCTAVES,
                    meta={"x": "other", "y": "expert", "z": None, "customdata": ["lift"]}, hoverongaps=False,

@@ -278,17 +278,17 @@ def show_pairs(kind: str) -> pa.Table:
     """Lift of pairs of experts, in one layer or from one to the next, with the pairs that chance alone could give crossed out."""
     test = coactivation_test if kind == "pairs" else flow_test
     found = one_layer(site, kept(run, ("pair tests", kind)), lambda tell: test(trace, site, tell))
-    pairs, here = found.counts, trace.layers[site].title
+    pairs, here, weak = found.counts, trace.layers[site].title, np.isfinite(found.p) & ~found.significant
     if not pairs.observed.shape[1]:
         text.show_heading(f"{here.capitalize()} is the last routed layer: choose an earlier one to see where its tokens go on.")
         return pa.table({"row": pa.array([], pa.int64())})
     text.show_heading(captions.pairs_headline(found, here))
     show_figure(
         trace, charts.lift_map(pairs.lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer",
-                               theme(), None if found.missing else np.isfinite(found.p) & ~found.significant),
+                               theme(), None if found.missing else weak),
         f"{kind}-{here}", key=f"lift-{kind}", alt="Heatmap of observed over expected pairs of experts.",
         definition=("Pairs of experts that a token uses together" if kind == "pairs" else "Experts that a token uses, here and at the next layer")
-        + f", {here}: how often over what their loads alone would give, log2. {'No pair can be tested.' if found.missing else captions.CROSS}",
+        + f", {here}: how often over what their loads alone would give, log2. {'No pair can be tested.' if found.missing else captions.weak_cells(weak)}",
         n=f"{pairs.n:,} pairs of {text.counted(found.documents, 'document')}" if found.documents else f"{pairs.n:,} pairs",
         how=captions.pairs_how(found),
     )  # fmt: skip

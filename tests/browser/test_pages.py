@@ -18,7 +18,7 @@ from app import palette
 from app.report import report_html
 from app.text import visible_token
 from tests.nasty import NASTY
-from tests.synthetic import PLAIN, card, make_part
+from tests.synthetic import PLAIN, card, make_part, site
 
 from .acts import rest
 from .conftest import watch
@@ -345,6 +345,21 @@ def test_a_cell_of_a_load_map_leads_to_its_expert(page: Page, address: str, view
     page.mouse.click(area["x"] + area["width"] * 2.5 / 16, area["y"] + area["height"] * 1.5 / 6)  # expert 2 of layer 1
     expect(page.get_by_role("heading", name="Layer 1, expert 2:")).to_be_visible()
     assert "layer=layer+1" in page.url and "expert=2" in page.url
+
+
+def test_a_map_of_more_cells_than_are_drawn_one_by_one_is_seen_and_leads_on(page: Page, address: str, runs: Path) -> None:
+    """The page's policy forbids what WebGL needs: Plotly then lays a grey box over the whole figure."""
+    layers = tuple(site(i, 32, 2) for i in range(33))
+    with RunWriter.open(runs / "deep", card(layers), {}) as writer:
+        writer.write(make_part(layers, [20] * 6))
+        writer.commit()
+    page.goto(f"{address}/load?run=deep")
+    figure = page.locator(".js-plotly-plot").filter(has=page.locator(".cbaxis")).first
+    expect(figure.locator(".heatmaplayer image")).to_have_count(1)
+    area = figure.locator(".nsewdrag").first.bounding_box()
+    assert area is not None and page.locator(".no-webgl").count() == 0
+    page.mouse.click(area["x"] + area["width"] * 20.5 / 32, area["y"] + area["height"] * 4.5 / 33)
+    expect(page.get_by_role("heading", name="Layer 4, expert 20:")).to_be_visible()
 
 
 def test_a_cell_of_the_specialization_map_takes_its_label_along_and_a_passage_leads_to_its_tokens(page: Page, address: str) -> None:
