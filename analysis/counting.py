@@ -71,6 +71,8 @@ def take_rows(experts: np.ndarray, weights: np.ndarray, n_slots: int) -> tuple[n
 def _take_rows(experts: np.ndarray, weights: np.ndarray, first: np.ndarray, words: np.ndarray, mass: np.ndarray) -> None:
     if experts.shape[1] == 8:  # the usual k as a constant: the loops over it are unrolled
         _take_each(experts, weights, first, words, mass, 8)
+    elif experts.shape[1] == 2:
+        _take_each(experts, weights, first, words, mass, 2)
     else:
         _take_each(experts, weights, first, words, mass, experts.shape[1])
 

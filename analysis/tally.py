@@ -185,17 +185,21 @@ def _score_blocks(site: int, width: int, scores: SiteScores, bins: int) -> Itera
 
 def _flow_blocks(here: SiteRows, after: SiteRows, width: int, next_width: int) -> Iterator[Block]:
     yield Block("flow", here.site, _pairs(here, after, width + 1, next_width + 1)[1:, 1:]).narrow()
-    first = np.zeros((width + 1, next_width + 1), np.int64)
+    first = np.zeros((width + 1, next_width + 1), np.uint32)
     bittables.count_pairs(here.first[:, None], after.first[:, None], first)
     yield Block("first_flow", here.site, first[1:, 1:]).narrow()
 
 
 def _pairs(here: SiteRows, after: SiteRows, n_slots: int, next_slots: int) -> np.ndarray:
-    """int64 [slots, next slots]: in how many rows both were chosen; nothing is said of slot 0, nor below the diagonal of a site with itself."""
-    table = np.zeros((n_slots, next_slots), np.int64)
+    """[slots, next slots]: in how many rows both were chosen; nothing is said of slot 0, nor below the diagonal of a site with itself."""
     if here.bits is None or after.bits is None:
-        bittables.count_pairs(here.slots, after.slots, table)
+        table = np.zeros((n_slots, next_slots), np.uint32)
+        if here is after:
+            bittables.count_own_pairs(here.slots, table)
+        else:
+            bittables.count_pairs(here.slots, after.slots, table)
     else:
+        table = np.zeros((n_slots, next_slots), np.int64)
         bittables.count_pairs_by_bits(here.bits, after.bits, table)
     return table
 
