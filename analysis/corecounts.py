@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,15 +41,17 @@ class Block:
 
     def narrow(self) -> Block:
         """The same in as few bytes as the counts allow."""
-        return replace(self, count=self.count.astype(_narrow(self.count)))
+        return replace(self, count=_narrow(self.count))
 
     def plus(self, more: Block) -> Block:
         """The sum with that of other rows, of which there may be more values of a."""
         if self.count.shape != more.count.shape:
             shape = tuple(map(max, self.count.shape, more.count.shape))
             return self._within(shape).plus(more._within(shape))
-        count = np.add(self.count, more.count, dtype=_narrow(self.count, more.count), casting="unsafe")
-        return replace(self, count=count, total=None if self.total is None or more.total is None else self.total + more.total)
+        wide = np.min_scalar_type(int(self.count.max(initial=0)) + int(more.count.max(initial=0)))
+        count = np.add(self.count, more.count, dtype=wide, casting="unsafe")
+        total = None if self.total is None or more.total is None else self.total + more.total
+        return Block(self.statistic, self.site, count, total, self.label, self.every)
 
     def _within(self, shape: tuple[int, ...]) -> Block:
         room = [(0, n - m) for n, m in zip(shape, self.count.shape, strict=True)]
@@ -113,10 +116,11 @@ class CoreCounts:
 
     def write(self, path: Path) -> None:
         """As an .npz file, whose checksums numpy compares."""
-        blocks = [x.narrow() for x in self.blocks]
-        described = [(x.statistic, x.site, x.label, x.every, x.total is not None, x.count.itemsize, x.count.shape) for x in blocks]
-        counts = {f"counts-{n}": _joined([x.count.ravel() for x in blocks if x.count.itemsize == n], np.dtype(f"u{n}")) for n in _WIDTHS}
-        totals = _joined([x.total.ravel() for x in blocks if x.total is not None], np.dtype(np.float64))
+        narrow = [_narrow(x.count) for x in self.blocks]
+        described = [(x.statistic, x.site, x.label, x.every, x.total is not None, n.itemsize, n.shape)
+                     for x, n in zip(self.blocks, narrow, strict=True)]  # fmt: skip
+        counts = {f"counts-{n}": _joined([x.ravel() for x in narrow if x.itemsize == n], np.dtype(f"u{n}")) for n in _WIDTHS}
+        totals = _joined([x.total.ravel() for x in self.blocks if x.total is not None], np.dtype(np.float64))
         with path.open("wb") as file:
             np.savez(file, blocks=np.frombuffer(json.dumps(described).encode(), np.uint8), totals=totals, **counts)  # type: ignore[arg-type]  # numpy's stub takes every keyword for its option
 
@@ -129,7 +133,7 @@ class CoreCounts:
 
         def take(array: np.ndarray, which: int, shape: Sequence[int]) -> np.ndarray:
             start = taken[which]
-            taken[which] += int(np.prod(shape, dtype=int))
+            taken[which] += math.prod(shape)
             return array[start : taken[which]].reshape(shape)
 
         for statistic, site, label, every, has_total, width, shape in described:
@@ -156,9 +160,9 @@ class CoreSum:
         return CoreCounts.of(self._schema, self._blocks.values())
 
 
-def _narrow(*counts: np.ndarray) -> np.dtype:
-    """The narrowest unsigned type that the sum of two cells fits."""
-    return np.min_scalar_type(sum(int(x.max(initial=0)) for x in counts))
+def _narrow(counts: np.ndarray) -> np.ndarray:
+    """The same in the narrowest unsigned type."""
+    return counts.astype(np.min_scalar_type(int(counts.max(initial=0))), copy=False)
 
 
 def _joined(arrays: Sequence[np.ndarray], type_: np.dtype) -> np.ndarray:
