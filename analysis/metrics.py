@@ -134,7 +134,8 @@ def _label_information(trace: Trace, site: int) -> float:
 
 def _token_information(trace: Trace, site: int) -> float:
     ids, experts, counts = trace.stats.token_load(site)
-    return sparse_information(np.cumsum(np.append(False, ids[1:] != ids[:-1])[: len(ids)]), experts, counts)[1]
+    starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)])
+    return sparse_information(np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(ids)))), experts, counts)[1]
 
 
 _BITS = Bound("log2 E + 0.721", lambda x: float(np.log2(x.n_classes)) + CORRECTION)
