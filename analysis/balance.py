@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from .binomial import binomial
+
 COLD_SHARE = 0.1
 
 
@@ -93,14 +95,9 @@ def chance_max_over_mean(tokens: int, n_experts: int, top_k: int) -> float:
     share = top_k / n_experts
     if not tokens or share >= 1:
         return 1.0 if tokens else float("nan")
-    mean = tokens * share
-    reach = 14 * np.sqrt(mean * (1 - share)) + 40  # beyond it the tail is below 1e-16
-    low, high = int(max(0, mean - reach)), int(min(tokens, mean + reach))
-    t = np.arange(low, high, dtype=np.float64)
-    log_mass = np.concatenate([[0.0], np.cumsum(np.log((tokens - t) / (t + 1)) + np.log(share / (1 - share)))])
-    mass = np.exp(log_mass - log_mass.max())
-    above = np.cumsum(mass[::-1])[::-1][1:] / mass.sum()
-    return float((low + np.minimum(1, n_experts * above).sum()) / mean)
+    low, mass = binomial(tokens, share)
+    above = np.cumsum(mass[::-1])[::-1][1:]
+    return float((low + np.minimum(1, n_experts * above).sum()) / (tokens * share))
 
 
 def chance_dead(tokens: int, n_experts: int, top_k: int) -> float:

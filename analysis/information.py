@@ -86,10 +86,14 @@ def sparse_information(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> tupl
 
     Corrected = plug-in - (cells - rows - columns + 1) / (2 n ln 2), of rows, columns and cells that occur. Miller 1955.
     """
+    return information_given(np.bincount(x, counts), np.bincount(y, counts), counts)
+
+
+def information_given(rows: np.ndarray, columns: np.ndarray, counts: np.ndarray) -> tuple[float, float, float, float]:
+    """``sparse_information`` of cells with these sums over y and over x, float64, which may hold zeros."""
     n = counts.sum()
     if not n:
         return (float("nan"),) * 4
-    rows, columns = np.bincount(x, counts), np.bincount(y, counts)
     hx, hy, joint = entropy(rows), entropy(columns), entropy(counts)
     plug_in = max(hx + hy - joint, 0.0)
     cells = int((counts > 0).sum()) - int((rows > 0).sum()) - int((columns > 0).sum()) + 1

@@ -38,9 +38,23 @@ class LongTable:
 
     def where(self, column: str, value: str | int, total: int | None = None) -> pa.Table:
         """The rows with ``value`` in ``column``, in the file's order. ValueError where their counts do not sum to ``total``."""
+        return self._found(column, value, total, self.schema.names)
+
+    def counts(self, column: str, value: str | int, total: int) -> np.ndarray:
+        """int64: the counts of ``where``, most often without reading the other columns."""
+        return np.asarray(self._found(column, value, total, ["count"])["count"].to_numpy())
+
+    def _found(self, column: str, value: str | int, total: int | None, names: Sequence[str]) -> pa.Table:
         with self._reading():
-            groups = [i for i, x in enumerate(self._extents(column)) if x is not None and x[0] <= value <= x[1]]
-            found = self._spelled(_where(self._read(groups), column, value), {column: value})
+            extents = self._extents(column)
+            groups = [i for i, x in enumerate(extents) if x is not None and x[0] <= value <= x[1]]
+            if total is not None and all(extents[i] == (value, value) for i in groups):  # checked by its sum: the column need not be read
+                found = self._read(groups, [n for n in names if n != column])
+                if column in names:
+                    of = pa.repeat(pa.scalar(value, self.schema.field(column).type), len(found))
+                    found = found.add_column(names.index(column), column, of).cast(self.schema)
+            else:
+                found = self._spelled(_where(self._read(groups), column, value), {column: value})
             if total is not None and (pc.sum(found["count"]).as_py() or 0) != total:
                 raise ValueError(f"the counts where {column} is {value} do not add up to {total}")
             return found
@@ -99,10 +113,11 @@ class LongTable:
                 table = table.set_column(i, field, pa.repeat(value, len(table)))
         return table.cast(self.schema)
 
-    def _read(self, groups: Sequence[int]) -> pa.Table:
-        """Texts as dictionaries: what is not asked for is never spelled out."""
+    def _read(self, groups: Sequence[int], names: Sequence[str] = ()) -> pa.Table:
+        """Texts as dictionaries: what is not asked for is never spelled out. Columns ``names``, default all."""
+        names = list(names or self.schema.names)
         with self._open([f.name for f in self.schema if pa.types.is_string(f.type)]) as file:
-            return file.read_row_groups(list(groups), columns=self.schema.names).select(self.schema.names)
+            return file.read_row_groups(list(groups), columns=names).select(names)
 
 
 def whole(rows: pa.Table | LongTable | KeyCounts | CoreCounts) -> pa.Table:

@@ -7,7 +7,8 @@ TABLE_BYTES in all. Effects are those of ``paths``; knows nothing of screens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import ceil, log2
 
@@ -15,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from .paths import PairCounts, coactivation, flow, partner_odds
-from .reading import ROWS, documents_of
+from .reading import ROWS, ahead, documents_of
 from .significance import ALPHA, INTERVAL_DRAWS, MOST_UNITS, benjamini_hochberg, count_p, draws_for, interval, sign_flip_test
-from .trace import Trace
+from .trace import LayerInfo, Trace
 
 TABLE_BYTES = 110_000_000  # 400 units of 256 x 256 experts
 LEAST_UNITS = 1 + ceil(log2(1 / ALPHA))  # the smallest p of sign flips is 2 of 2^units
@@ -161,7 +162,6 @@ def unit_pairs(trace: Trace, site: int, after: int, lengths: np.ndarray, progres
     """Pairs of experts here and at ``after`` in documents of these lengths; one pass."""
     from .bittables import count_pairs  # pays for numba
     from .chance_pairs import add_chance_flow, add_chance_pairs
-    from .counting import check_ids, slots_of
 
     here, there = trace.layers[site], trace.layers[after]
     shape = (here.n_classes + 1, there.n_classes + 1)
@@ -172,30 +172,39 @@ def unit_pairs(trace: Trace, site: int, after: int, lengths: np.ndarray, progres
     chance, expected, spread = (np.zeros(shape) for _ in range(3))
     sizes = (shape[0], here.top_k + 1) if site == after else (shape[0], shape[0], shape[1], shape[1], 1)
     held = tuple(np.zeros(n, np.int64) for n in sizes)
-    for start in range(0, n := int(ends[-1]), ROWS):
-        stop = min(start + ROWS, n)
-        slots = []
-        for layer in (here, there) if site != after else (here,):
+    n = int(ends[-1])
+    with ThreadPoolExecutor(1) as pool:  # the next block is read while one is counted
+        for start, stop, slots in ahead(_slots(trace, (here, there) if site != after else (here,), n), pool):
+            for unit in range(int(np.searchsorted(last, start, "right")), int(np.searchsorted(last, stop - 1, "right")) + 1):
+                first, end = max(int(last[unit - 1]) if unit else 0, start), min(int(last[unit]), stop)
+                mine = [x[first - start : end - start] for x in slots]
+                count_pairs(mine[0], mine[-1], tables[unit])
+                whole = ends[np.searchsorted(ends, first, "right") : np.searchsorted(ends, end, "right")] - first
+                if site == after:
+                    add_chance_pairs(mine[0], whole, held, chance, spread)
+                else:
+                    add_chance_flow(mine[0], mine[1], whole, held, chance, spread)
+                if end == last[unit]:
+                    lean = tables[unit] - chance
+                    excess[unit] = np.where(np.abs(lean) > 1e-6 * (1 + chance), lean, 0)  # what only the fit left is no lean
+                    expected += chance
+                    chance[:] = 0
+            if progress is not None:
+                progress(stop, n)
+    return UnitPairs(tables[:, 1:, 1:], excess[:, 1:, 1:], expected[1:, 1:], spread[1:, 1:])
+
+
+def _slots(trace: Trace, layers: Sequence[LayerInfo], n: int) -> Iterator[tuple[int, int, list[np.ndarray]]]:
+    """(start, stop, slots [rows, k] of each layer) of the stream's ``n`` rows, block by block."""
+    from .counting import check_ids, slots_of
+
+    for start in range(0, n, ROWS):
+        stop, slots = min(start + ROWS, n), []
+        for layer in layers:
             experts = trace.experts(layer.index, start, stop)
             check_ids(experts, layer.n_classes)
             slots.append(slots_of(experts))
-        for unit in range(int(np.searchsorted(last, start, "right")), int(np.searchsorted(last, stop - 1, "right")) + 1):
-            first, end = max(int(last[unit - 1]) if unit else 0, start), min(int(last[unit]), stop)
-            mine = [x[first - start : end - start] for x in slots]
-            count_pairs(mine[0], mine[-1], tables[unit])
-            whole = ends[np.searchsorted(ends, first, "right") : np.searchsorted(ends, end, "right")] - first
-            if site == after:
-                add_chance_pairs(mine[0], whole, held, chance, spread)
-            else:
-                add_chance_flow(mine[0], mine[1], whole, held, chance, spread)
-            if end == last[unit]:
-                lean = tables[unit] - chance
-                excess[unit] = np.where(np.abs(lean) > 1e-6 * (1 + chance), lean, 0)  # what only the fit left is no lean
-                expected += chance
-                chance[:] = 0
-        if progress is not None:
-            progress(stop, n)
-    return UnitPairs(tables[:, 1:, 1:], excess[:, 1:, 1:], expected[1:, 1:], spread[1:, 1:])
+        yield start, stop, slots
 
 
 def _fitting(cells: int) -> int:

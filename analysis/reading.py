@@ -35,13 +35,13 @@ def one_pass(trace: Trace, site: int, *readings: Reading[Any]) -> list[Any]:
     """
     with ThreadPoolExecutor() as pool:
         list(pool.map(next, readings))
-        for block in _ahead(blocks(trace, trace.layers[site]), pool):
+        for block in ahead(blocks(trace, trace.layers[site]), pool):
             for reading in readings:
                 reading.send(block)
         return list(pool.map(_finished, readings))
 
 
-def _ahead(items: Iterator[_Found], pool: ThreadPoolExecutor) -> Iterator[_Found]:
+def ahead(items: Iterator[_Found], pool: ThreadPoolExecutor) -> Iterator[_Found]:
     """``items``, of which the next is made while one is worked on."""
     made = pool.submit(next, items, None)
     while (item := made.result()) is not None:

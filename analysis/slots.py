@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from .binomial import binomial
+
 MAX_FACTOR = 1e6
 Rounding = Callable[[np.ndarray], np.ndarray]
 SCOPES = ("document", "documents", "tokens", "run")
@@ -213,13 +215,8 @@ def uniform_overflow(tokens: int, n_experts: int, top_k: int, slots: np.ndarray,
     mean = tokens * share
     if tokens == 0 or share == 1:
         return n_experts * np.maximum(mean - slots, 0)
-    reach = 14 * np.sqrt(mean * (1 - share)) + 40  # beyond it the tail is below 1e-16
-    low, high = int(max(0, mean - reach)), int(min(tokens, mean + reach))
-    n = np.arange(low, high, dtype=np.float64)
-    log_mass = np.concatenate([[0.0], np.cumsum(np.log((tokens - n) / (n + 1)) + np.log(share / (1 - share)))])
-    mass = np.exp(log_mass - log_mass.max())
-    mass /= mass.sum()
-    loads = np.arange(low, high + 1)
+    low, mass = binomial(tokens, share)
+    loads = np.arange(low, low + len(mass))
     above = np.append(np.cumsum(mass[::-1])[::-1], 0.0)  # P(n >= low + i)
     mass_above = np.append(np.cumsum((mass * loads)[::-1])[::-1], 0.0)
     first = np.clip(slots + 1 - low, 0, len(loads)).astype(np.int64)  # the first load above C

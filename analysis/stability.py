@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from .stats import Statistics
 from .trace import LayerInfo, Trace
 
 KEPT_BYTES, KEPT_SITES = 1 << 21, 64  # of a site's loads that are kept, and sites: 128 MiB at most, and again for batches
+_READING = tuple(Lock() for _ in range(KEPT_SITES))
 LEAST_DOCUMENTS = 30  # a text in ten is missing from 30 of them in 4 % of cases: 0.9^30
 SCHEMA = (("n", pa.int64()), ("max_over_mean", pa.float64()), ("cv", pa.float64()), ("normalised_entropy", pa.float64()),
           ("dead", pa.float64()), ("chance_max_over_mean", pa.float64()), ("chance_cv", pa.float64()))  # fmt: skip
@@ -282,8 +284,11 @@ def _documents(trace: Trace, site: int) -> tuple[np.ndarray, np.ndarray]:
     rows = trace.documents_in(trace.layers[site].stream)
     numbers, stats = rows["document"].to_numpy(), trace.stats
     kept = isinstance(stats.document_rows, LongTable) and len(numbers) * trace.layers[site].n_classes * 2 <= KEPT_BYTES
-    counts = _kept_load(stats, site, numbers.tobytes(), numbers.dtype) if kept else stats.document_load(site, numbers)
-    return rows["n_tokens"].to_numpy().astype(np.int64), counts
+    sizes = rows["n_tokens"].to_numpy().astype(np.int64)
+    if not kept:
+        return sizes, stats.document_load(site, numbers)
+    with _READING[site % KEPT_SITES]:  # two threads that ask for a site at once read it once
+        return sizes, _kept_load(stats, site, numbers.tobytes(), numbers.dtype)
 
 
 @lru_cache(maxsize=KEPT_SITES)

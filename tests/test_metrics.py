@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from analysis.metrics import METRICS, balance_table, load_table, percentile_table, percentiles
-from analysis.stats import merge_statistics, part_statistics
+from analysis.stats import Statistics, merge_statistics, part_statistics
+from analysis.store import open_run
 from analysis.trace import Part, SiteRouting, SiteScores, Trace
-from tests.synthetic import MANY, PLAIN, SPECIAL, TWO_STREAMS, make_part, make_parts, make_trace
+from analysis.writing import RunWriter
+from tests.synthetic import MANY, PLAIN, SPECIAL, TWO_STREAMS, card, make_part, make_parts, make_trace, site
 
 TRACES = {"plain": PLAIN, "300 experts": MANY, "two streams, dropping": TWO_STREAMS}
 
@@ -28,6 +31,22 @@ def relabelled(part: Part) -> Part:
         moved[order] = total
         sums.append(moved)
     return replace(part, routing=tuple(routing), probability_sums=tuple(sums))
+
+
+def test_token_information_of_a_stored_run_is_that_in_memory_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites of one stream and k share what a token id's assignments add up to; of others, and where some were dropped, all is read."""
+    layers = (site(0, 8, 2), site(1, 8, 3), site(2, 16, 2), site(3, 8, 3), site(4, 6, 2, "encoder"), site(5, 6, 2, "encoder", 5))
+    parts = make_parts(layers)
+    with RunWriter.open(tmp_path / "run", card(layers), {}) as writer:
+        for part in parts:
+            writer.write(part)
+        writer.commit()
+    asked, load = [], Statistics.token_load
+    monkeypatch.setattr(Statistics, "token_load", lambda self, number: asked.append(number) or load(self, number))
+    found = METRICS["token_information"](open_run(tmp_path / "run"))["value"]
+    assert set(asked) == {0, 1, 4, 5}
+    assert found.to_pylist() == METRICS["token_information"](make_trace(layers, parts))["value"].to_pylist()
+    assert len(set(found.to_pylist())) == len(layers)
 
 
 def emptied(trace: Trace) -> Trace:

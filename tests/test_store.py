@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -15,6 +16,7 @@ import pytest
 from analysis.files import stamp
 from analysis.layout import write_table
 from analysis.longtables import LongTable
+from analysis.metrics import METRICS
 from analysis.store import RunError, delete_run, list_runs, open_run, valid_run_name, verify_run
 from analysis.trace import TOKENS, LayerInfo, Part, SiteRouting, Trace
 from analysis.writing import RunWriter
@@ -163,13 +165,24 @@ def test_changed_statistics_are_an_error_that_names_the_file(tmp_path: Path, nam
 def test_a_footer_that_hides_rows_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the footer says of a row group carries no checksum: rows it keeps from being read are missed in the sum."""
     stored(tmp_path / "run")
-    stats = open_run(tmp_path / "run").stats
-    assert stats.load(1).sum() == stats.token_load(1)[2].sum() == stats.document_load(1, np.arange(9)).sum() > 0
+    trace = open_run(tmp_path / "run")
+    stats = trace.stats
+    assert stats.load(1).sum() == stats.token_load(1)[2].sum() == stats.document_load(1, np.arange(9)).sum() == 2 * stats.n_tokens(1) > 0
     monkeypatch.setattr(LongTable, "_extents", lambda self, column: [(7, 7)] * self._footer.num_row_groups)
     with pytest.raises(RunError, match="token_stats.parquet is damaged"):
         stats.token_load(1)
     with pytest.raises(RunError, match="document_stats.parquet is damaged"):
         stats.document_load(1, np.arange(9))
+    monkeypatch.setattr(
+        LongTable, "_extents", lambda self, column: [(1, 1)] * self._footer.num_row_groups
+    )  # then the site is not even read
+    for ask in (
+        stats.token_load,
+        lambda site: stats.document_load(site, np.arange(9)),
+        partial(METRICS["token_information"].function, trace),
+    ):
+        with pytest.raises(RunError, match="_stats.parquet is damaged"):
+            ask(1)
 
 
 def test_opening_reads_no_statistics(tmp_path: Path) -> None:
