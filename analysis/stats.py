@@ -67,8 +67,8 @@ BY_DOCUMENT = pa.schema([("document", pa.int32()), ("site", pa.int16()), ("exper
 class Statistics:
     """Counts and sums of a trace; ``classes[site]`` is the number of ids at a site, ``following[site]`` its successor.
 
-    The rows are in memory, or on disk and read when asked for; those by token and by document are sorted by site, key and expert. Those
-    by token of one part are as they were counted.
+    The rows are in memory, or on disk and read when asked for; those by token and by document are sorted by site, key and expert. Core
+    rows of parts and their sums, and those by token of one part, are as they were counted.
     """
 
     core_rows: pa.Table | LongTable | CoreCounts

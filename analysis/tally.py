@@ -48,6 +48,11 @@ class StreamRows:
     starts: np.ndarray
     token_ids: np.ndarray
 
+    @cached_property
+    def most(self) -> int:
+        """Rows of the token id that has the most."""
+        return int(np.diff(self.starts).max(initial=0))
+
 
 @dataclass(frozen=True)
 class SiteRows:
@@ -207,7 +212,7 @@ def _pairs(here: SiteRows, after: SiteRows, n_slots: int, next_slots: int) -> np
 def _by_token(site: SiteRows, width: int, rows: StreamRows, room: tuple[np.ndarray, np.ndarray]) -> SiteCounts:
     ends = np.empty(len(rows.token_ids), np.int32)
     n = counting.count_keys(rows.order, rows.starts, site.slots_without_words, site.words, width + 1, *room, ends)
-    counts = room[1][:n].astype(np.uint16 if np.diff(rows.starts).max(initial=0) < 2**16 else np.uint32)
+    counts = room[1][:n].astype(np.uint16 if rows.most * site.experts.shape[1] < 2**16 else np.uint32)
     return SiteCounts(rows.token_ids, ends, room[0][:n].copy(), counts)
 
 
