@@ -32,6 +32,12 @@ def _threads(text: str) -> int:
     return _whole(text, 1, 1_024)
 
 
+def _address(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give auto, or host:port")
+    return text
+
+
 def _at_least_none(text: str) -> int:
     return _whole(text, 0)
 
@@ -129,7 +135,7 @@ def _add_table_settings(export: argparse.ArgumentParser) -> None:
 
 def _add_cluster_options(command: argparse.ArgumentParser) -> None:
     text = "spread the work over a Ray cluster: host:port, or auto (the one running here, else one started for this command)"
-    command.add_argument("--cluster", metavar="auto|ADDRESS", help=text)
+    command.add_argument("--cluster", type=_address, metavar="auto|ADDRESS", help=text)
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ there. A part is fixed beforehand by its documents and row numbers, so who captu
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections import deque
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 RETRIES = 8  # of a part whose process died; one that kills every process it meets must not do so for ever
 AT_ONCE = 2  # parts of a replica: one that is captured, one that is written
+ANSWER_SECONDS = 10  # to reach the head node of a cluster
 POLL_SECONDS = 0.2
 STORE_BYTES = 128 * 2**20  # of a cluster started here, through which only texts and counts pass
 
@@ -284,6 +286,7 @@ def _connected(address: str) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    _check_answers(ray, address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     try:
         ray.init(address=address, **quiet)
@@ -295,6 +298,19 @@ def _connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answers(ray: Any, address: str) -> None:
+    """Raise ClusterError where nothing listens at ``host:port``: Ray itself would try for minutes. What else an address may be is Ray's to say."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    hosts = (host, ray.util.get_node_ip_address()) if host in ("localhost", "127.0.0.1") else (host,)  # which Ray puts in their place
+    for name in hosts:
+        with suppress(OSError, OverflowError, UnicodeError):
+            socket.create_connection((name.strip("[]"), int(port)), ANSWER_SECONDS).close()
+            return
+    raise ClusterError(f"no cluster answers at {address!r}: nothing listens there; give host:port of its head node")
 
 
 def _start_here(ray: Any, quiet: Mapping[str, Any]) -> None:

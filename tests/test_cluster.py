@@ -254,3 +254,12 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ClusterError, match="pip install -r requirements-cluster.txt"):
         spread(tmp_path, tmp_path / "run")
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "256.1.1.1:99999", "[::1]:1"])
+def test_an_address_where_nothing_listens_is_said_at_once(address: str) -> None:
+    """Ray itself tries for minutes, and fills the terminal with its log."""
+    command = [sys.executable, "-m", "analysis", "stats", "data/demo-run", "--cluster", address]  # a process that is in no cluster yet
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: no cluster answers at '{address}': nothing listens there")

@@ -232,7 +232,7 @@ def test_more_errors_are_one_sentence(arguments: list[str], message: str, tmp_pa
 
 
 @pytest.mark.parametrize("option", ["--batch-size=0", "--batch-size=x", "--new-tokens=-1", "--threads=0", "--max-tokens=0", "--dtype=int8",
-                                    "--batch-size=99999999999999999999", "--threads=100000"])  # fmt: skip
+                                    "--batch-size=99999999999999999999", "--threads=100000", "--cluster="])  # fmt: skip
 def test_numbers_out_of_range_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["capture", "--model", "m", "--text", "a", "--out", "r", option])
