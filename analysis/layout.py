@@ -4,8 +4,9 @@ Ids are dictionary-coded uint8 or uint16, by the number of experts (as BYTE_STRE
 know integers of that kind, and DuckDB and Polars take twice as long); weights are BYTE_STREAM_SPLIT float32, which holds bfloat16 and
 float16 values exactly at their own cost; pages carry checksums. Rounded weights are float32 too, so that every reader has the values,
 but dictionary-coded: an index of at most 8 bits each, as long as a site's weights span no more than 16 octaves. Ids of balanced experts
-have no codec, which would make them 1 to 2 % smaller for a quarter of the time of writing them; exact floats have the codec at level -1, which
-makes them 0.5 to 6 % larger for 7 to 20 % less. Columns that cannot hold a null say so, which saves a fifth of writing them. A run that keeps no weights has no columns for them, and its ids by falling weight.
+have no codec, which would make them 1 to 2 % smaller for a quarter of the time of writing them; exact floats have the codec at level -1,
+which makes them 0.5 to 6 % larger for 7 to 20 % less. Columns that cannot hold a null say so, which saves a fifth of writing them. A run
+that keeps no weights has no columns for them, and its ids by falling weight.
 """
 
 from __future__ import annotations
