@@ -259,6 +259,10 @@ def _documents(tokenizer: Any, texts: Iterable[str], labels: Iterable[str | None
         if end in (text, *(v for v, x in ((label, labels), (name, names)) if x is not None)):
             if any(v is not end for v, x in ((text, texts), (label, labels), (name, names)) if x is not None):
                 raise CaptureError("texts, labels and names differ in number: give one of each per document")
+            if index < len(committed):
+                raise CaptureError(
+                    f"{index:,} texts were given, but this interrupted run has recorded {len(committed):,}: give the same texts, or delete the run"
+                )
             return
         name = name or f"document {index + 1}"
         ids = encode(tokenizer, [text])[0]

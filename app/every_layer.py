@@ -35,7 +35,7 @@ def show_every_layer(trace: Trace, run: str, here: Preferences, test: Callable[[
         show_figure(
             trace,
             charts.enrichment_grid([f"{x.title}: {captions.preferring(p)}" for x, p in zip(layers, same, strict=True)], same,
-                                   [text.axis_name(here.groups[g]) for g in groups], groups, [seriation(p.enrichment, groups)[1] for p in same], theme()),
+                                   text.axis_names([here.groups[g] for g in groups]), groups, [seriation(p.enrichment, groups)[1] for p in same], theme()),
             f"enrichment-by-{here.kind}-every-layer", key=f"grid-{here.kind}",
             alt=f"A small heatmap per layer of {len(groups)} groups by experts: log2 enrichment.", definition=captions.grid_definition(same),
             n=f"{int(here.tokens.sum()):,} tokens per layer",

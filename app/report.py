@@ -2,7 +2,7 @@
 
 Its policy lets two scripts run, named by their hashes: the page's own and plotly.js, which travels gzipped in base64
 (4.8 MB become 2.0) and is unpacked by the browser's DecompressionStream. Styles may be inline, as Plotly sets them on its
-drawings. All text from data passes text.markup or text.axis_label; in the JSON, < is written as \\u003c.
+drawings. All text from data passes text.markup, text.axis_label or text.axis_names; in the JSON, < is written as \\u003c.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from analysis.trace import Trace
 from . import captions, charts, palette
 from .model_card import facts, origin, router_rows
 from .strip_data import HUES, first_text, strip_data
-from .text import axis_label, markup, visible_name
+from .text import axis_names, markup, visible_name
 
 _HERE = Path(__file__).parent
 _PARTS = _HERE / "report_page"
@@ -220,7 +220,7 @@ def _capacity(draft: _Draft) -> None:
 def _labels(draft: _Draft, site: int) -> None:
     found, layer = by_label(draft.trace, site), draft.trace.layers[site]
     groups, experts = seriation(found.enrichment)
-    names = [axis_label(found.groups[g], 22) for g in groups]
+    names = axis_names([found.groups[g] for g in groups])
     caption = (f"{captions.enrichment_definition(found, layer)} {captions.preferences_how(found, layer)}"
                f" n = {int(found.tokens.sum()):,} tokens of {int(found.documents.sum()):,} documents.")  # fmt: skip
     draft.add(

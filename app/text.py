@@ -68,6 +68,18 @@ def axis_name(text: str, limit: int = 22) -> str:
     return _for_plotly(visible_name(text) or "⟨empty⟩", limit)
 
 
+def axis_names(texts: Sequence[str]) -> list[str]:
+    """``axis_name`` of each place of one axis. Plotly would draw places of equal names as one, so that what shortening made equal is numbered."""
+    names: dict[str, None] = {}
+    for whole in texts:
+        name, n = axis_name(whole), 1
+        while name in names:
+            n += 1
+            name = f"{axis_name(whole, 18)} ({n})"
+        names[name] = None
+    return list(names)
+
+
 def _for_plotly(shown: str, limit: int) -> str:
     """A double quote goes by its number: Plotly knows few names, and would show the letters &quot;."""
     return html.escape(shown if len(shown) <= limit else shown[: limit - 1] + "…").replace("&quot;", "&#34;")

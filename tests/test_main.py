@@ -202,6 +202,8 @@ def test_an_interrupted_capture_resumes(model: str, tmp_path: Path) -> None:
         )
     with pytest.raises(CaptureError, match="document 2 differs"):
         capture(loaded, tokenizer, ["document 0", "another", *texts[2:]], out=tmp_path / "r", batch_size=1, part_tokens=30)
+    with pytest.raises(CaptureError, match="1 texts were given, but this interrupted run has recorded"):
+        capture(loaded, tokenizer, texts[:1], out=tmp_path / "r", batch_size=1, part_tokens=30)
     resumed = capture(loaded, tokenizer, texts, out=tmp_path / "r", batch_size=1, part_tokens=30)
     whole = capture(loaded, tokenizer, texts, batch_size=1, part_tokens=30)
     from .synthetic import differences

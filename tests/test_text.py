@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.text import axis_label, axis_name, plain, token_texts, visible_token
+from app.text import axis_label, axis_name, axis_names, plain, token_texts, visible_token
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,14 @@ def test_plain_leaves_no_markdown(text: str) -> None:
 
 def test_axis_names_keep_spaces_and_no_markup() -> None:
     assert axis_name('two words "<b>"\n') == "two words &#34;&lt;b&gt;&#34;⏎" and axis_name("") == "⟨empty⟩"
+
+
+@given(st.lists(st.text(st.sampled_from("ab<(2) …"), max_size=26)))
+def test_names_of_an_axis_differ_also_where_shortened(texts: list[str]) -> None:
+    names = axis_names(texts)
+    assert len(set(names)) == len(texts) and all(len(html.unescape(n)) <= 26 for n in names)
+
+
+def test_a_number_tells_shortened_names_apart() -> None:
+    assert axis_names(["a", "a very long label: one", "a very long label: one and more", "a very long label: one and less"]) == [
+        "a", "a very long label: one", "a very long label: on…", "a very long label… (2)"]  # fmt: skip

@@ -130,7 +130,7 @@ def who_pays(trace: Trace, applied: AppliedCapacity, site: int, total: dict[str,
     if asked == "label":
         rows = rows.sort_by([(share, "descending")])
     keys = rows[by].to_pylist()
-    names = [text.axis_name(k or "no label") if asked == "label" else f"{k:,}" for k in keys]
+    names = text.axis_names([k or "no label" for k in keys]) if asked == "label" else [f"{k:,}" for k in keys]
     whole = rows[WHOLE[lost]].to_numpy()
     show_figure(
         trace, charts.share_bars(names, rows[share].to_numpy(), whole, total[share],

@@ -56,7 +56,7 @@ def uses(rows: Sequence[GroupUse], what: str, found: Preferences | None) -> None
     if missing := found.missing if found is not None else "":
         text.show_note(missing)
     show_figure(
-        trace, charts.enrichment_bars([text.axis_name(u.group) for u in rows], rows, of[len(what) + 1 :] if of.startswith(f"{what}-") else None), f"{trace.layers[site].title}-expert-{expert}-by-{what}",
+        trace, charts.enrichment_bars(text.axis_names([u.group for u in rows]), rows, of[len(what) + 1 :] if of.startswith(f"{what}-") else None), f"{trace.layers[site].title}-expert-{expert}-by-{what}",
         key=f"uses-{what}", alt=f"Bars of log2 enrichment by {what}, with intervals.",
         definition=f"Expert {expert} of {trace.layers[site].title}: the share of the {what}'s tokens that use it over that of all others;"
         f" 1× is no preference. {'No bar can be tested.' if missing else 'Faded: not distinguishable from chance at a false discovery rate of 5%.'}",

@@ -229,7 +229,7 @@ def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
     ratio, n, chance = (rows[c].to_numpy() for c in ("max_over_mean", "n", "chance_max_over_mean"))
     few = [d is not None and d < FEW for d in rows["documents"].to_pylist()]
     show_figure(
-        trace, charts.piece_bars([text.axis_name(x) for x in plain_names], ratio, n, chance, whole, few, "label" if piece == "label" else "position in the document"),
+        trace, charts.piece_bars(text.axis_names(plain_names), ratio, n, chance, whole, few, "label" if piece == "label" else "position in the document"),
         f"balance-{piece}-{trace.layers[site].title}", key="pieces-chart", alt=f"Bars of max over mean load {PIECES[piece]}, with what chance gives.",
         definition=f"Largest load over mean load of {trace.layers[site].title} within each piece; the dark mark is what uniform routing of its tokens stays"
         f" below on average.{f' Faded: fewer than {FEW} documents.' if any(few) else ''}",

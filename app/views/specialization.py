@@ -93,7 +93,7 @@ def show_preferences(found: Preferences, site: int) -> None:
     groups, experts = (
         seriation(found.enrichment) if found.kind != "position" else (np.arange(len(found.groups)), np.arange(found.count.shape[1]))
     )
-    names = [text.axis_name(found.groups[g]) for g in groups]
+    names = text.axis_names([found.groups[g] for g in groups])
     event = show_figure(
         trace, charts.enrichment_map(found, names, groups, experts, theme()), f"enrichment-by-{found.kind}-{layer.title}",
         key=f"cells-{found.kind}", on_select="rerun", selection_mode="points",
