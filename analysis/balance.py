@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 COLD_SHARE = 0.1
+UNLIKELY = 0.05
 
 
 def relative_load(load: np.ndarray) -> np.ndarray:
@@ -93,14 +94,33 @@ def chance_max_over_mean(tokens: int, n_experts: int, top_k: int) -> float:
     share = top_k / n_experts
     if not tokens or share >= 1:
         return 1.0 if tokens else float("nan")
+    low, above = _tail(tokens, share)
+    return float((low + np.minimum(1, n_experts * above).sum()) / (tokens * share))
+
+
+@lru_cache(maxsize=256)
+def unlikely_max_over_mean(tokens: int, n_experts: int, top_k: int, layers: int = 1) -> float:
+    """A load over the mean that any expert of ``layers`` like layers exceeds in at most 1 of 20 runs of the same uniform routing.
+
+    The union bound over all their experts. What is claimed for the busiest of many layers has been picked from them: the expected
+    maximum of one layer would be exceeded by chance in nearly every run. NaN for no tokens.
+    """
+    share = top_k / n_experts
+    if not tokens or share >= 1:
+        return 1.0 if tokens else float("nan")
+    low, above = _tail(tokens, share)
+    return float((low + int((layers * n_experts * above > UNLIKELY).sum())) / (tokens * share))
+
+
+def _tail(tokens: int, share: float) -> tuple[int, np.ndarray]:
+    """(t0, P(X > t) for t from t0 on until it is nothing) of X Binomial(tokens, share); below t0 it is 1."""
     mean = tokens * share
     reach = 14 * np.sqrt(mean * (1 - share)) + 40  # beyond it the tail is below 1e-16
     low, high = int(max(0, mean - reach)), int(min(tokens, mean + reach))
     t = np.arange(low, high, dtype=np.float64)
     log_mass = np.concatenate([[0.0], np.cumsum(np.log((tokens - t) / (t + 1)) + np.log(share / (1 - share)))])
     mass = np.exp(log_mass - log_mass.max())
-    above = np.cumsum(mass[::-1])[::-1][1:] / mass.sum()
-    return float((low + np.minimum(1, n_experts * above).sum()) / mean)
+    return low, np.cumsum(mass[::-1])[::-1][1:] / mass.sum()
 
 
 def chance_dead(tokens: int, n_experts: int, top_k: int) -> float:
