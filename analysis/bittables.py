@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -15,6 +16,7 @@ from numba.extending import intrinsic
 
 from .counting import compiled
 
+_ROWS = 2**16 - 1  # that can be counted in 16 bits
 _LANES, _WORDS = 8, 8  # tables are padded to whole vectors of experts, and to blocks of words of 64 rows
 _U = np.uintp
 
@@ -35,15 +37,18 @@ def bits_of(words: np.ndarray, n_slots: int, k: int) -> np.ndarray | None:
 
 @compiled
 def _turn(words: np.ndarray, bits: np.ndarray) -> None:
-    """Transpose every 64 words, as 64 x 64 bits: squares of 32 x 32 change places, then those within them; _WORDS of them side by side."""
-    square = np.empty((64, _WORDS), np.uint64)
+    """Transpose every 64 words, as 64 x 64 bits: squares of 32 x 32 change places, then those within them; _WORDS of them side by side.
+
+    Squares that hold none of the lines that are asked for stay where they are.
+    """
+    square, lines = np.empty((64, _WORDS), np.uint64), _U(bits.shape[1] - _LANES)
     for q in range(0, bits.shape[0], _WORDS):
         for w in range(_WORDS):
             for r in range(64):
                 square[r, w] = words[_U((q + w) * 64 + r)]
         half, mask = _U(32), _U(2**32 - 1)
         while half:
-            for begin in range(_U(0), _U(64), half + half):
+            for begin in range(_U(0), lines, half + half):
                 for r in range(begin, begin + half):
                     for w in range(_U(_WORDS)):
                         swap = ((square[r, w] >> half) ^ square[r + half, w]) & mask
@@ -52,7 +57,7 @@ def _turn(words: np.ndarray, bits: np.ndarray) -> None:
             half >>= _U(1)
             mask ^= mask << half
         for w in range(_WORDS):
-            for e in range(_U(bits.shape[1] - _LANES)):
+            for e in range(lines):
                 bits[q + w, e + _U(_LANES)] = square[e, w]
 
 
@@ -79,19 +84,52 @@ def count_runs_by_bits(bits: np.ndarray, starts: np.ndarray, by_run: np.ndarray)
 
 
 def count_pairs(here: np.ndarray, after: np.ndarray, table: np.ndarray) -> None:
-    """Add every pair of slots of each row, here [n, k] x after [n, k2], to table int64 [slots here, slots after], but for slot 0."""
-    small = np.zeros(table.shape, np.int32)  # twice as much of it stays in the cache
-    _scatter_pairs(here, after, small)
-    table[1:, 1:] += small[1:, 1:]
+    """Add every pair of slots of each row, here [n, k] x after [n, k2], to table [slots here, slots after], but for slot 0."""
+    _add_pairs(here, after, False, table)
+
+
+def count_own_pairs(slots: np.ndarray, table: np.ndarray) -> None:
+    """The same of a site with itself, of which the cells off the diagonal are meant; in half the time."""
+    _add_pairs(slots, slots, True, table)
+
+
+def _add_pairs(here: np.ndarray, after: np.ndarray, once: bool, table: np.ndarray) -> None:
+    """``once``: each pair of slots is looked at once, and both of its cells are added to."""
+    k, k2 = here.shape[1], after.shape[1]
+    for start in range(0, len(here), _ROWS):
+        mine, later = here[start : start + _ROWS], after[start : start + _ROWS]
+        small = np.zeros(table.shape, np.uint16)  # four times as much of it stays in the cache
+        _scatter(mine, later, once, small)
+        if small.sum(dtype=np.int64) != len(mine) * (k * (k - 1) // 2 if once else k * k2):
+            small = np.zeros(table.shape, np.uint32)  # a cell ran over: rows with an expert more than once, or many without one
+            _scatter(mine, later, once, small)
+        for found in (small, small.T) if once else (small,):
+            np.add(table[1:, 1:], found[1:, 1:], out=table[1:, 1:], casting="unsafe")
 
 
 @compiled
-def _scatter_pairs(here: np.ndarray, after: np.ndarray, table: np.ndarray) -> None:
+def _scatter(here: np.ndarray, after: np.ndarray, once: bool, table: np.ndarray) -> None:
+    if here.shape[1] == 8 and after.shape[1] == 8:  # the usual k as a constant: the loops over it are unrolled
+        _scatter_each(here, after, once, table, 8, 8)
+    else:
+        _scatter_each(here, after, once, table, here.shape[1], after.shape[1])
+
+
+@numba.njit(inline="always")
+def _scatter_each(here: np.ndarray, after: np.ndarray, once: bool, table: np.ndarray, k: int, k2: int) -> None:
+    one = table.dtype.type(1)
+    if once:
+        for t in range(here.shape[0]):
+            for i in range(k):
+                s = _U(here[t, i])
+                for j in range(i + 1, k):
+                    table[s, _U(here[t, j])] += one
+        return
     for t in range(here.shape[0]):
-        for i in range(here.shape[1]):
+        for i in range(k):
             s = _U(here[t, i])
-            for j in range(after.shape[1]):
-                table[s, _U(after[t, j])] += 1
+            for j in range(k2):
+                table[s, _U(after[t, j])] += one
 
 
 def count_pairs_by_bits(here: np.ndarray, after: np.ndarray, table: np.ndarray) -> None:

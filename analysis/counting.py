@@ -71,6 +71,8 @@ def take_rows(experts: np.ndarray, weights: np.ndarray, n_slots: int) -> tuple[n
 def _take_rows(experts: np.ndarray, weights: np.ndarray, first: np.ndarray, words: np.ndarray, mass: np.ndarray) -> None:
     if experts.shape[1] == 8:  # the usual k as a constant: the loops over it are unrolled
         _take_each(experts, weights, first, words, mass, 8)
+    elif experts.shape[1] == 2:
+        _take_each(experts, weights, first, words, mass, 2)
     else:
         _take_each(experts, weights, first, words, mass, experts.shape[1])
 
@@ -180,7 +182,7 @@ def count_keys(order: np.ndarray, starts: np.ndarray, slots: np.ndarray, words: 
                counts_of: np.ndarray, ends: np.ndarray) -> int:  # fmt: skip
     """Sparse counts per (key, expert), in that order; returns how many entries were written.
 
-    The rows of key g are order[starts[g]:starts[g + 1]], its entries end at ends[g] of ``experts`` uint16 and ``counts_of`` int32, which
+    The rows of key g are order[starts[g]:starts[g + 1]], its entries end at ends[g] of ``experts`` uint8 or uint16 and ``counts_of`` int32, which
     have room for rows x k + slots entries. ``words`` is what ``take_rows`` says; slots are read only where there are none.
     """
     m, counts, seen = 0, np.zeros(n_slots, np.int32), np.zeros(n_slots // 64 + 1, np.uint64)

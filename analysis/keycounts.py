@@ -1,20 +1,18 @@
-"""Counts by (site, key, expert) as a part's kernel writes them, a third of the bytes of a long table; the key is a token id."""
+"""Counts by (site, key, expert) as a part's kernel writes them, a sixth of the bytes of a long table; the key is a token id."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-_TYPES = {"keys": np.int32, "ends": np.int64, "experts": np.uint16, "counts": np.int32}
-
 
 @dataclass(frozen=True)
 class SiteCounts:
-    """One site: ``keys`` int32 [g], ascending; the entries of key i end at ``ends`` int64 [g]: ``experts`` uint16, ascending, ``counts`` int32."""
+    """One site: ``keys`` int32 [g], ascending; the entries of key i end at ``ends`` int32 [g]: ``experts``, ascending, and ``counts``, unsigned."""
 
     keys: np.ndarray
     ends: np.ndarray
@@ -69,12 +67,13 @@ class KeyCounts:
         return pa.concat_tables(KeyCounts(self.schema, tuple(self.sites[i] for i in at)).tables()) if at else self.schema.empty_table()
 
     def write(self, path: Path) -> None:
-        """As an .npz file, whose checksums numpy compares; experts and counts as narrow as they allow."""
-        arrays: dict[str, np.ndarray] = {}
-        for i, x in enumerate(self.sites):
-            narrow = ((n, getattr(x, n)) for n in ("experts", "counts"))
-            arrays |= {f"keys-{i}": x.keys, f"ends-{i}": x.ends}
-            arrays |= {f"{n}-{i}": a.astype(np.min_scalar_type(int(a.max(initial=0)))) for n, a in narrow}
+        """As an .npz file, whose checksums numpy compares: the sites one after the other, the keys that they share once."""
+        shared = {id(x.keys): x.keys for x in self.sites}
+        which = [list(shared).index(id(x.keys)) for x in self.sites]
+        arrays = {"shared": _ends(shared.values()), "keys": _joined(shared.values()), "which": np.array(which, np.int32)}
+        for name in ("ends", "experts", "counts"):
+            arrays[name] = _joined(getattr(x, name) for x in self.sites)
+        arrays["entries"] = _ends(x.counts for x in self.sites)
         with path.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes every keyword for its option
 
@@ -82,5 +81,18 @@ class KeyCounts:
     def read(cls, path: Path, schema: pa.Schema) -> KeyCounts:
         """What ``write`` wrote."""
         with np.load(path, allow_pickle=False) as file:
-            sites = range(len(file.files) // len(_TYPES))
-            return cls(schema, tuple(SiteCounts(*(file[f"{n}-{i}"].astype(t, copy=False) for n, t in _TYPES.items())) for i in sites))
+            shared = np.split(file["keys"], file["shared"])[:-1]
+            keys = [shared[i] for i in file["which"]]
+            ends = np.split(file["ends"], np.cumsum([len(x) for x in keys], dtype=int))
+            experts, counts = (np.split(file[n], file["entries"]) for n in ("experts", "counts"))
+        return cls(schema, tuple(SiteCounts(*x) for x in zip(keys, ends, experts, counts, strict=False)))
+
+
+def _ends(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """int64: where each array ends, laid one after the other."""
+    return np.cumsum([len(x) for x in arrays], dtype=np.int64)
+
+
+def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    given = list(arrays)
+    return np.concatenate(given) if given else np.zeros(0, np.int32)

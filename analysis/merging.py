@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .corecounts import CoreCounts, CoreSum
 from .counting import compiled
 from .densesums import DenseSum
 from .keycounts import KeyCounts
@@ -91,6 +92,28 @@ class RunningSum:
             self._pieces[key] = [_sum_of(self._pieces[key])]
         self._untidy.clear()
         self._pending, self._summed = 0, sum(len(x[0].a) for x in self._pieces.values())
+
+
+class ShortSum:
+    """The sum of counts that do not grow with the text: as they were counted, or of tables as soon as there is one."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema, self._counts = schema, CoreSum(schema)
+        self._tables: RunningSum | None = None
+
+    def add(self, rows: pa.Table | LongTable | CoreCounts) -> None:
+        """Add counts, or a table in any order."""
+        if isinstance(rows, CoreCounts) and self._tables is None:
+            self._counts.add(rows)
+            return
+        if self._tables is None:
+            self._tables = RunningSum(self._schema, 3)
+            self._tables.add(self._counts.total().table())
+        self._tables.add(whole(rows))
+
+    def total(self) -> pa.Table | CoreCounts:
+        """The sum."""
+        return self._counts.total() if self._tables is None else self._tables.table()
 
 
 class LongSum:

@@ -35,12 +35,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .corecounts import CoreCounts
 from .keycounts import KeyCounts
 from .longtables import LongTable, where, whole
 from .trace import LayerInfo, Part, SiteRouting
 
 if TYPE_CHECKING:
-    from .tally import Block, Sparse
+    from .tally import Sparse
 
 BINS = 64
 NAMES = frozenset(
@@ -66,11 +67,11 @@ BY_DOCUMENT = pa.schema([("document", pa.int32()), ("site", pa.int16()), ("exper
 class Statistics:
     """Counts and sums of a trace; ``classes[site]`` is the number of ids at a site, ``following[site]`` its successor.
 
-    The rows are in memory, or on disk and read when asked for; those by token and by document are sorted by site, key and expert. Those
-    by token of one part are as they were counted.
+    The rows are in memory, or on disk and read when asked for; those by token and by document are sorted by site, key and expert. Core
+    rows of parts and their sums, and those by token of one part, are as they were counted.
     """
 
-    core_rows: pa.Table | LongTable
+    core_rows: pa.Table | LongTable | CoreCounts
     token_rows: pa.Table | LongTable | KeyCounts
     document_rows: pa.Table | LongTable
     classes: tuple[int, ...]
@@ -228,13 +229,12 @@ def part_statistics(part: Part, layers: Sequence[LayerInfo]) -> Statistics:
 
     Raises ValueError for an expert id out of range.
     """
-    from .tally import part_counts, sorted_blocks  # pays for numba, which opening a stored run must not
+    from .tally import part_counts  # pays for numba, which opening a stored run must not
 
     blocks, tokens, documents = part_counts(part, layers, BINS)
     by_document = pa.concat_tables([_by_document(x) for x in documents])
-    core = _core_table(sorted_blocks(blocks))
     classes = tuple(x.n_classes for x in layers)
-    return Statistics(core, KeyCounts(BY_TOKEN, tuple(tokens)), by_document, classes, following_sites(layers))
+    return Statistics(CoreCounts.of(CORE, blocks), KeyCounts(BY_TOKEN, tuple(tokens)), by_document, classes, following_sites(layers))
 
 
 def merge_statistics(parts: Iterable[Statistics], folder: Path | None = None) -> Statistics:
@@ -243,57 +243,27 @@ def merge_statistics(parts: Iterable[Statistics], folder: Path | None = None) ->
     With a ``folder``, the counts by token id and by document, which grow with the text, are added up in files there once they are long,
     or lie on disk already, and the sum reads them there. Raises ValueError for no parts, or for models that differ.
     """
-    from .merging import LongSum, RunningSum
+    from .merging import LongSum, ShortSum
 
-    core, tokens, documents = RunningSum(CORE, 3), LongSum(BY_TOKEN, "token_id", folder), LongSum(BY_DOCUMENT, "document", folder)
+    core, tokens, documents = ShortSum(CORE), LongSum(BY_TOKEN, "token_id", folder), LongSum(BY_DOCUMENT, "document", folder)
     sites = set()
     for part in parts:
         sites.add((part.classes, part.following))
         if len(sites) > 1:
             break
-        core.add(part.core)
+        core.add(part.core_rows)
         tokens.add(part.token_rows)
         documents.add(part.document_rows)
         del part  # before the next is made
     if len(sites) != 1:
         raise ValueError("statistics of no parts, or of models with other sites, cannot be merged")
-    return Statistics(core.table(), tokens.total(), documents.total(), *sites.pop())
+    return Statistics(core.total(), tokens.total(), documents.total(), *sites.pop())
 
 
 def _by_document(counts: Sparse) -> pa.Table:
     site = np.full(len(counts.key), counts.site, np.int16)
     values = zip((counts.key, site, counts.expert, counts.count), BY_DOCUMENT.types, strict=True)
     return pa.table([pa.array(v, t) for v, t in values], schema=BY_DOCUMENT)
-
-
-def _core_table(blocks: Sequence[Block]) -> pa.Table:
-    """The blocks one below the other, as one piece of memory each column."""
-    lengths = [len(x.count) for x in blocks]
-
-    def repeated(texts: Sequence[str | None]) -> pa.Array:
-        pieces = [(x or "").encode() for x in texts]
-        offsets = np.zeros(sum(lengths) + 1, np.int32)
-        np.cumsum(np.repeat(np.array([len(x) for x in pieces], np.int32), lengths), out=offsets[1:])
-        valid = np.packbits(np.repeat([x is not None for x in texts], lengths), bitorder="little")
-        joined = b"".join(x * n for x, n in zip(pieces, lengths, strict=True))
-        return pa.StringArray.from_buffers(sum(lengths), pa.py_buffer(offsets), pa.py_buffer(joined), pa.py_buffer(valid))
-
-    def keys(arrays: Sequence[np.ndarray | None]) -> pa.Array:
-        given = [np.zeros(n, np.int32) if x is None else x for x, n in zip(arrays, lengths, strict=True)]
-        values = np.concatenate(given, dtype=np.int32, casting="unsafe")
-        return pa.array(values, mask=np.repeat([x is None for x in arrays], lengths))
-
-    totals = [np.zeros(n) if x.total is None else x.total for x, n in zip(blocks, lengths, strict=True)]
-    columns = [
-        repeated([x.statistic for x in blocks]),
-        pa.array(np.repeat(np.array([x.site for x in blocks], np.int16), lengths)),
-        repeated([x.label for x in blocks]),
-        keys([x.a for x in blocks]),
-        keys([x.b for x in blocks]),
-        pa.array(np.concatenate([x.count for x in blocks], dtype=np.int64)),
-        pa.array(np.concatenate(totals, dtype=np.float64)),
-    ]
-    return pa.table(columns, schema=CORE)
 
 
 def first_choices(routing: SiteRouting) -> np.ndarray:

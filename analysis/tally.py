@@ -13,21 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from . import bittables, counting
+from .corecounts import Block
 from .keycounts import SiteCounts
 from .trace import LayerInfo, Part, SiteRouting, SiteScores
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows of one statistic, site and label, sorted by a, then b: int arrays [n], or None where the statistic has no such key."""
-
-    statistic: str
-    site: int
-    count: np.ndarray
-    total: np.ndarray | None = None
-    a: np.ndarray | None = None
-    b: np.ndarray | None = None
-    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +48,11 @@ class StreamRows:
     starts: np.ndarray
     token_ids: np.ndarray
 
+    @cached_property
+    def most(self) -> int:
+        """Rows of the token id that has the most."""
+        return int(np.diff(self.starts).max(initial=0))
+
 
 @dataclass(frozen=True)
 class SiteRows:
@@ -88,12 +81,13 @@ def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[lis
     blocks, tokens, documents = list(_loss_blocks(part.tokens)), [], []
     before: dict[str, SiteRows] = {}
     most = max((r.experts.size + x.n_classes + 1 for r, x in zip(part.routing, layers, strict=True)), default=0)
-    room = np.empty(most, np.uint16), np.empty(most, np.int32)  # the same for every site: memory that was touched before costs less
+    ids = np.uint8 if max(x.n_classes for x in layers) <= 256 else np.uint16
+    room = np.empty(most, ids), np.empty(most, np.int32)  # the same for every site: memory that was touched before costs less
     for i, layer in enumerate(layers):
         mine = rows[layer.stream]
         site, found, by_run = _site_blocks(i, layer.n_classes, part.routing[i], mine)
         blocks += found
-        blocks.append(Block("probability", i, np.zeros(layer.n_classes, np.int64), part.probability_sums[i], np.arange(layer.n_classes)))
+        blocks.append(Block("probability", i, np.zeros(layer.n_classes, np.uint8), part.probability_sums[i], every=True))
         blocks += _score_blocks(i, layer.n_classes, part.scores[i], bins)
         if layer.stream in before:
             earlier = before[layer.stream]
@@ -152,14 +146,14 @@ def _site_blocks(site: int, width: int, routing: SiteRouting, rows: StreamRows) 
     chosen, dropped = _chosen(routing, width, load)
     repeats = counting.count_repeats(mine.slots_without_words, words, first, rows.same_document, n_slots)
     blocks = [
-        Block("tokens", site, np.array([len(experts)])),
-        Block("load", site, load[1:], mass[1:], np.arange(width)),
-        _nonzero("first", site, np.bincount(first, minlength=n_slots)[1:]),
-        _nonzero("chosen", site, chosen),
-        _nonzero("position", site, position[:, 1:]),
-        Block("dropped", site, np.array([dropped])),
-        _nonzero("coactivation", site, np.triu(_pairs(mine, mine, n_slots, n_slots)[1:, 1:], 1)),
-        Block("repetition", site, np.array(repeats), a=np.arange(3)),
+        Block("tokens", site, np.array(len(experts))),
+        Block("load", site, load[1:], mass[1:], every=True),
+        Block("first", site, np.bincount(first, minlength=n_slots)[1:]),
+        Block("chosen", site, chosen),
+        Block("position", site, position[:, 1:]),
+        Block("dropped", site, np.array(dropped)),
+        Block("coactivation", site, np.triu(_pairs(mine, mine, n_slots, n_slots)[1:, 1:], 1)).narrow(),
+        Block("repetition", site, np.array(repeats), every=True),
         *_label_blocks(site, by_run, rows),
     ]
     return mine, blocks, by_run[:, 1:]
@@ -178,8 +172,8 @@ def _label_blocks(site: int, by_run: np.ndarray, rows: StreamRows) -> Iterator[B
     counts = np.zeros((len(rows.labels), by_run.shape[1]), np.int64)
     counting.add_rows(by_run, rows.label, counts)
     for i, label in enumerate(rows.labels):
-        yield Block("label_tokens", site, rows.label_tokens[i : i + 1], label=label)
-        yield _nonzero("label", site, counts[i, 1:], label)
+        yield Block("label_tokens", site, rows.label_tokens[i], label=label)
+        yield Block("label", site, counts[i, 1:], label=label)
 
 
 def _score_blocks(site: int, width: int, scores: SiteScores, bins: int) -> Iterator[Block]:
@@ -190,31 +184,36 @@ def _score_blocks(site: int, width: int, scores: SiteScores, bins: int) -> Itera
     counts, sums = np.zeros((2, bins), np.int64), np.zeros((2, bins))
     count, total = counting.count_scores(entropy, top, margin, logsumexp, counts, sums)
     for i, name in enumerate(("entropy", "margin")):
-        yield Block(name, site, counts[i], sums[i], np.arange(bins))
-    yield Block("z", site, np.array([count]), np.array([total]))
+        yield Block(name, site, counts[i], sums[i], every=True)
+    yield Block("z", site, np.array(count), np.array(total))
 
 
 def _flow_blocks(here: SiteRows, after: SiteRows, width: int, next_width: int) -> Iterator[Block]:
-    yield _nonzero("flow", here.site, _pairs(here, after, width + 1, next_width + 1)[1:, 1:])
-    first = np.zeros((width + 1, next_width + 1), np.int64)
+    yield Block("flow", here.site, _pairs(here, after, width + 1, next_width + 1)[1:, 1:]).narrow()
+    first = np.zeros((width + 1, next_width + 1), np.uint32)
     bittables.count_pairs(here.first[:, None], after.first[:, None], first)
-    yield _nonzero("first_flow", here.site, first[1:, 1:])
+    yield Block("first_flow", here.site, first[1:, 1:]).narrow()
 
 
 def _pairs(here: SiteRows, after: SiteRows, n_slots: int, next_slots: int) -> np.ndarray:
-    """int64 [slots, next slots]: in how many rows both were chosen; nothing is said of slot 0, nor below the diagonal of a site with itself."""
-    table = np.zeros((n_slots, next_slots), np.int64)
+    """[slots, next slots]: in how many rows both were chosen; nothing is said of slot 0, nor below the diagonal of a site with itself."""
     if here.bits is None or after.bits is None:
-        bittables.count_pairs(here.slots, after.slots, table)
+        table = np.zeros((n_slots, next_slots), np.uint32)
+        if here is after:
+            bittables.count_own_pairs(here.slots, table)
+        else:
+            bittables.count_pairs(here.slots, after.slots, table)
     else:
+        table = np.zeros((n_slots, next_slots), np.int64)
         bittables.count_pairs_by_bits(here.bits, after.bits, table)
     return table
 
 
 def _by_token(site: SiteRows, width: int, rows: StreamRows, room: tuple[np.ndarray, np.ndarray]) -> SiteCounts:
-    ends = np.empty(len(rows.token_ids), np.int64)
+    ends = np.empty(len(rows.token_ids), np.int32)
     n = counting.count_keys(rows.order, rows.starts, site.slots_without_words, site.words, width + 1, *room, ends)
-    return SiteCounts(rows.token_ids, ends, room[0][:n].copy(), room[1][:n].copy())
+    counts = room[1][:n].astype(np.uint16 if rows.most * site.experts.shape[1] < 2**16 else np.uint32)
+    return SiteCounts(rows.token_ids, ends, room[0][:n].copy(), counts)
 
 
 def _by_document(site: int, by_run: np.ndarray, documents: np.ndarray, index: np.ndarray) -> Sparse:
@@ -229,15 +228,4 @@ def _loss_blocks(tokens: pa.Table) -> Iterator[Block]:
     known, losses = tokens["loss"].is_valid().to_numpy(), tokens["loss"].fill_null(0).to_numpy()
     for i in np.unique(codes):
         loss = losses[known & (codes == i)].astype(np.float64)
-        yield Block("loss", -1, np.array([len(loss)]), np.array([loss.sum()]), label=None if i < 0 else labels[i])
-
-
-def _nonzero(statistic: str, site: int, counts: np.ndarray, label: str | None = None) -> Block:
-    """A block of the counts that are not zero, of a vector over a or a matrix over a and b."""
-    a, b, found = counting.nonzero(counts if counts.ndim > 1 else counts[:, None])
-    return Block(statistic, site, found, a=a, b=b if counts.ndim > 1 else None, label=label)
-
-
-def sorted_blocks(blocks: Sequence[Block]) -> list[Block]:
-    """By statistic, site and label, no label last: the order of the tables."""
-    return sorted(blocks, key=lambda x: (x.statistic, x.site, x.label is None, x.label or ""))
+        yield Block("loss", -1, np.array(len(loss)), np.array(loss.sum()), label=None if i < 0 else labels[i])

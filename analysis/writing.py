@@ -17,10 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .corecounts import CoreCounts
 from .files import stamp, sweep, write_atomically, write_json
 from .keycounts import KeyCounts
 from .layout import write_routing, write_scores, write_table
-from .longtables import LongTable, by_site, write_long
+from .longtables import GROUP_ROWS, LongTable, by_site, write_long
 from .places import Place, RunError
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, following_sites, merge_statistics, part_statistics
 from .store import MANIFEST, STATISTICS, open_run, valid_run_name
@@ -28,7 +29,7 @@ from .trace import SCHEMA_VERSION, LayerInfo, ModelCard, Part, Trace
 
 CAPTURE = "progress/capture.json"  # what is being captured, there before any part
 _DOCUMENTS = "documents-{}.parquet"  # of a part
-_PROGRESS = ("core-{}.parquet", "tokens-{}.npz", "by_documents-{}.parquet")  # the statistics of a part, as STATISTICS those of the run
+_PROGRESS = ("core-{}.npz", "tokens-{}.npz", "by_documents-{}.parquet")  # the statistics of a part, as STATISTICS those of the run
 
 
 class RunWriter:
@@ -123,7 +124,9 @@ class RunWriter:
         sums = self.folder / "progress" / "sums"
         sums.mkdir(exist_ok=True)
         stats = merge_statistics(self._part_statistics(), sums)
-        for (name, _), rows in zip(STATISTICS, (stats.core_rows, stats.token_rows, stats.document_rows), strict=True):
+        core = stats.core_rows.tables(GROUP_ROWS) if isinstance(stats.core_rows, CoreCounts) else [stats.core]
+        write_atomically(self.folder / STATISTICS[0][0], partial(write_long, core, CORE))
+        for (name, _), rows in zip(STATISTICS[1:], (stats.token_rows, stats.document_rows), strict=True):
             write_atomically(self.folder / name, partial(_store, rows))
         names = ("documents.parquet", *(n for n, _ in STATISTICS))
         manifest = {
@@ -145,18 +148,18 @@ class RunWriter:
         for i in range(self.parts):
             core, tokens, by_document = (self._progress(name, i) for name in _PROGRESS)
             yield Statistics(
-                LongTable(core, CORE), KeyCounts.read(tokens, BY_TOKEN), LongTable(by_document, BY_DOCUMENT), classes, following
+                CoreCounts.read(core, CORE), KeyCounts.read(tokens, BY_TOKEN), LongTable(by_document, BY_DOCUMENT), classes, following
             )
 
 
-def _store(rows: pa.Table | LongTable | KeyCounts, path: Path) -> None:
+def _store(rows: pa.Table | LongTable | KeyCounts | CoreCounts, path: Path) -> None:
     """Statistics as one file: that where they lie already, a part's counts as such, or counts in row groups of one site."""
     if isinstance(rows, LongTable):
         os.replace(rows.path, path)
-    elif isinstance(rows, KeyCounts):
+    elif isinstance(rows, KeyCounts | CoreCounts):
         rows.write(path)
     else:
-        write_long([rows] if "statistic" in rows.schema.names else by_site(rows), rows.schema, path)
+        write_long(by_site(rows), rows.schema, path)
 
 
 def write_part(place: Place, part: Part, layers: Sequence[LayerInfo]) -> dict[str, Any]:

@@ -181,6 +181,27 @@ def test_bit_tables_count_what_scattering_counts(n_experts: int, k: int) -> None
         assert np.array_equal(runs[:, 1:], runs_by_hand[:, 1:])
 
 
+@pytest.mark.parametrize("k", [3, 8])
+def test_pairs_are_exact_where_a_cell_outgrows_16_bits(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with one expert in every slot, or with none, between usual ones; also where rows are counted in several pieces."""
+    rng = np.random.default_rng(k)
+    for rows in (2**16 - 1, 3_000):
+        monkeypatch.setattr(bittables, "_ROWS", rows)
+        slots = [rng.integers(0, 12, (9_000, k)).astype(np.uint16) for _ in range(2)]
+        for x in slots:
+            x[:8_000] = 3
+            x[8_000:8_500] = 0
+        table, mine = np.zeros((12, 12), np.uint32), np.zeros((12, 12), np.int32)
+        bittables.count_pairs(*slots, table)
+        bittables.count_own_pairs(slots[0], mine)
+        there = [np.zeros((9_000, 12), np.int64) for _ in slots]
+        for x, found in zip(slots, there, strict=True):
+            np.add.at(found, (np.arange(9_000)[:, None], x), 1)
+        assert np.array_equal(table[1:, 1:], (there[0].T @ there[1])[1:, 1:])
+        assert np.array_equal(np.triu(mine[1:, 1:], 1), np.triu((there[0].T @ there[0])[1:, 1:], 1))
+        assert table.max() > 2**16
+
+
 def test_no_bit_table_where_scattering_is_faster_or_a_word_is_too_short() -> None:
     words = np.zeros(9, np.uint64)
     assert bittables.bits_of(words, 65, 4) is None and bittables.bits_of(words[:0], 66, 8) is None

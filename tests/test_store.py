@@ -98,12 +98,13 @@ def test_layout_is_row_groups_of_one_site_with_checksums(tmp_path: Path) -> None
 
 
 def test_columns_say_whether_they_can_hold_a_null(tmp_path: Path) -> None:
-    """Ids can; weights where a site has fewer than another; scores and keys never."""
-    for name, layers, some in (("plain", PLAIN, False), ("special", SPECIAL, True)):
+    """Ids can where a slot may have no expert; weights where a site has fewer than another; scores and keys never."""
+    dropping = (site(0, 8, 2, capacity=3), site(1, 8, 2))
+    for name, layers, null in (("plain", PLAIN, ""), ("special", SPECIAL, "ew"), ("dropping", dropping, "ec")):
         stored(tmp_path / name, layers)
         routing, scores = (pq.read_schema(tmp_path / name / kind / "part-00000.parquet") for kind in ("routing", "scores"))
         can = {f.name for f in routing if f.nullable}
-        assert can == {n for n in routing.names if n[0] in "ec" or (some and n[0] == "w")} and not any(f.nullable for f in scores)
+        assert can == {n for n in routing.names if n[0] in null} and not any(f.nullable for f in scores)
 
 
 def test_a_changed_page_is_an_error_that_names_the_file(tmp_path: Path) -> None:
