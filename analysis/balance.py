@@ -13,6 +13,7 @@ import numpy as np
 from .binomial import binomial
 
 COLD_SHARE = 0.1
+UNLIKELY = 0.05
 
 
 def relative_load(load: np.ndarray) -> np.ndarray:
@@ -98,6 +99,21 @@ def chance_max_over_mean(tokens: int, n_experts: int, top_k: int) -> float:
     low, mass = binomial(tokens, share)
     above = np.cumsum(mass[::-1])[::-1][1:]
     return float((low + np.minimum(1, n_experts * above).sum()) / (tokens * share))
+
+
+@lru_cache(maxsize=256)
+def unlikely_max_over_mean(tokens: int, n_experts: int, top_k: int, layers: int = 1) -> float:
+    """A load over the mean that any expert of ``layers`` like layers exceeds in at most 1 of 20 runs of the same uniform routing.
+
+    The union bound over all their experts. What is claimed for the busiest of many layers has been picked from them: the expected
+    maximum of one layer would be exceeded by chance in nearly every run. NaN for no tokens.
+    """
+    share = top_k / n_experts
+    if not tokens or share >= 1:
+        return 1.0 if tokens else float("nan")
+    low, mass = binomial(tokens, share)
+    above = np.cumsum(mass[::-1])[::-1][1:]
+    return float((low + int((layers * n_experts * above > UNLIKELY).sum())) / (tokens * share))
 
 
 def chance_dead(tokens: int, n_experts: int, top_k: int) -> float:

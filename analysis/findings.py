@@ -109,6 +109,12 @@ def _specialist(trace: Trace, p: float, found: Preferences, row: int, expert: in
     return Finding(claim, evidence, layer.index, expert, label)
 
 
+def chance_in_words(most: float, layers: int) -> str:
+    """balance.unlikely_max_over_mean in a sentence."""
+    where = f"anywhere in {layers:,} layers" if layers > 1 else "at any expert"
+    return f"By chance (uniform routing) a load above {most:.2f} times turns up {where} in at most 1 of 20 such runs."
+
+
 def busiest(trace: Trace) -> Finding | None:
     """The site and expert with the largest load relative to an even share; None for a run without assignments."""
     best: tuple[float, int, int] | None = None
@@ -119,10 +125,10 @@ def busiest(trace: Trace) -> Finding | None:
     if best is None:
         return None
     layer, n = trace.layers[best[1]], trace.stats.n_tokens(best[1])
-    chance = balance.chance_max_over_mean(n, layer.n_experts, layer.top_k)
+    chance = balance.unlikely_max_over_mean(n, layer.n_classes, layer.top_k, len(trace.layers))
     claim = f"At {layer.title}, expert {best[2]} carries {best[0]:.2f} times its even share"
     claim += "." if best[0] > chance else ": no more than chance in so few tokens."
-    return Finding(claim, f"n = {n:,} tokens. Chance alone would give at most about {chance:.2f} times.", best[1], best[2])
+    return Finding(claim, f"n = {n:,} tokens. {chance_in_words(chance, len(trace.layers))}", best[1], best[2])
 
 
 def first_finding(trace: Trace) -> Finding | None:

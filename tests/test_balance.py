@@ -110,6 +110,16 @@ def test_chance_against_simulation(tokens: int, n_experts: int, top_k: int) -> N
     assert peaks.mean() - peak_error <= bound <= 1.05 * (peaks.mean() + peak_error)
 
 
+def test_the_busiest_of_many_layers_is_rarely_beyond_what_is_unlikely() -> None:
+    """Picked from 12 layers, it exceeds what one layer's busiest is expected to have in nearly every run of random routing."""
+    peaks = simulated(600, 32, 2, 12 * 300)[0].reshape(300, 12).max(1)
+    bar = balance.unlikely_max_over_mean(600, 32, 2, 12)
+    assert 0.005 < (peaks > bar * (1 + 1e-12)).mean() <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
+    assert (peaks > balance.chance_max_over_mean(600, 32, 2)).mean() > 0.9
+    assert balance.unlikely_max_over_mean(600, 32, 2) < bar and balance.unlikely_max_over_mean(10, 4, 4, 3) == 1
+    assert balance.unlikely_max_over_mean(1, 8, 2) == 4 and math.isnan(balance.unlikely_max_over_mean(0, 8, 2))
+
+
 def test_chance_of_dead_experts_against_simulation() -> None:
     rng = np.random.default_rng(0)
     dead = [16 - len(np.unique(rng.random((12, 16)).argpartition(1, axis=1)[:, :2])) for _ in range(2_000)]

@@ -150,7 +150,7 @@ def test_hostile_runs_do_nothing(browser: Browser, hostile: Path, bypass: bool) 
         rows = trace.stream_tokens("decoder").slice(0, len(shown))
         assert len(shown) == 100 and shown == [text.visible_token(t) for t in rows["token"].to_pylist()]
         ticks = page.locator("#figure-labels .ytick text").all_text_contents()
-        assert sorted(ticks) == sorted(text.visible_token(label)[:21] + "…" for label in (FIRST, SECOND))
+        assert sorted(ticks) == sorted(text.visible_name(label)[:21] + "…" for label in (FIRST, SECOND))
         page.locator("#figure-labels .scatterlayer .point").last.hover(force=True)
         expect(page.locator("#figure-labels .hoverlayer")).to_contain_text("expert")
         assert page.locator("img, iframe, object, embed, a[href], [onerror], [onmouseover]").count() == 0

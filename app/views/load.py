@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
-from analysis.balance import relative_load
-from analysis.findings import unused_experts
+from analysis.balance import relative_load, unlikely_max_over_mean
+from analysis.findings import chance_in_words, unused_experts
 from analysis.glossary import GLOSSARY
 from analysis.metrics import METRICS, balance_table, load_table, percentile_table
 from analysis.pooled import COLLAPSED, EVEN, PooledBalance, pooled_balance, transformers_auxiliary_loss
@@ -103,7 +103,8 @@ def show_map(relative: list[np.ndarray]) -> None:
     text.show_heading(
         f"{layer.title.capitalize()} has the busiest expert of all: expert {int(relative[worst].argmax())} gets {relative[worst].max():.2f} times its share."
     )
-    text.show_note(f"n = {n:,} tokens; uniform random routing would give at most about {chance:.2f} times.")
+    most = unlikely_max_over_mean(n, layer.n_classes, layer.top_k, len(trace.layers))
+    text.show_note(f"n = {n:,} tokens. {chance_in_words(most, len(trace.layers))}")
     order = choice("order", "Experts in each layer", {"number": "by number", "load": "by load"}, "number", draw=st.segmented_control)
     ns = [stats.n_tokens(x.index) for x in trace.layers]
     clicked = show_figure(

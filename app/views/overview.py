@@ -77,7 +77,7 @@ numbers.metric(
     f"{worst['value'][at]:.2f} ×",
     border=True,
     help=f"Largest expert load over the mean load of its layer ({layers[at].title}, expert {busiest}); 1 is an even share."
-    f" n = {worst['n'][at]:,} tokens; chance alone gives at most about {chance['value'][at]:.2f}.",
+    f" n = {worst['n'][at]:,} tokens; chance alone gives at most about {chance['value'][at]:.2f} at one layer on average.",
 )
 numbers.metric(
     "Experts not used" if dead.few else "Dead experts",

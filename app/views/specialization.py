@@ -278,7 +278,7 @@ def show_pairs(kind: str) -> pa.Table:
     """Lift of pairs of experts, in one layer or from one to the next, with the pairs that chance alone could give crossed out."""
     test = coactivation_test if kind == "pairs" else flow_test
     found = one_layer(site, kept(run, ("pair tests", kind)), lambda tell: test(trace, site, tell))
-    pairs, here, weak = found.counts, trace.layers[site].title, np.isfinite(found.p) & ~found.significant
+    pairs, here, weak = found.counts, trace.layers[site].title, np.isfinite(found.counts.lift) & ~found.significant
     if not pairs.observed.shape[1]:
         text.show_heading(f"{here.capitalize()} is the last routed layer: choose an earlier one to see where its tokens go on.")
         return pa.table({"row": pa.array([], pa.int64())})
