@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from .files import write_atomically
 from .metrics import METRICS, balance_table, load_table
-from .stability import label_balance, maxvio_table, position_balance
+from .stability import document_balance, label_balance, maxvio_table, position_balance
 from .trace import NO_EXPERT, SCHEMA_VERSION, LayerInfo, Trace
 
 FORMATS = ("csv", "parquet", "json")
@@ -134,7 +134,7 @@ _PLACE = {
     "stack": "encoder or decoder",
 }
 _PIECE = {**_PLACE, "n": "tokens of the piece that passed the layer", "dead": "experts with no assignment in the piece",
-          **{m: _metric(m) for m in ("max_over_mean", "cv", "normalised_entropy", "chance_max_over_mean", "chance_cv")}}  # fmt: skip
+          **{m: _metric(m) for m in ("max_over_mean", "cv", "normalised_entropy", "gini", "effective_experts", "cold", "chance_max_over_mean", "chance_cv")}}  # fmt: skip
 _TOKEN = {"stack": _PLACE["stack"], "document": "number of the document in the run, from 0", "position": "place in the document; 0 is its first recorded token",
           "token_id": "the tokenizer's id", "token": "its text; bytes that are not UTF-8 on their own as \\xNN", "token_bytes": "its bytes, exactly; missing where the tokenizer cannot say",
           "label": "the document's label", "loss": "nats of predicting the next token; missing where there is none", "phase": "prefill (text given) or decode (text generated)",
@@ -171,6 +171,9 @@ TABLES: Mapping[str, ExportTable] = MappingProxyType(
                         {**_PIECE, "label": "of the documents", "documents": "that carry the label; missing where the run has counts alone"}),
             ExportTable("positions", "one row per layer and stretch of positions: balance", lambda trace: _per_layer(trace, ((x, position_balance(trace, x.index)) for x in trace.layers)),
                         {**_PIECE, "first": "position of the stretch, from 0", "last": "position of the stretch", "documents": "that reach the stretch; missing where the run has counts alone"}),
+            ExportTable("document-balance", "one row per layer and document, the most uneven for its length first: balance",
+                        lambda trace: _per_layer(trace, ((x, document_balance(trace, x.index)) for x in trace.layers)),
+                        {**_PIECE, "document": _TOKEN["document"], "name": "of the document", "label": "of the document; missing for none", "excess": "max_over_mean / chance_max_over_mean; above 1 is more than chance"}),
             ExportTable("batches", "one row per layer: MaxVio over the run and per batch, with chance", _batches, _BATCH, {"batch_tokens": 1_024, "order": "mixed"}),
             ExportTable("capacity", "one row per layer and capacity factor: what overflows and what idles", _capacity, _CURVE, _SETTINGS),
         )

@@ -24,13 +24,13 @@ KEPT_BYTES, KEPT_SITES = 1 << 21, 64  # of a site's loads that are kept, and sit
 _READING = tuple(Lock() for _ in range(KEPT_SITES))
 LEAST_DOCUMENTS = 30  # a text in ten is missing from 30 of them in 4 % of cases: 0.9^30
 SCHEMA = (("n", pa.int64()), ("max_over_mean", pa.float64()), ("cv", pa.float64()), ("normalised_entropy", pa.float64()),
-          ("dead", pa.float64()), ("chance_max_over_mean", pa.float64()), ("chance_cv", pa.float64()))  # fmt: skip
+          ("gini", pa.float64()), ("effective_experts", pa.float64()), ("cold", pa.float64()), ("dead", pa.float64()), ("chance_max_over_mean", pa.float64()), ("chance_cv", pa.float64()))  # fmt: skip
 
 
 def batch_balance(trace: Trace, site: int, batch_tokens: int = 1) -> pa.Table:
     """Balance per batch: runs of whole documents, in order, closed once they hold ``batch_tokens``; at least one document.
 
-    Columns batch, documents, n (tokens), max_over_mean, cv, normalised_entropy, dead, and the two chance values.
+    Columns batch, documents, n (tokens), max_over_mean, cv, normalised_entropy, gini, effective_experts, cold, dead, and the two chance values.
     A last batch that falls short is joined to the one before. MaxVio of a batch is max_over_mean - 1.
     """
     sizes, counts = _documents(trace, site)
@@ -273,8 +273,10 @@ def _described(layer: LayerInfo, n: np.ndarray, loads: np.ndarray) -> pa.Table:
     for row in np.flatnonzero((loads == 0).any(1)):  # whose terms are fewer
         entropy[row] = balance.entropy(loads[row])
     even = entropy / np.log(layer.n_experts) if layer.n_experts > 1 else entropy + 1
-    dead = np.where(total[:, 0] > 0, (loads == 0).sum(1), np.nan)
-    columns = n, relative.max(1), relative.std(1), even, dead, *chance
+    place, ran = 2 * np.arange(1, layer.n_experts + 1) - layer.n_experts - 1, total[:, 0] > 0
+    gini = (place * np.sort(relative)).sum(1) / layer.n_experts**2
+    cold, dead = (np.where(ran, x.sum(1), np.nan) for x in (relative < balance.COLD_SHARE, loads == 0))
+    columns = n, relative.max(1), relative.std(1), even, gini, np.exp(entropy), cold, dead, *chance
     return pa.table([pa.array(c, t) for c, (_, t) in zip(columns, SCHEMA, strict=True)], schema=pa.schema(SCHEMA))
 
 

@@ -66,6 +66,7 @@ def test_every_table_in_every_format_has_every_row(table: str, format: str, laye
         "tokens": sum(trace.n_tokens(s) for s in {x.stream for x in layers}),
         "documents": len(trace.documents),
         "labels": sum(len(trace.stats.label_load(x.index)[0]) for x in layers),
+        "document-balance": sum(trace.documents["stack"].to_pylist().count(x.stream) for x in layers),
         "positions": sum(len(trace.stats.position_load(x.index)) for x in layers),
         "batches": len(layers),
         "capacity": len(layers) * len(FACTORS),
@@ -235,7 +236,7 @@ def test_missing_and_infinite_numbers() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("table", ["load", "balance", "documents", "labels", "positions"])
+@pytest.mark.parametrize("table", ["load", "balance", "documents", "labels", "positions", "document-balance"])
 def test_a_run_of_statistics_alone(table: str, format: str) -> None:
     bare = replace(make_trace(PLAIN), source=None, load_tokens=None)
     assert rows_of(bare, table, format) == rows_of(make_trace(PLAIN), table, format)

@@ -86,7 +86,18 @@ def test_loads_of_a_stored_run_are_read_once(tmp_path: Path, monkeypatch: pytest
 
 
 def test_columns() -> None:
-    figures = ["n", "max_over_mean", "cv", "normalised_entropy", "dead", "chance_max_over_mean", "chance_cv"]
+    figures = [
+        "n",
+        "max_over_mean",
+        "cv",
+        "normalised_entropy",
+        "gini",
+        "effective_experts",
+        "cold",
+        "dead",
+        "chance_max_over_mean",
+        "chance_cv",
+    ]
     trace = make_trace()
     assert batch_balance(trace, 0).column_names == ["batch", "documents", *figures]
     assert position_balance(trace, 0).column_names == ["first", "last", "documents", *figures]
@@ -104,6 +115,8 @@ def test_every_document_by_itself(layers: tuple) -> None:
             load = loads_of(trace, layer.index, [[row["document"]]])[0]
             assert row["max_over_mean"] == pytest.approx(balance.max_over_mean(load)) and row["name"] == f"doc {row['document']}"
             assert (row["label"], row["n"]) == ("ab"[row["document"] % 2], [5, 3, 9, 6, 3, 9, 7, 3, 9][row["document"]])
+            for name in ("cv", "normalised_entropy", "gini", "effective_experts", "cold", "dead"):
+                assert row[name] == pytest.approx(getattr(balance, name)(load)), name
             chance = balance.chance_max_over_mean(row["n"], layer.n_classes, layer.top_k)
             assert row["chance_max_over_mean"] == chance and row["excess"] == pytest.approx(row["max_over_mean"] / chance)
 

@@ -237,11 +237,14 @@ def show_pieces(site: int, whole: float) -> dict[str, tuple[str, pa.Table]]:
         whose = f", {late.share:.0%} {late.label} by tokens ({late.overall:.0%} of the whole run)" if late.label is not None else ""
         text.show_text(f"Positions from {late.first:,} on come from the longest {late.documents:,} of {late.of:,} documents alone{whose}:"
                        " what differs there may be the text, not the position.")  # fmt: skip
+    figures = {"max / mean": ratio, "by chance, at most": chance} | {
+        METRICS[m].title: rows[m].to_numpy() for m in ("cv", "chance_cv", "gini", "effective_experts", "cold", "dead")
+    }
     st.dataframe(
-        pd.DataFrame({piece: plain_names, "n (tokens)": n, "documents": rows["documents"].to_pylist(), "max / mean": ratio, "by chance, at most": chance}),
+        pd.DataFrame({piece: plain_names, "n (tokens)": n, "documents": rows["documents"].to_pylist(), **figures}),
         hide_index=True, height="content",
         column_config={**{c: st.column_config.NumberColumn(format="localized") for c in ("n (tokens)", "documents")},
-                                        **{c: st.column_config.NumberColumn(format="%.2f") for c in ("max / mean", "by chance, at most")}},
+                       **{c: st.column_config.NumberColumn(format="%.0f" if c in (METRICS["cold"].title, METRICS["dead"].title) else "%.2f") for c in figures}},
     )  # fmt: skip
     return {PIECES[piece]: (f"one row per {piece}: balance at the layer chosen, with n and chance", rows)}
 
