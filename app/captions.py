@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis.information import Information
+from analysis.jackknife import DocumentInterval
 from analysis.pair_tests import PairTest
 from analysis.specialization import Preferences
 from analysis.trace import LayerInfo
@@ -77,8 +78,8 @@ def enrichment_definition(found: Preferences, layer: LayerInfo) -> str:
             f" {'No cell can be tested.' if found.missing else weak_cells(~found.significant)}")  # fmt: skip
 
 
-def information_caption(found: Sequence[Information]) -> tuple[str, str, str]:
-    """(definition, n, how) of the bars of label_information, one of each layer."""
+def information_caption(found: Sequence[Information], endless: Sequence[DocumentInterval]) -> tuple[str, str, str]:
+    """(definition, n, how) of the bars of label_information and label_information_interval, one of each layer."""
     n, p = [x.n for x in found], np.array([x.p for x in found])
     chance = " Nothing to hold it against: too few labelled documents."
     if np.isfinite(p).any():
@@ -90,7 +91,17 @@ def information_caption(found: Sequence[Information]) -> tuple[str, str, str]:
     return (f"Mutual information of expert and label in bits; 0 = the label says nothing about the expert, tick: the most possible.{chance}",
             f"{counted} assignments per layer",
             f"Both are plug-in values, biased alike. By chance: {found[0].null}. The most possible: min(H(label), H(expert) - log2 k) where every token has k"
-            " experts, since a token's experts all differ.")  # fmt: skip
+            f" experts, since a token's experts all differ. {_endless(endless)}")  # fmt: skip
+
+
+def _endless(found: Sequence[DocumentInterval]) -> str:
+    """How the diamonds were made, or why there are fewer of them than layers."""
+    why = sorted({x.missing for x in found if x.missing})
+    if len(why) and all(x.missing for x in found):
+        return f"What endless documents would give is not told: {'; '.join(why)}."
+    some = f" Not told of {sum(bool(x.missing) for x in found)} of {len(found)} layers: {'; '.join(why)}." if why else ""
+    return ("Diamonds: what endless documents like these would give, with its 95% interval: the measured value less its bias, by leaving out each of"
+            f" {next(x for x in found if not x.missing).left_out:,} documents or groups of them (jackknife).{some}")  # fmt: skip
 
 
 def pairs_headline(found: PairTest, here: str) -> str:

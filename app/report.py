@@ -38,6 +38,7 @@ from analysis.capacity_answer import (
 from analysis.export import describe_computed
 from analysis.files import write_atomically
 from analysis.findings import Finding, first_finding
+from analysis.jackknife import label_information_interval
 from analysis.metrics import METRICS, balance_table
 from analysis.overflow import FACTORS
 from analysis.policies import MissingScores
@@ -234,9 +235,9 @@ def _labels(draft: _Draft, site: int) -> None:
 
 def _information(draft: _Draft) -> None:
     found = [label_information(draft.trace, x.index) for x in draft.trace.layers]
-    bits, ceiling = (np.array([getattr(i, x) for i in found]) for x in ("plug_in", "ceiling"))
-    drawn = charts.information_bars(draft.layers, bits, np.array([[i.floor, i.low, i.high] for i in found]).T, ceiling)
-    definition, n, how = captions.information_caption(found)
+    endless = [label_information_interval(draft.trace, x.index) for x in draft.trace.layers]
+    drawn = charts.information_bars(draft.layers, found, endless)
+    definition, n, how = captions.information_caption(found, endless)
     caption = f"{definition} {how} n = {n}."
     draft.add("In which layers do experts follow the labels?", "Each bar stands beside what labels dealt at random give, below the most that is possible.",
               draft.figure("information", drawn, caption, "Bars of the mutual information of expert and label per layer."))  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from analysis.information import Information
+from analysis.jackknife import DocumentInterval
 from analysis.pair_tests import coactivation_test
 from analysis.specialization import Preferences, by_label, effects
 from app import captions, charts
@@ -62,8 +63,11 @@ def test_what_cannot_be_tested_has_no_crosses_and_no_verdict() -> None:
 )
 def test_information_is_told_with_its_p(p: tuple[float, float], said: str) -> None:
     found = [Information(1, 1, 0.1, x, 2, 3, 2, n, "deals") for x, n in zip(p, (10, 20), strict=True)]
-    definition, n, how = captions.information_caption(found)
+    told, not_told = DocumentInterval(0.5, 0.4, 0.6, 9, 7), DocumentInterval(np.nan, np.nan, np.nan, 9, 0, "too few")
+    definition, n, how = captions.information_caption(found, [told, not_told])
     assert said in definition and n == "10 to 20 assignments per layer" and "deals" in how
+    assert "each of 7 documents" in how and "Not told of 1 of 2 layers: too few." in how
+    assert "is not told: too few." in captions.information_caption(found, [not_told] * 2)[2]
 
 
 def test_the_headline_of_pairs_names_the_strongest_that_is_tested() -> None:

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 
 from analysis import jackknife
-from analysis.jackknife import FEWEST, jackknife_interval, vocabulary_interval
+from analysis.information import plug_in, plug_in_without, table_information
+from analysis.jackknife import FEWEST, MOST_BIAS, jackknife_interval, label_information_interval, vocabulary_interval
 from analysis.reading import blocks
 from analysis.significance import interval
+from analysis.specialization import label_information, labelled_documents
 from analysis.token_use import document_use
 from analysis.trace import LayerInfo, Trace
 from analysis.vocabulary import VARIANTS, vocabulary_specialization
 from tests.synthetic import MANY, PLAIN, SPECIAL, TWO_STREAMS, make_part, make_trace
+from tests.test_specialization import planted_trace, random_trace
 
 
 def figure(trace: Trace, layer: LayerInfo, variant: str, left_out: set[int], least: int) -> float:
@@ -137,3 +140,45 @@ def test_leaving_out_documents_covers_where_drawing_them_again_does_not(name: st
           f" moved {moved:.3f}")  # fmt: skip
     assert left_out >= 0.94 and percentile <= 0.9 and basic <= 0.75 and 1 <= wide <= 2.4
     assert moved < 0.9 or name != "few"
+
+
+def test_label_information_is_counted_again_without_each_document() -> None:
+    trace = planted_trace(3)
+    units, found = labelled_documents(trace, 1), label_information_interval(trace, 1)
+    kept = np.arange(len(units.codes))[:, None] != np.arange(len(units.codes))
+    without = [
+        table_information(np.stack([units.counts[k & (units.codes == x)].sum(0) for x in range(len(units.labels))]))[0] for k in kept
+    ]
+    measured, parts = label_information(trace, 1).plug_in, len(kept)
+    value = parts * measured - (parts - 1) * np.mean(without)
+    assert (found.value, found.low, found.high) == pytest.approx((value, *jackknife_interval(value, np.array(without))))
+    assert (found.documents, found.left_out, found.missing) == (parts, parts, "") and found.low > 0
+    random = label_information_interval(random_trace(3), 0)
+    assert random.low < 0 < random.high and random.value < label_information(random_trace(3), 0).plug_in
+
+
+def test_no_interval_of_label_information_says_why() -> None:
+    for trace in (random_trace(0, labels=("a",)), random_trace(0, [30] * 3, labels=("a", "b", "b"))):
+        found = label_information_interval(trace, 0)
+        assert np.isnan(found.low) and found.missing == "two labels of two documents each are needed"
+    few = label_information_interval(random_trace(0, [4] * 4, labels=("a", "b")), 0)
+    assert np.isnan(few.low) and "would have to be taken off" in few.missing
+
+
+# labels, documents of each, experts, how far labels differ, how alike documents of a label are
+@pytest.mark.parametrize("world", [(2, 3, 8, 0, 60), (2, 10, 64, 0.5, 20), (5, 40, 64, 0, 300), (5, 40, 64, 0.5, 60), (9, 9, 16, 0.5, 20), (2, 8, 256, 0.5, 300)])  # fmt: skip
+def test_the_interval_of_label_information_covers_that_of_endless_documents(world: tuple[int, int, int, float, int]) -> None:
+    """Where the bias is within MOST_BIAS; the plug-in value itself lies outside the interval around it nearly always where labels are alike."""
+    labels, documents, experts, differ, alike = world
+    rng = np.random.default_rng(1)
+    kinds = rng.dirichlet(np.full(experts, 3)) * np.exp(differ * rng.standard_normal((labels, experts)))
+    kinds /= kinds.sum(1, keepdims=True)
+    truth, codes, held, biases = table_information(kinds / labels)[0], np.repeat(np.arange(labels), documents), [], []
+    for _ in range(200):
+        counts = np.stack([rng.multinomial(400, rng.dirichlet(kinds[x] * alike)) for x in codes]).astype(float)
+        table = counts.reshape(labels, documents, experts).sum(1)
+        measured, without = plug_in(table[None])[0], plug_in_without(table, counts, codes)
+        biases.append((len(codes) - 1) * (without.mean() - measured))
+        low, high = jackknife_interval(measured - biases[-1], without)
+        held.append(low <= truth <= high)
+    assert np.mean(biases) < MOST_BIAS and np.mean(held) >= 0.87, np.mean(held)

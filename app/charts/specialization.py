@@ -9,6 +9,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analysis.cards import GroupUse
+from analysis.information import Information
+from analysis.jackknife import DocumentInterval
 from analysis.specialization import Preferences
 from app import palette
 
@@ -129,8 +131,12 @@ def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse], mark: str | 
     return sized(figure, max(200, 26 * len(names) + 80))
 
 
-def information_bars(rows: Sequence[str], bits: np.ndarray, chance: np.ndarray, ceiling: np.ndarray) -> go.Figure:
-    """Mutual information per layer [L] in bits, beside what shuffled labels give, chance [3, L]: mean, low, high; a tick at the most possible."""
+def information_bars(rows: Sequence[str], found: Sequence[Information], endless: Sequence[DocumentInterval]) -> go.Figure:
+    """Mutual information per layer in bits, beside what shuffled labels give, with its range; a tick at the most possible, and a diamond
+    with its interval at what endless documents would give, where that is known."""
+    bits, ceiling = (np.array([getattr(x, name) for x in found]) for name in ("plug_in", "ceiling"))
+    chance = np.array([[x.floor, x.low, x.high] for x in found]).T
+    known = np.array([[np.nan] * 3 if x.missing else [x.value, x.low, x.high] for x in endless]).T
     figure, named = go.Figure(), {"x": "layer", "y": "bits"}
     figure.add_bar(
         x=list(rows), y=bits, name="measured", meta=named, marker_color=palette.AMOUNT["light"][3], hovertemplate="%{x}: %{y:.3f} bits<extra></extra>"
@@ -139,6 +145,11 @@ def information_bars(rows: Sequence[str], bits: np.ndarray, chance: np.ndarray, 
                    customdata=chance[1:].T, error_y={"type": "data", "symmetric": False, "array": chance[2] - chance[0],
                                                      "arrayminus": chance[0] - chance[1], "color": "#888", "thickness": 1},
                    hovertemplate="%{x}: %{y:.3f} bits by chance (%{customdata[0]:.3f} to %{customdata[1]:.3f})<extra></extra>")  # fmt: skip
+    if np.isfinite(known).any():
+        figure.add_scatter(x=list(rows), y=known[0], mode="markers", name="endless documents, 95%", meta=named | {"customdata": ["low", "high"]}, customdata=known[1:].T,
+                           error_y={"type": "data", "symmetric": False, "array": known[2] - known[0], "arrayminus": known[0] - known[1], "color": palette.DEAD, "thickness": 2},
+                           marker={"color": palette.DEAD, "symbol": "diamond", "size": 7},
+                           hovertemplate="%{x}: %{y:.3f} bits from endless documents like these (95%: %{customdata[0]:.3f} to %{customdata[1]:.3f})<extra></extra>")  # fmt: skip
     figure.add_scatter(x=list(rows), y=ceiling, mode="markers", name="the most possible", meta=named,
                        marker={"symbol": "line-ew-open", "size": 24, "line": {"width": 2}, "color": "#888"},
                        hovertemplate="%{x}: at most %{y:.3f} bits<extra></extra>")  # fmt: skip

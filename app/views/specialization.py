@@ -15,7 +15,7 @@ import streamlit as st
 
 from analysis.glossary import GLOSSARY
 from analysis.information import Information
-from analysis.jackknife import DocumentInterval, use_and_interval, vocabulary_interval
+from analysis.jackknife import DocumentInterval, label_information_interval, use_and_interval, vocabulary_interval
 from analysis.pair_tests import coactivation_test, flow_test
 from analysis.paths import saturation
 from analysis.significance import ALPHA
@@ -74,10 +74,10 @@ def preferences(_trace: Trace, run: str, site: int, kind: str) -> Preferences:
 
 
 @st.cache_resource(max_entries=8, show_spinner="Measuring every layer …")
-def informations(_trace: Trace, run: str) -> list[Information]:
-    """I(expert; label) of every site."""
+def informations(_trace: Trace, run: str) -> list[tuple[Information, DocumentInterval]]:
+    """I(expert; label) of every site, and what endless documents would give."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda x: label_information(_trace, x.index), _trace.layers))
+        return list(pool.map(lambda x: (label_information(_trace, x.index), label_information_interval(_trace, x.index)), _trace.layers))
 
 
 def show_preferences(found: Preferences, site: int) -> None:
@@ -113,12 +113,10 @@ def show_preferences(found: Preferences, site: int) -> None:
 
 def show_layers() -> None:
     """How much label and expert tell about each other, layer by layer, beside what shuffled labels give."""
-    found = informations(trace, run)
+    found, endless = zip(*informations(trace, run), strict=True)
     st.header("In which layers do experts follow the labels?")
-    definition, n, how = captions.information_caption(found)
-    bits, ceiling = (np.array([getattr(i, x) for i in found]) for x in ("plug_in", "ceiling"))
-    chance = np.array([[i.floor, i.low, i.high] for i in found]).T
-    show_figure(trace, charts.information_bars([x.title for x in trace.layers], bits, chance, ceiling), "label-information", key="information",
+    definition, n, how = captions.information_caption(found, endless)
+    show_figure(trace, charts.information_bars([x.title for x in trace.layers], found, endless), "label-information", key="information",
                 alt="Bars of the mutual information of expert and label per layer.", definition=definition, n=n, how=how)  # fmt: skip
 
 
