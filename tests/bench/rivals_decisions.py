@@ -57,11 +57,17 @@ def drops_polars(run: Run) -> np.ndarray:
     return _dropped(run, dense((_batches(run), e), *collected(pl.concat(each).group_by("b", "e").agg(pl.col("len").sum()))))
 
 
-# capacity curve: float64 [76 factors, 3], assignments dropped, tokens that lose all, gate mass lost (a sum of bfloat16, so exact in any
-# order); first come, first served. All from how many assignments, tokens and how much mass stand at each rank of their queue.
+# capacity curve: float64 [76 factors, 3], assignments dropped, tokens that lose all, gate mass lost, rounded to float32: at 10^9 decisions
+# a sum of so many bfloat16 depends in the last bit of float64 on its order; first come, first served. All from how many assignments,
+# tokens and how much mass stand at each rank of their queue.
 def curve_product(run: Run) -> np.ndarray:
     table = capacity_curves(run.trace, scope="tokens", size=BATCH, layers=[run.site])
-    return np.stack([table[n].to_numpy() for n in ("dropped", "fully_dropped", "gate_mass_lost")], 1).astype(np.float64)
+    return _rounded(np.stack([table[n].to_numpy() for n in ("dropped", "fully_dropped", "gate_mass_lost")], 1).astype(np.float64))
+
+
+def _rounded(curve: np.ndarray) -> np.ndarray:
+    curve[:, 2] = curve[:, 2].astype(np.float32)
+    return curve
 
 
 def _curve(run: Run, last: Any, rank: Any, *sums: Any) -> np.ndarray:
@@ -72,7 +78,7 @@ def _curve(run: Run, last: Any, rank: Any, *sums: Any) -> np.ndarray:
         np.add.at(at[:, :, i], (np.asarray(last).astype(int), np.asarray(rank).astype(int)), np.asarray(column, np.float64))
     past = at[:, ::-1].cumsum(1)[:, ::-1]
     slots = capacities(np.array([BATCH, (n - 1) % BATCH + 1]), e, k, np.array(FACTORS), PRESETS["megatron"])
-    return np.asarray(past[0, np.minimum(slots[0], BATCH)] + past[1, np.minimum(slots[1], BATCH)])
+    return _rounded(past[0, np.minimum(slots[0], BATCH)] + past[1, np.minimum(slots[1], BATCH)])
 
 
 @compiled
