@@ -49,6 +49,11 @@ def ahead(items: Iterator[_Found], pool: ThreadPoolExecutor) -> Iterator[_Found]
         yield item
 
 
+def end_of(layer: LayerInfo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(experts, document, row) of one token of no document: tells kernels that add up a document when it ends that the last one has."""
+    return np.full((1, layer.top_k), -1, id_dtype(layer.n_classes)), np.array([-1]), np.array([-1])
+
+
 def _finished(reading: Reading[_Found]) -> _Found:
     """What a reading found, at the end of its pass."""
     try:

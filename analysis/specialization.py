@@ -276,14 +276,15 @@ def _interval(count: np.ndarray, tokens: np.ndarray, units: np.ndarray) -> tuple
     return low, high
 
 
-def label_information(trace: Trace, site: int, draws: int = 199, seed: int = 0) -> Information:
-    """I(expert; label) over assignments, bits; floor and p from labels dealt at random to whole documents.
+def label_information(trace: Trace, site: int, draws: int = 199, seed: int = 0, units: DocumentCounts | None = None) -> Information:
+    """I(expert; label) over assignments, bits; floor and p from labels dealt at random to whole documents, ``labelled_documents`` where these
+    are at hand.
 
     A random, untrained router shows some too: texts of different labels have different tokens.
     """
     table, layer = trace.stats.label_load(site)[1], trace.layers[site]
     bits, corrected, h_label, h_expert = table_information(table)
-    units = labelled_documents(trace, site)
+    units = units or labelled_documents(trace, site)
     n = int(table.sum())
     most = ceiling(h_label, h_expert, layer.top_k if n == sum(trace.stats.label_tokens(site).values()) * layer.top_k else 1)
     if len(units.labels) < 2 or len(units.labels) != len(table) or not n:

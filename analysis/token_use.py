@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 
-from .reading import Reading, one_pass, owners
+from .reading import Reading, end_of, one_pass, owners
 from .significance import benjamini_hochberg, family_p, shares_p
-from .trace import Trace, id_dtype
+from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded, on_cores, token_texts
 
 CERTAIN = 1e-6  # chance, below which it is not drawn whether it happens
@@ -95,16 +95,7 @@ def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None
         check_ids(experts, layer.n_classes)
         here = slice(start, start + len(experts))
         count_leaning(experts, document[here], row[here], cells.arrays(), documents, leaning, share, rate)
-    count_leaning(
-        np.full((1, layer.top_k), -1, id_dtype(layer.n_classes)),
-        np.array([-1]),
-        np.array([-1]),
-        cells.arrays(),
-        documents,
-        leaning,
-        share,
-        rate,
-    )
+    count_leaning(*end_of(layer), cells.arrays(), documents, leaning, share, rate)
     p, family = shares_p(share, rate, documents[:, None]), int((counts.tokens >= least).sum()) * layer.n_classes
     return DocumentUse(ids, documents, leaning, TokenTests(p, benjamini_hochberg(p, max(family, p.size)), family))
 

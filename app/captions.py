@@ -97,7 +97,7 @@ def information_caption(found: Sequence[Information], endless: Sequence[Document
 def _endless(found: Sequence[DocumentInterval]) -> str:
     """How the diamonds were made, or why there are fewer of them than layers."""
     why = sorted({x.missing for x in found if x.missing})
-    if len(why) and all(x.missing for x in found):
+    if all(x.missing for x in found):
         return f"What endless documents would give is not told: {'; '.join(why)}."
     some = f" Not told of {sum(bool(x.missing) for x in found)} of {len(found)} layers: {'; '.join(why)}." if why else ""
     return ("Diamonds: what endless documents like these would give, with its 95% interval: the measured value less its bias, by leaving out each of"

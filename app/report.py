@@ -38,12 +38,12 @@ from analysis.capacity_answer import (
 from analysis.export import describe_computed
 from analysis.files import write_atomically
 from analysis.findings import Finding, first_finding
-from analysis.jackknife import label_information_interval
+from analysis.jackknife import label_information_and_interval
 from analysis.metrics import METRICS, balance_table
 from analysis.overflow import FACTORS
 from analysis.policies import MissingScores
 from analysis.slots import PRESETS
-from analysis.specialization import by_label, label_information, seriation
+from analysis.specialization import by_label, seriation
 from analysis.trace import Trace
 
 from . import captions, charts, palette
@@ -234,8 +234,7 @@ def _labels(draft: _Draft, site: int) -> None:
 
 
 def _information(draft: _Draft) -> None:
-    found = [label_information(draft.trace, x.index) for x in draft.trace.layers]
-    endless = [label_information_interval(draft.trace, x.index) for x in draft.trace.layers]
+    found, endless = zip(*(label_information_and_interval(draft.trace, x.index) for x in draft.trace.layers), strict=True)
     drawn = charts.information_bars(draft.layers, found, endless)
     definition, n, how = captions.information_caption(found, endless)
     caption = f"{definition} {how} n = {n}."

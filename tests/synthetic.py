@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -222,3 +224,12 @@ def weighted_trace(k: int, n: int = 4000, seed: int = 0) -> Trace:
         experts = np.array(sets[:n], np.int16)
         routing.append(SiteRouting(experts, old.weights, experts))
     return make_trace(layers, [replace(part, routing=tuple(routing))])
+
+
+def change_byte(path: Path, name: str) -> None:
+    """Flip a bit of an array in an .npz file."""
+    with zipfile.ZipFile(path) as file:
+        at = file.getinfo(f"{name}.npy").header_offset + 300
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(bytes(content))

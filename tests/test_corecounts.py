@@ -14,7 +14,7 @@ from analysis.merging import RunningSum, ShortSum
 from analysis.stats import CORE, part_statistics
 from analysis.trace import LayerInfo
 
-from .synthetic import MANY, PLAIN, TWO_STREAMS, make_parts
+from .synthetic import MANY, PLAIN, TWO_STREAMS, change_byte, make_parts
 
 
 def counted(layers: Sequence[LayerInfo], n: int = 4) -> list[CoreCounts]:
@@ -68,10 +68,6 @@ def test_a_sum_is_as_wide_as_it_must_be() -> None:
 def test_a_changed_byte_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "core.npz"
     counted(PLAIN, 1)[0].write(path)
-    with zipfile.ZipFile(path) as file:
-        at = file.getinfo("totals.npy").header_offset + 300
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(bytes(content))
+    change_byte(path, "totals")
     with pytest.raises(zipfile.BadZipFile, match="totals"):
         CoreCounts.read(path, CORE)

@@ -16,7 +16,7 @@ from analysis.longtables import LongTable, by_site, write_long
 from analysis.merging import LongSum, RunningSum
 from analysis.stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, merge_statistics, part_statistics
 
-from .synthetic import PLAIN, TWO_STREAMS, make_parts
+from .synthetic import PLAIN, TWO_STREAMS, change_byte, make_parts
 
 TABLES = {"core": (CORE, 3, CORE.names[:5]), "by_token": (BY_TOKEN, 1, BY_TOKEN.names[:3])}
 
@@ -190,11 +190,7 @@ def test_the_counts_of_parts_add_up_to_those_of_a_group_by(span: int, tmp_path: 
 def test_a_changed_byte_in_the_counts_of_a_part_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "tokens.npz"
     counted([made(BY_TOKEN, 500, 1, 40)], 3).write(path)
-    with zipfile.ZipFile(path) as file:
-        at = file.getinfo("counts.npy").header_offset + 300
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(bytes(content))
+    change_byte(path, "counts")
     with pytest.raises(zipfile.BadZipFile, match="counts"):
         KeyCounts.read(path, BY_TOKEN)
 

@@ -15,11 +15,11 @@ import streamlit as st
 
 from analysis.glossary import GLOSSARY
 from analysis.information import Information
-from analysis.jackknife import DocumentInterval, label_information_interval, use_and_interval, vocabulary_interval
+from analysis.jackknife import DocumentInterval, label_information_and_interval, use_and_interval, vocabulary_interval
 from analysis.pair_tests import coactivation_test, flow_test
 from analysis.paths import saturation
 from analysis.significance import ALPHA
-from analysis.specialization import Preferences, by_label, by_position, label_information, seriation
+from analysis.specialization import Preferences, by_label, by_position, seriation
 from analysis.token_classes import by_class
 from analysis.token_use import TokenUse, leading_ids, top_tokens_of
 from analysis.trace import Trace
@@ -77,7 +77,7 @@ def preferences(_trace: Trace, run: str, site: int, kind: str) -> Preferences:
 def informations(_trace: Trace, run: str) -> list[tuple[Information, DocumentInterval]]:
     """I(expert; label) of every site, and what endless documents would give."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda x: (label_information(_trace, x.index), label_information_interval(_trace, x.index)), _trace.layers))
+        return list(pool.map(lambda x: label_information_and_interval(_trace, x.index), _trace.layers))
 
 
 def show_preferences(found: Preferences, site: int) -> None:
