@@ -6,7 +6,6 @@ DeepSpeed and Megatron: experts in order of their number, E / D on each. No repl
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import comb
 
 import numpy as np
@@ -14,6 +13,8 @@ import pyarrow as pa
 
 from .stability import batch_loads, of_each
 from .trace import Trace
+
+WINDOWS = 1 << 17  # loads looked at in one go: 1 MiB of float64
 
 
 def device_loads(load: np.ndarray, devices: int) -> np.ndarray:
@@ -24,9 +25,14 @@ def device_loads(load: np.ndarray, devices: int) -> np.ndarray:
     return load.reshape(*load.shape[:-1], devices, experts // devices).sum(-1)
 
 
-@lru_cache(maxsize=16_384)  # layers are alike, and so are their batches
 def chance_longest_queue(tokens: int, n_experts: int, n_classes: int, top_k: int, devices: int) -> float:
-    """Upper bound of the expected load of the busiest device over the mean, when every token picks ``top_k`` of ``n_classes`` uniformly.
+    """``chance_longest_queues`` of one number of tokens."""
+    return float(chance_longest_queues(np.array([tokens]), n_experts, n_classes, top_k, devices)[0])
+
+
+def chance_longest_queues(tokens: np.ndarray, n_experts: int, n_classes: int, top_k: int, devices: int) -> np.ndarray:
+    """float64 [n]: upper bound of the expected load of the busiest device over the mean, when each of ``tokens`` int64 [n] picks ``top_k``
+    of ``n_classes`` uniformly.
 
     One token sends Hypergeometric(n_classes, E / D, k) assignments to a device, whose load X is the sum over tokens; E[max] <= sum over
     t of min(1, D P(X > t)) as in balance.chance_max_over_mean, which it equals where D = E = n_classes. The distribution of X is the
@@ -34,16 +40,31 @@ def chance_longest_queue(tokens: int, n_experts: int, n_classes: int, top_k: int
     sqrt(T). NaN for no tokens; 1 for one device.
     """
     held = n_experts // devices
-    mean = tokens * top_k * held / n_classes
-    if devices == 1 or not tokens or top_k == n_classes:
-        return 1.0 if tokens else float("nan")
+    out = np.where(tokens > 0, 1.0, np.nan)
+    asked = np.flatnonzero(tokens) if devices > 1 and top_k < n_classes else np.zeros(0, np.int64)
     one = np.array([comb(held, h) * comb(n_classes - held, top_k - h) / comb(n_classes, top_k) for h in range(min(top_k, held) + 1)])
-    variance = mean * (1 - held / n_classes) * (n_classes - top_k) / (n_classes - 1)
-    reach = int(14 * np.sqrt(variance) + 40) + len(one)
-    low, size = max(0, int(mean) - reach), 2 * reach + 2
-    mass = np.roll(np.fft.irfft(np.fft.rfft(one, size) ** tokens, size), -(low % size)).clip(0)
-    above = np.append(np.cumsum(mass[::-1])[::-1][1:], 0)
-    return float((low + np.minimum(1, devices * above).sum()) / mean)
+    share = held / n_classes
+    reach = (14 * np.sqrt(tokens * top_k * share * (1 - share) * (n_classes - top_k) / max(n_classes - 1, 1)) + 40).astype(np.int64) + len(one)
+    sizes = 1 << np.ceil(np.log2(2 * reach + 2)).astype(np.int64)
+    for size in np.unique(sizes[asked]).tolist():
+        alike, per = asked[sizes[asked] == size], max(1, WINDOWS // size)
+        for at in np.split(alike, range(per, len(alike), per)):
+            out[at] = _longest(one, int(size), tokens[at], tokens[at] * (top_k * share), reach[at], devices)
+    return out
+
+
+def _longest(one: np.ndarray, size: int, tokens: np.ndarray, mean: np.ndarray, reach: np.ndarray, devices: int) -> np.ndarray:
+    """float64 [n]: ``chance_longest_queues`` in windows of ``size`` loads, from ``reach`` below the ``mean``; ``one``: the loads of one token."""
+    low = np.maximum(0, mean.astype(np.int64) - reach)
+    wave = np.fft.rfft(one, size)
+    with np.errstate(divide="ignore"):
+        heard = np.flatnonzero(tokens.min() * np.log(np.abs(wave)) > -45)  # 3e-20: what rounding leaves of the others is more
+    turned = np.exp(2j * np.pi / size * (low[:, None] * heard % size))  # the window begins at low
+    powers = np.zeros((len(tokens), len(wave)), np.complex128)
+    powers[:, heard] = wave[heard] ** tokens[:, None] * turned
+    mass = np.fft.irfft(powers, size).clip(0)
+    above = np.cumsum(mass[:, :0:-1], 1)[:, ::-1]
+    return np.asarray((low + np.minimum(1, devices * above).sum(1)) / mean)
 
 
 def queue_batches(trace: Trace, site: int, devices: int, batch_tokens: int = 1, mixed: int | None = None) -> pa.Table:
@@ -55,7 +76,7 @@ def queue_batches(trace: Trace, site: int, devices: int, batch_tokens: int = 1, 
     layer = trace.layers[site]
     n, loads = batch_loads(trace, site, batch_tokens, mixed)
     queue, experts = (x.max(1) / x.mean(1) for x in (device_loads(loads, devices), loads))
-    chance = of_each(n, chance_longest_queue, layer.n_experts, layer.n_classes, layer.top_k, devices)
+    chance = of_each(n, chance_longest_queues, layer.n_experts, layer.n_classes, layer.top_k, devices)
     return pa.table({"batch": pa.array(np.arange(1, len(n) + 1), pa.int64()), "n": pa.array(n, pa.int64()),
                      **{name: pa.array(x, pa.float64()) for name, x in (("queue", queue), ("experts", experts), ("chance", chance))}})  # fmt: skip
 

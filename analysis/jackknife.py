@@ -20,7 +20,7 @@ from .reading import Reading, end_of, one_pass, owners
 from .significance import MOST_UNITS
 from .specialization import DocumentCounts, label_information, labelled_documents
 from .token_use import DocumentUse, use_reading
-from .trace import Trace
+from .trace import LayerInfo, Trace
 from .vocabulary import LEAST, TokenCounts, coded
 
 FEWEST = 4  # documents for an interval: with fewer, how much they differ is not known
@@ -59,18 +59,19 @@ def vocabulary_interval(trace: Trace, counts: TokenCounts, least: int = LEAST,
         return DocumentInterval(
             _Kept.of(counts, least).value, np.nan, np.nan, 0, 0, "the run holds statistics only, no decisions of single documents"
         )
-    return one_pass(trace, counts.site, interval_reading(trace, counts, least, progress))[0]
+    return one_pass(trace, counts.site, interval_reading(trace, counts, least), progress=progress)[0]
 
 
 def interval_reading(trace: Trace, counts: TokenCounts, least: int = LEAST,
-                     progress: Callable[[int, int], None] | None = None) -> Reading[DocumentInterval]:  # fmt: skip
-    """``vocabulary_interval`` of a run with tokens and decisions, for a pass that others share."""
+                     known: tuple[np.ndarray, np.ndarray] | None = None) -> Reading[DocumentInterval]:  # fmt: skip
+    """``vocabulary_interval`` of a run with tokens and decisions, for a pass that others share; ``known``: what ``coded`` gives, where at hand."""
     kept = _Kept.of(counts, least)
     value, owner = kept.value, owners(trace, trace.layers[counts.site].stream)
     documents = int(owner[-1]) + 1 if len(owner) else 0
     parts = min(documents, MOST_UNITS)
     total, number = np.full(parts, kept.share.sum()), np.full(parts, len(kept.ids))
-    yield from _leave_out(trace, counts, owner * parts // max(documents, 1), kept, least, (total, number), progress)
+    known = known or coded(trace, trace.layers[counts.site].stream, counts.kind)
+    yield from _leave_out(trace.layers[counts.site], known, owner * parts // max(documents, 1), kept, least, (total, number))
     if documents < FEWEST:
         return DocumentInterval(value, np.nan, np.nan, documents, 0, f"fewer than {FEWEST} documents")
     if not number.all():
@@ -86,7 +87,9 @@ def use_and_interval(trace: Trace, counts: TokenCounts, ids: np.ndarray,
     """(``document_use`` of ``ids``, ``vocabulary_interval``) in one pass over the site."""
     if trace.source is None or trace.load_tokens is None:
         return None, vocabulary_interval(trace, counts)
-    use, interval = one_pass(trace, counts.site, use_reading(trace, counts, ids), interval_reading(trace, counts, progress=progress))
+    known = coded(trace, trace.layers[counts.site].stream, counts.kind)
+    readings = use_reading(trace, counts, ids, known=known), interval_reading(trace, counts, known=known)
+    use, interval = one_pass(trace, counts.site, *readings, progress=progress)
     return use, interval
 
 
@@ -167,14 +170,13 @@ class _Kept:
         return cls(counts.classes, counts.ids[often], tokens, start, stop - start, counts.expert, counts.count, top[often] / tokens)
 
 
-def _leave_out(trace: Trace, counts: TokenCounts, part: np.ndarray, kept: _Kept, least: int, sums: tuple[np.ndarray, np.ndarray],
-               progress: Callable[[int, int], None] | None) -> Reading[None]:  # fmt: skip
+def _leave_out(layer: LayerInfo, known: tuple[np.ndarray, np.ndarray], part: np.ndarray, kept: _Kept, least: int,
+               sums: tuple[np.ndarray, np.ndarray]) -> Reading[None]:  # fmt: skip
     """Change ``sums`` (float64 [parts] of the shares, int64 [parts] ids) to those without each part; ``part`` int64 [tokens] rises."""
     from .counting import check_ids
     from .shuffling import DocumentCells, leave_out  # pay for numba
 
-    layer = trace.layers[counts.site]
-    every, code = coded(trace, layer.stream, counts.kind)
+    every, code = known
     place = np.full(len(every) + 1, -1)  # the last for tokens that have no id
     place[np.searchsorted(every, kept.ids)] = np.arange(len(kept.ids))
     row, cells = place[code], DocumentCells(len(kept.ids), layer.n_classes)
@@ -186,6 +188,4 @@ def _leave_out(trace: Trace, counts: TokenCounts, part: np.ndarray, kept: _Kept,
         check_ids(experts, layer.n_classes)
         here = slice(start, start + len(experts))
         leave_out(experts, part[here], row[here], cells.arrays(), whole, kept.share, least, *sums)
-        if progress is not None:
-            progress(here.stop, len(part))
     leave_out(*end_of(layer), cells.arrays(), whole, kept.share, least, *sums)

@@ -121,8 +121,10 @@ def _tested(trace: Trace, site: int, after: int, kind: str, counts: PairCounts, 
     one, two = np.triu_indices(len(counts.observed), 1) if kind == "pairs" else (x.ravel() for x in np.indices(counts.observed.shape))
     one, two = (x[counts.expected[one, two] > 0] for x in (one, two))
     excess = counted.excess[:, one, two]
-    p, draws, least = _p_values(excess, counted.expected[one, two], counted.spread[one, two], seed)
-    low, high = _intervals(counted.tables, one, two, kind, seed)
+    with ThreadPoolExecutor(1) as pool:  # most of both runs without Python's lock
+        drawn = pool.submit(_intervals, counted.tables, one, two, kind, seed)
+        p, draws, least = _p_values(excess, counted.expected[one, two], counted.spread[one, two], seed)
+        low, high = drawn.result()
     q = benjamini_hochberg(p)
     claimed = (q <= ALPHA) & (np.sign(excess.sum(0, dtype=np.float64)) == np.sign(counts.lift[one, two] - 1))
     placed = [_placed(x, counts.observed.shape, one, two, kind) for x in (low, high, p, q, claimed.astype(np.float64))]

@@ -5,8 +5,9 @@ Memory is that of a block. Knows nothing of what is asked.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,18 +28,24 @@ def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Iterator[tuple[i
         yield start, np.ascontiguousarray(trace.experts(layer.index, start, stop), ids)
 
 
-def one_pass(trace: Trace, site: int, *readings: Reading[Any]) -> list[Any]:
+def one_pass(trace: Trace, site: int, *readings: Reading[Any], progress: Callable[[int, int], None] | None = None) -> list[Any]:
     """What each of ``readings`` finds in a site's decisions, which are decoded once for all of them.
 
-    A reading is a generator that is sent every (first row, executed experts) of ``blocks``, then None, and returns what it found. What it
-    does before the first and after the last is done side by side with the others'.
+    A reading is a generator that is sent every (first row, executed experts) of ``blocks``, then None, and returns what it found. All of
+    them work side by side. ``progress`` is told (tokens read, in all) by the caller's thread; what it raises ends the pass.
     """
+    n = trace.n_tokens(trace.layers[site].stream)
     with ThreadPoolExecutor() as pool:
         list(pool.map(next, readings))
-        for block in ahead(blocks(trace, trace.layers[site]), pool):
-            for reading in readings:
-                reading.send(block)
+        for start, experts in ahead(blocks(trace, trace.layers[site]), pool):
+            list(pool.map(partial(_sent, (start, experts)), readings))
+            if progress is not None:
+                progress(start + len(experts), n)
         return list(pool.map(_finished, readings))
+
+
+def _sent(block: tuple[int, np.ndarray], reading: Reading[Any]) -> None:
+    reading.send(block)
 
 
 def ahead(items: Iterator[_Found], pool: ThreadPoolExecutor) -> Iterator[_Found]:

@@ -73,7 +73,7 @@ def maxvio_batches(trace: Trace, site: int, batch_tokens: int = 1, mixed: int | 
     """
     layer = trace.layers[site]
     n, loads = batch_loads(trace, site, batch_tokens, mixed)
-    chance = of_each(n, _chance_maxvio, layer.n_classes, layer.top_k)
+    chance = of_each(n, _chance_maxima, layer.n_classes, layer.top_k) - 1
     return pa.table({"batch": pa.array(np.arange(1, len(n) + 1), pa.int64()), "n": pa.array(n, pa.int64()),
                      "maxvio": pa.array(loads.max(1) / loads.mean(1) - 1, pa.float64()), "chance": pa.array(chance, pa.float64())})  # fmt: skip
 
@@ -91,7 +91,7 @@ def maxvio_table(trace: Trace, batch_tokens: int = 1, mixed: int | None = None) 
         n, each, chance = (found[c].to_numpy() if len(found) else np.full(1, np.nan) for c in ("n", "maxvio", "chance"))
         whole, load = trace.stats.n_tokens(layer.index), trace.stats.load(layer.index)[: layer.n_experts]
         rows.append({"site": layer.index, "n": whole, "batches": len(found), "batch_n": float(n.mean()),
-                     "run": balance.maxvio(load), "chance_run": _chance_maxvio(whole, layer.n_classes, layer.top_k),
+                     "run": balance.maxvio(load), "chance_run": balance.chance_max_over_mean(whole, layer.n_classes, layer.top_k) - 1,
                      "batch": float(each.mean()), "least": float(each.min()), "p95": float(np.percentile(each, 95)), "most": float(each.max()),
                      "chance_batch": float(chance.mean()), "spread": float(each.std(ddof=1)) if len(each) > 1 else float("nan"),
                      "chance_spread": _chance_spread(load, whole, n)})  # fmt: skip
@@ -123,24 +123,26 @@ def least_stable(table: pa.Table) -> tuple[int, bool] | None:
     return row, bool(spread[row] > chance[row] * (1 + 2 / np.sqrt(2 * (batches[row] - 1))))
 
 
-def of_each(n: np.ndarray, function: Callable[..., float], *settings: int) -> np.ndarray:
-    """float64 [n], not to be changed: ``function`` of each value and ``settings``, asked once for equal ones, as many batches and documents are."""
+def of_each(n: np.ndarray, function: Callable[..., np.ndarray], *settings: int) -> np.ndarray:
+    """float64 [n], not to be changed: ``function`` of values [m] and ``settings``, asked once for equal ones, as many batches and documents are."""
     return _of_each(n.astype(np.int64).tobytes(), function, settings)
 
 
 @lru_cache(maxsize=64)
-def _of_each(n: bytes, function: Callable[..., float], settings: tuple[int, ...]) -> np.ndarray:
+def _of_each(n: bytes, function: Callable[..., np.ndarray], settings: tuple[int, ...]) -> np.ndarray:
     """Kept: layers are alike, and so are their batches."""
     values, at = np.unique(np.frombuffer(n, np.int64), return_inverse=True)
-    found = np.array([function(x, *settings) for x in values.tolist()], np.float64)[at]
+    found = function(values, *settings)[at]
     found.setflags(write=False)
     return found
 
 
-@lru_cache(maxsize=16_384)
-def _chance_maxvio(tokens: int, n_experts: int, top_k: int) -> float:
-    """Kept: layers are alike, and so are their batches."""
-    return balance.chance_max_over_mean(tokens, n_experts, top_k) - 1
+def _chance_maxima(tokens: np.ndarray, n_experts: int, top_k: int) -> np.ndarray:
+    return np.array([balance.chance_max_over_mean(x, n_experts, top_k) for x in tokens.tolist()], np.float64)
+
+
+def _chance_cvs(tokens: np.ndarray, n_experts: int, top_k: int) -> np.ndarray:
+    return np.array([balance.chance_cv(x, n_experts, top_k) for x in tokens.tolist()], np.float64)
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ def document_balance(trace: Trace, site: int) -> pa.Table:
 
 def _described(layer: LayerInfo, n: np.ndarray, loads: np.ndarray) -> pa.Table:
     """``balance``'s figures of every row of ``loads``, to the bit, with what chance gives of ``n`` tokens."""
-    chance = [of_each(n, f, layer.n_classes, layer.top_k) for f in (balance.chance_max_over_mean, balance.chance_cv)]
+    chance = [of_each(n, f, layer.n_classes, layer.top_k) for f in (_chance_maxima, _chance_cvs)]
     loads = loads[:, : layer.n_experts]
     total = loads.sum(1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -280,14 +282,25 @@ def _described(layer: LayerInfo, n: np.ndarray, loads: np.ndarray) -> pa.Table:
     return pa.table([pa.array(c, t) for c, (_, t) in zip(columns, SCHEMA, strict=True)], schema=pa.schema(SCHEMA))
 
 
+def read_ahead(trace: Trace) -> None:
+    """Read of every site what the tables of batches will ask for, and keep it; nothing for a run whose documents are not kept."""
+    for layer in trace.layers:
+        if _kept(trace, layer.index):
+            _documents(trace, layer.index)
+
+
+def _kept(trace: Trace, site: int) -> bool:
+    layer = trace.layers[site]
+    return isinstance(trace.stats.document_rows, LongTable) and len(trace.documents_in(layer.stream)) * layer.n_classes * 2 <= KEPT_BYTES
+
+
 def _documents(trace: Trace, site: int) -> tuple[np.ndarray, np.ndarray]:
     """(int64 [documents] tokens, [documents, classes] assignments) of the site's stream, by document number; the latter not to be changed,
     and of whatever integers hold them: add them up as int64."""
     rows = trace.documents_in(trace.layers[site].stream)
     numbers, stats = rows["document"].to_numpy(), trace.stats
-    kept = isinstance(stats.document_rows, LongTable) and len(numbers) * trace.layers[site].n_classes * 2 <= KEPT_BYTES
     sizes = rows["n_tokens"].to_numpy().astype(np.int64)
-    if not kept:
+    if not _kept(trace, site):
         return sizes, stats.document_load(site, numbers)
     with _READING[site % KEPT_SITES]:  # two threads that ask for a site at once read it once
         return sizes, _kept_load(stats, site, numbers.tobytes(), numbers.dtype)

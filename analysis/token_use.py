@@ -76,13 +76,14 @@ def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = Non
     return one_pass(trace, counts.site, use_reading(trace, counts, ids, least))[0]
 
 
-def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None, least: int = LEAST) -> Reading[DocumentUse]:
-    """``document_use`` of a run with tokens and decisions, for a pass that others share."""
+def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None, least: int = LEAST,
+                known: tuple[np.ndarray, np.ndarray] | None = None) -> Reading[DocumentUse]:  # fmt: skip
+    """``document_use`` of a run with tokens and decisions, for a pass that others share; ``known``: what ``coded`` gives, where at hand."""
     from .counting import check_ids
     from .shuffling import DocumentCells, count_leaning  # pay for numba
 
     layer = trace.layers[counts.site]
-    every, code = coded(trace, layer.stream, counts.kind)
+    every, code = known or coded(trace, layer.stream, counts.kind)
     ids = every if ids is None else ids
     place = np.full(len(every) + 1, len(ids))
     place[np.searchsorted(every, ids)] = np.arange(len(ids))

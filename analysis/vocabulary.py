@@ -129,7 +129,8 @@ VARIANTS: Mapping[str, Callable[[Trace, int], TokenCounts]] = MappingProxyType(
 
 def coded(trace: Trace, stream: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """(ids ascending, int64 [tokens of the stream] into ids, -1 for a token that has none of this kind)."""
-    table = trace.stream_tokens(stream, columns=["token_id", "document", *(["predicted"] if kind == "predicted next token" else [])])
+    columns = {"input token": ["token_id"], "next token": ["token_id", "document"], "predicted next token": ["predicted"]}[kind]
+    table = trace.stream_tokens(stream, columns=columns)
     if kind == "predicted next token":
         predicted = table["predicted"]
         known = np.full(len(predicted), -1)

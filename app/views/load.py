@@ -25,6 +25,7 @@ from analysis.stability import (
     maxvio_batches,
     maxvio_table,
     position_balance,
+    read_ahead,
 )
 from analysis.trace import Trace
 from app import charts, text
@@ -60,7 +61,8 @@ def measured(_trace: Trace, run: str) -> tuple[np.ndarray, PooledBalance | None,
         table = balance_table(_trace)
         return table, percentile_table(_trace, table)
 
-    pool = ThreadPoolExecutor(1)  # the counts of all token ids are read while the page is drawn, whose foot alone shows what they tell
+    pool = ThreadPoolExecutor(2)  # read while the page is drawn, whose head shows neither: the loads of documents, the counts of all token ids
+    pool.submit(read_ahead, _trace)
     found = pool.submit(tables)
     pool.shutdown(wait=False)
     chance = METRICS["chance_max_over_mean"](_trace)["value"].to_numpy()
