@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from .capacity_answer import percent
-from .pair_tests import PairTest, coactivation_test, flow_test
+from .pair_tests import PairTest, Progress, pair_tests
 from .reading import ROWS, Reading, assignments_reading, documents_of, one_pass
 from .specialization import Preferences, by_label, effects
 from .token_classes import class_codes, class_reading, present_classes
-from .token_use import DocumentUse, TokenUse, leading_ids, top_tokens, use_reading
+from .token_use import DocumentUse, TokenUse, document_use, leading_ids, top_tokens, use_reading
 from .trace import Trace, gate_weights
 from .vocabulary import LEAST, TokenCounts, input_tokens
 
@@ -91,17 +91,12 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
-class ExpertCard:
-    """One expert. ``share`` is the part of the site's ``n`` tokens that use it (even: k / E), ``relative_load`` 1 = even.
-
-    ``labels`` and ``classes`` by falling lift; ``tokens`` by falling lift, ids seen at least LEAST times; ``partners``, ``sources``
-    and ``targets``, every other expert there, see ``neighbours``: empty where the evidence leaves them out.
-    """
+class ExpertLoad:
+    """What statistics alone tell of one expert. ``share`` is the part of the site's ``n`` tokens that use it (even: k / E), ``relative_load`` 1 = even."""
 
     site: int
     expert: int
     title: str
-    description: str
     n: int
     assignments: int
     share: float
@@ -109,6 +104,15 @@ class ExpertCard:
     relative_load: float
     first_choices: int
     mean_gate: float
+
+
+@dataclass(frozen=True)
+class ExpertCard(ExpertLoad):
+    """One expert. ``labels`` and ``classes`` by falling lift; ``tokens`` by falling lift, ids seen at least LEAST times; ``partners``, ``sources``
+    and ``targets``, every other expert there, see ``neighbours``: empty where the evidence leaves them out.
+    """
+
+    description: str
     labels: tuple[GroupUse, ...]
     classes: tuple[GroupUse, ...]
     tokens: tuple[TokenUse, ...]
@@ -118,12 +122,16 @@ class ExpertCard:
     missing: tuple[str, ...]
 
 
-def site_evidence(trace: Trace, site: int, pairs: bool = True) -> SiteEvidence:
-    """All tests and tables of one site; without ``pairs`` those of other experts are None, which read it and its neighbours once more."""
+def site_evidence(trace: Trace, site: int, pairs: bool = True, use: bool = True, progress: Progress | None = None) -> SiteEvidence:
+    """All tests and tables of one site; without ``pairs`` those of other experts are None, which read it and its neighbours once more.
+
+    Without ``use``, ``token_use`` is None: for ``with_use``, which reads it once more. ``progress`` is told (tokens read, in all).
+    """
     before = site_before(trace, site)
-    with ThreadPoolExecutor() as pool:  # each spends most of its time without Python's lock
-        tested, read = pool.submit(by_label, trace, site), pool.submit(_read, trace, site)
-    labels, (classes, crossed, tokens, token_use) = tested.result(), read.result()
+    with ThreadPoolExecutor(1) as pool:  # each spends most of its time without Python's lock
+        tested = pool.submit(by_label, trace, site)
+        classes, crossed, tokens, token_use = _read(trace, site, use, progress)
+    labels = tested.result()
     missing = [] if labels.groups else ["labels: the run has none"]
     if classes is None:
         missing.append("token classes, texts and passages: the run holds statistics only")
@@ -134,9 +142,30 @@ def site_evidence(trace: Trace, site: int, pairs: bool = True) -> SiteEvidence:
     if trace.stats.following[site] is None:
         missing.append("where its tokens go to: this is the last routed layer")
     found = SiteEvidence(site, labels, classes, crossed, tokens, token_use, None, None, None, tuple(missing))
-    return found if not pairs else replace(found, partners=coactivation_test(trace, site),
-                                           into=None if before is None else flow_test(trace, before),
-                                           onward=None if trace.stats.following[site] is None else flow_test(trace, site))  # fmt: skip
+    if not pairs:
+        return found
+    asked = company(trace, site)
+    made = dict(zip(asked, pair_tests(trace, list(asked.values())), strict=True))
+    return replace(found, partners=made["partners"], into=made.get("into"), onward=made.get("onward"))
+
+
+def with_use(trace: Trace, evidence: SiteEvidence) -> SiteEvidence:
+    """``evidence`` with its ``token_use``, where that can be known; one pass."""
+    if evidence.tokens is None or evidence.token_use is not None:
+        return evidence
+    ids = leading_ids(evidence.tokens, range(evidence.tokens.classes))
+    return replace(evidence, token_use=document_use(trace, evidence.tokens, ids))
+
+
+def company(trace: Trace, site: int) -> dict[str, tuple[str, int]]:
+    """What ``pair_tests`` is asked for: by field of SiteEvidence (kind, site), without what a first or last site has not."""
+    before = site_before(trace, site)
+    asked = {
+        "into": ("flow", before),
+        "partners": ("pairs", site),
+        "onward": ("flow", site if trace.stats.following[site] is not None else None),
+    }
+    return {name: (kind, at) for name, (kind, at) in asked.items() if at is not None}
 
 
 def site_before(trace: Trace, site: int) -> int | None:
@@ -144,38 +173,53 @@ def site_before(trace: Trace, site: int) -> int | None:
     return next((i for i, after in enumerate(trace.stats.following) if after == site), None)
 
 
-def _read(trace: Trace, site: int) -> tuple[Preferences | None, Preferences | None, TokenCounts | None, DocumentUse | None]:
+def known_tokens(trace: Trace, site: int) -> TokenCounts | None:
+    """``tokens`` of SiteEvidence: None where assignments were dropped and, without the recorded tokens, an id's occurrences are unknown."""
+    layer, stats = trace.layers[site], trace.stats
+    known = trace.load_tokens is not None or stats.load(site).sum() == stats.n_tokens(site) * layer.top_k
+    return input_tokens(trace, site) if known else None
+
+
+def _read(trace: Trace, site: int, use: bool,
+          progress: Progress | None) -> tuple[Preferences | None, Preferences | None, TokenCounts | None, DocumentUse | None]:  # fmt: skip
     """``classes``, ``crossed``, ``tokens`` and ``token_use`` of SiteEvidence, in one pass over the site where there are tokens."""
     layer, stats = trace.layers[site], trace.stats
     if trace.source is None or trace.load_tokens is None:
-        known = trace.load_tokens is not None or stats.load(site).sum() == stats.n_tokens(site) * layer.top_k
-        return None, None, input_tokens(trace, site) if known else None, None
+        return None, None, known_tokens(trace, site), None
     with ThreadPoolExecutor() as pool:
         counted, coded = pool.submit(input_tokens, trace, site), pool.submit(class_codes, trace, layer.stream)
     tokens, (names, codes) = counted.result(), present_classes(coded.result())
     labels = stats.label_load(site)[0]
     crossed = [_crossed(trace, site, labels, names, codes)] if labels else []
-    use = use_reading(trace, tokens, leading_ids(tokens, range(layer.n_classes)))
-    found = one_pass(trace, site, class_reading(trace, site, names, codes), use, *crossed)
-    return found[0], found[2] if labels else None, tokens, found[1]
+    uses = [use_reading(trace, tokens, leading_ids(tokens, range(layer.n_classes)))] if use else []
+    found = one_pass(trace, site, class_reading(trace, site, names, codes), *crossed, *uses, progress=progress)
+    return found[0], found[1] if labels else None, tokens, found[-1] if use else None
 
 
 def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | None = None) -> ExpertCard:
     """The card of one expert. ``evidence`` of the same site saves the time of making it. IndexError for no such expert."""
+    load = expert_load(trace, site, expert)
+    known = site_evidence(trace, site) if evidence is None else evidence
+    used = load.assignments
+    return ExpertCard(
+        **vars(load), description=describe(known, expert), labels=_uses(known.labels, expert), classes=_uses(known.classes, expert),
+        tokens=top_tokens(trace, known.tokens, expert, use=known.token_use) if known.tokens is not None else (),
+        partners=neighbours(known.partners, expert, used), sources=neighbours(known.into, expert, used, column=True),
+        targets=neighbours(known.onward, expert, used), missing=known.missing,
+    )  # fmt: skip
+
+
+def expert_load(trace: Trace, site: int, expert: int) -> ExpertLoad:
+    """How much one expert carries. IndexError for no such expert."""
     layer, stats = trace.layers[site], trace.stats
     if not 0 <= expert < layer.n_classes:
         raise IndexError(f"no expert {expert} at {layer.title}: it has 0 to {layer.n_classes - 1}")
-    known = site_evidence(trace, site) if evidence is None else evidence
     n, load = stats.n_tokens(site), stats.load(site)
     used, mean = int(load[expert]), load.sum() / layer.n_classes
-    labels, classes = _uses(known.labels, expert), _uses(known.classes, expert)
-    return ExpertCard(
-        site, expert, f"{layer.title}, expert {expert}", describe(known, expert), n, used, used / n if n else float("nan"),
-        layer.top_k / layer.n_classes, float(used / mean) if mean else float("nan"), int(stats.first_choice_load(site)[expert]),
-        float(stats.gate_mass(site)[expert] / used) if used else float("nan"), labels, classes,
-        top_tokens(trace, known.tokens, expert, use=known.token_use) if known.tokens is not None else (),
-        neighbours(known.partners, expert, used), neighbours(known.into, expert, used, column=True), neighbours(known.onward, expert, used),
-        known.missing,
+    return ExpertLoad(
+        site, expert, f"{layer.title}, expert {expert}", n, used, used / n if n else float("nan"), layer.top_k / layer.n_classes,
+        float(used / mean) if mean else float("nan"), int(stats.first_choice_load(site)[expert]),
+        float(stats.gate_mass(site)[expert] / used) if used else float("nan"),
     )  # fmt: skip
 
 

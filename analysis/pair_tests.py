@@ -7,9 +7,10 @@ TABLE_BYTES in all. Effects are those of ``paths``; knows nothing of screens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, log2
 
 import numpy as np
@@ -86,10 +87,7 @@ def coactivation_test(trace: Trace, site: int, progress: Progress | None = None,
     loads (the most even law with these loads; for two experts per token the quasi-independent one). Statistic: signs of whole units
     flipped on observed - expected; p is at least that of independent tokens. ``progress`` is told (tokens read, tokens in all).
     """
-    counts, layer = coactivation(trace, site), trace.layers[site]
-    if layer.top_k < 2:
-        return _untested(site, "pairs", counts, NO_PAIRS)
-    return _tested(trace, site, site, "pairs", counts, progress, seed)
+    return pair_tests(trace, [("pairs", site)], progress, seed)[0]
 
 
 def flow_test(trace: Trace, site: int, progress: Progress | None = None, seed: int = 0) -> PairTest:
@@ -97,43 +95,65 @@ def flow_test(trace: Trace, site: int, progress: Progress | None = None, seed: i
 
     As ``coactivation_test``, with row total x column total / n within each document expected.
     """
-    after = trace.stats.following[site]
-    if after is None:
-        return _untested(site, "flow", flow(trace, site), LAST_SITE)
-    return _tested(trace, site, after, "flow", flow(trace, site), progress, seed)
+    return pair_tests(trace, [("flow", site)], progress, seed)[0]
 
 
-def _untested(site: int, kind: str, counts: PairCounts, missing: str, documents: int = 0) -> PairTest:
+def pair_tests(trace: Trace, asked: Sequence[tuple[str, int]], progress: Progress | None = None, seed: int = 0) -> list[PairTest]:
+    """``coactivation_test`` of each ("pairs", site) and ``flow_test`` of each ("flow", site): one pass for all, where their tables fit in memory."""
+    found = {(kind, site): _untested(trace, kind, site) for kind, site in asked}
+    todo = [x for x, test in found.items() if not test.missing]
+    streams = {trace.layers[site].stream for _, site in todo}
+    room = sum(8 * MOST_UNITS * found[x].counts.observed.size for x in todo)
+    passes = [todo] if len(streams) == 1 and room <= 2 * TABLE_BYTES else [[x] for x in todo]
+    for done, some in enumerate(passes):
+        after = [(site, site if kind == "pairs" else trace.stats.following[site]) for kind, site in some]
+        lengths = documents_of(trace, trace.layers[some[0][1]].stream)[1]
+        tell = progress and partial(_of_passes, progress, done, len(passes))
+        counted = count_units(trace, [(a, b) for a, b in after if b is not None], lengths, tell)
+        found |= {x: _tested(found[x], units, seed) for x, units in zip(some, counted, strict=True)}
+    return [found[x] for x in asked]
+
+
+def _of_passes(progress: Progress, passed: int, passes: int, done: int, total: int) -> None:
+    progress(passed * total + done, passes * total)
+
+
+def _untested(trace: Trace, kind: str, site: int) -> PairTest:
+    """What is known without decisions, and ``missing``, why they would tell nothing; empty where they may."""
+    counts, layer = coactivation(trace, site) if kind == "pairs" else flow(trace, site), trace.layers[site]
+    missing, documents = "", 0
+    if kind == "pairs" and layer.top_k < 2:
+        missing = NO_PAIRS
+    elif kind == "flow" and trace.stats.following[site] is None:
+        missing = LAST_SITE
+    elif trace.source is None:
+        missing = NO_DECISIONS
+    else:
+        documents = len(documents_of(trace, layer.stream)[1])
+        if documents < 2:
+            missing = ONE_DOCUMENT
+        elif _fitting(counts.observed.size) < LEAST_UNITS <= documents:
+            missing = TOO_MANY
     unknown = np.full(counts.observed.shape, np.nan)
     return PairTest(site, kind, counts, unknown, unknown, unknown, unknown, np.zeros(unknown.shape, bool), 0, documents, documents,
                     "no test", missing)  # fmt: skip
 
 
-def _tested(trace: Trace, site: int, after: int, kind: str, counts: PairCounts, progress: Progress | None, seed: int) -> PairTest:
-    if trace.source is None:
-        return _untested(site, kind, counts, NO_DECISIONS)
-    lengths = documents_of(trace, trace.layers[site].stream)[1]
-    if len(lengths) < 2:
-        return _untested(site, kind, counts, ONE_DOCUMENT, len(lengths))
-    if _fitting(counts.observed.size) < LEAST_UNITS <= len(lengths):
-        return _untested(site, kind, counts, TOO_MANY, len(lengths))
-    counted = unit_pairs(trace, site, after, lengths, progress)
+def _tested(known: PairTest, counted: UnitPairs, seed: int) -> PairTest:
+    counts, kind, every = known.counts, known.kind, known.documents
     one, two = np.triu_indices(len(counts.observed), 1) if kind == "pairs" else (x.ravel() for x in np.indices(counts.observed.shape))
     one, two = (x[counts.expected[one, two] > 0] for x in (one, two))
     excess = counted.excess[:, one, two]
-    with ThreadPoolExecutor(1) as pool:  # most of both runs without Python's lock
-        drawn = pool.submit(_intervals, counted.tables, one, two, kind, seed)
-        p, draws, least = _p_values(excess, counted.expected[one, two], counted.spread[one, two], seed)
-        low, high = drawn.result()
+    p, draws, least = _p_values(excess, counted.expected[one, two], counted.spread[one, two], seed)
+    low, high = _intervals(counted.tables, one, two, kind, seed)
     q = benjamini_hochberg(p)
     claimed = (q <= ALPHA) & (np.sign(excess.sum(0, dtype=np.float64)) == np.sign(counts.lift[one, two] - 1))
     placed = [_placed(x, counts.observed.shape, one, two, kind) for x in (low, high, p, q, claimed.astype(np.float64))]
-    units, every = len(counted.tables), len(lengths)
+    units = len(counted.tables)
     of = f"{every:,} documents" if units == every else f"{units:,} groups of whole documents ({every:,} in all)"
     few = (f"Too few documents to tell: with {every} the smallest possible p is {least:.2f} before correction. Record at least"
            f" {LEAST_UNITS}, better many more.") if least > ALPHA else ""  # fmt: skip
-    found = _untested(site, kind, counts, few, every)
-    return replace(found, low=placed[0], high=placed[1], p=placed[2], q=placed[3], significant=placed[4] == 1,
+    return replace(known, low=placed[0], high=placed[1], p=placed[2], q=placed[3], significant=placed[4] == 1, missing=few,
                    tested=int(np.isfinite(p).sum()), units=units, method=f"signs of {of} flipped: {draws}")  # fmt: skip
 
 
@@ -162,50 +182,71 @@ class UnitPairs:
 
 def unit_pairs(trace: Trace, site: int, after: int, lengths: np.ndarray, progress: Progress | None = None) -> UnitPairs:
     """Pairs of experts here and at ``after`` in documents of these lengths; one pass."""
-    from .bittables import count_pairs  # pays for numba
-    from .chance_pairs import add_chance_flow, add_chance_pairs
+    return count_units(trace, [(site, after)], lengths, progress)[0]
 
-    here, there = trace.layers[site], trace.layers[after]
-    shape = (here.n_classes + 1, there.n_classes + 1)
-    units = max(2, min(len(lengths), MOST_UNITS, _fitting(here.n_classes * there.n_classes)))
-    owner, ends = np.arange(len(lengths)) * units // len(lengths), np.cumsum(lengths)
-    last = ends[np.append(np.flatnonzero(np.diff(owner)), -1)]  # where each unit ends
-    tables, excess = np.zeros((units, *shape), np.int32), np.zeros((units, *shape), np.float32)
-    chance, expected, spread = (np.zeros(shape) for _ in range(3))
-    sizes = (shape[0], here.top_k + 1) if site == after else (shape[0], shape[0], shape[1], shape[1], 1)
-    held = tuple(np.zeros(n, np.int64) for n in sizes)
-    n = int(ends[-1])
-    with ThreadPoolExecutor(1) as pool:  # the next block is read while one is counted
-        for start, stop, slots in ahead(_slots(trace, (here, there) if site != after else (here,), n), pool):
-            for unit in range(int(np.searchsorted(last, start, "right")), int(np.searchsorted(last, stop - 1, "right")) + 1):
-                first, end = max(int(last[unit - 1]) if unit else 0, start), min(int(last[unit]), stop)
-                mine = [x[first - start : end - start] for x in slots]
-                count_pairs(mine[0], mine[-1], tables[unit])
-                whole = ends[np.searchsorted(ends, first, "right") : np.searchsorted(ends, end, "right")] - first
-                if site == after:
-                    add_chance_pairs(mine[0], whole, held, chance, spread)
-                else:
-                    add_chance_flow(mine[0], mine[1], whole, held, chance, spread)
-                if end == last[unit]:
-                    lean = tables[unit] - chance
-                    excess[unit] = np.where(np.abs(lean) > 1e-6 * (1 + chance), lean, 0)  # what only the fit left is no lean
-                    expected += chance
-                    chance[:] = 0
+
+def count_units(trace: Trace, pairs: Sequence[tuple[int, int]], lengths: np.ndarray, progress: Progress | None = None) -> list[UnitPairs]:
+    """``unit_pairs`` of each (site, after) of one stream; every site's decisions are decoded once for all, and pairs are counted side by side."""
+    sites, n = sorted({site for pair in pairs for site in pair}), int(lengths.sum())
+    counts = [_Counting(trace.layers[a], trace.layers[b], lengths) for a, b in pairs]
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(len(counts)) as pool:  # the next block is read while one is counted
+        for start, stop, slots in ahead(_slots(trace, [trace.layers[site] for site in sites]), reader):
+            list(pool.map(partial(_Counting.add, start=start, stop=stop, slots=slots), counts))
             if progress is not None:
                 progress(stop, n)
-    return UnitPairs(tables[:, 1:, 1:], excess[:, 1:, 1:], expected[1:, 1:], spread[1:, 1:])
+    return [x.found() for x in counts]
 
 
-def _slots(trace: Trace, layers: Sequence[LayerInfo], n: int) -> Iterator[tuple[int, int, list[np.ndarray]]]:
-    """(start, stop, slots [rows, k] of each layer) of the stream's ``n`` rows, block by block."""
+class _Counting:
+    """UnitPairs of two sites, or of one with itself, in the making."""
+
+    def __init__(self, here: LayerInfo, there: LayerInfo, lengths: np.ndarray) -> None:
+        self.here, self.there, shape = here, there, (here.n_classes + 1, there.n_classes + 1)
+        units = max(2, min(len(lengths), MOST_UNITS, _fitting(here.n_classes * there.n_classes)))
+        owner, self.ends = np.arange(len(lengths)) * units // len(lengths), np.cumsum(lengths)
+        self.last = self.ends[np.append(np.flatnonzero(np.diff(owner)), -1)]  # where each unit ends
+        self.tables, self.excess = np.zeros((units, *shape), np.int32), np.zeros((units, *shape), np.float32)
+        self.chance, self.expected, self.spread = (np.zeros(shape) for _ in range(3))
+        sizes = (shape[0], here.top_k + 1) if here == there else (shape[0], shape[0], shape[1], shape[1], 1)
+        self.held = tuple(np.zeros(n, np.int64) for n in sizes)
+
+    def add(self, start: int, stop: int, slots: Mapping[int, np.ndarray]) -> None:
+        """Count rows ``start`` to ``stop``, the next ones; ``slots`` by site."""
+        from .bittables import count_pairs  # pays for numba
+        from .chance_pairs import add_chance_flow, add_chance_pairs
+
+        last, ends, chance = self.last, self.ends, self.chance
+        for unit in range(int(np.searchsorted(last, start, "right")), int(np.searchsorted(last, stop - 1, "right")) + 1):
+            first, end = max(int(last[unit - 1]) if unit else 0, start), min(int(last[unit]), stop)
+            here, after = (slots[x.index][first - start : end - start] for x in (self.here, self.there))
+            count_pairs(here, after, self.tables[unit])
+            whole = ends[np.searchsorted(ends, first, "right") : np.searchsorted(ends, end, "right")] - first
+            if self.here == self.there:
+                add_chance_pairs(here, whole, self.held, chance, self.spread)
+            else:
+                add_chance_flow(here, after, whole, self.held, chance, self.spread)
+            if end == last[unit]:
+                lean = self.tables[unit] - chance
+                self.excess[unit] = np.where(np.abs(lean) > 1e-6 * (1 + chance), lean, 0)  # what only the fit left is no lean
+                self.expected += chance
+                chance[:] = 0
+
+    def found(self) -> UnitPairs:
+        """What was counted of all rows."""
+        return UnitPairs(self.tables[:, 1:, 1:], self.excess[:, 1:, 1:], self.expected[1:, 1:], self.spread[1:, 1:])
+
+
+def _slots(trace: Trace, layers: Sequence[LayerInfo]) -> Iterator[tuple[int, int, dict[int, np.ndarray]]]:
+    """(start, stop, slots [rows, k] by site) of a stream's rows, block by block."""
     from .counting import check_ids, slots_of
 
+    n = trace.n_tokens(layers[0].stream)
     for start in range(0, n, ROWS):
-        stop, slots = min(start + ROWS, n), []
+        stop, slots = min(start + ROWS, n), {}
         for layer in layers:
             experts = trace.experts(layer.index, start, stop)
             check_ids(experts, layer.n_classes)
-            slots.append(slots_of(experts))
+            slots[layer.index] = slots_of(experts)
         yield start, stop, slots
 
 

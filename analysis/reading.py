@@ -35,9 +35,9 @@ def one_pass(trace: Trace, site: int, *readings: Reading[Any], progress: Callabl
     them work side by side. ``progress`` is told (tokens read, in all) by the caller's thread; what it raises ends the pass.
     """
     n = trace.n_tokens(trace.layers[site].stream)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor() as pool:  # the memory of blocks is used again by one thread alone
         list(pool.map(next, readings))
-        for start, experts in ahead(blocks(trace, trace.layers[site]), pool):
+        for start, experts in ahead(blocks(trace, trace.layers[site]), reader):
             list(pool.map(partial(_sent, (start, experts)), readings))
             if progress is not None:
                 progress(start + len(experts), n)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,25 @@ import pandas as pd
 import pyarrow as pa
 import streamlit as st
 
-from analysis.cards import GroupUse, Neighbour, Passage, SiteEvidence, expert_card, neighbours, passages, site_before, site_evidence
+from analysis.cards import (
+    GroupUse,
+    Neighbour,
+    Passage,
+    SiteEvidence,
+    company,
+    expert_card,
+    expert_load,
+    known_tokens,
+    neighbours,
+    passages,
+    site_before,
+    site_evidence,
+    with_use,
+)
 from analysis.checkpoints import weights_digest
 from analysis.glossary import GLOSSARY
 from analysis.neighbours import Similarities, WeightsError, expert_similarities
-from analysis.pair_tests import PairTest, coactivation_test, flow_test
+from analysis.pair_tests import PairTest, pair_tests
 from analysis.significance import ALPHA
 from analysis.specialization import Preferences
 from analysis.token_use import DRAWS, TokenUse, top_tokens
@@ -33,16 +48,23 @@ SHOWN, WIDE = 8, 362  # other experts in a table; pixels of one of three tables 
 VERDICT = {1: "more", -1: "less"}
 
 
-@st.cache_resource(max_entries=32, show_spinner="Testing what this layer's experts are used for …")
-def evidence(_trace: Trace, run: str, site: int) -> SiteEvidence:
-    """All tests of one site but those of pairs; ``run`` names the trace with its date."""
-    return site_evidence(_trace, site, pairs=False)
+def evidence(trace: Trace, site: int) -> SiteEvidence:
+    """What the layer's experts serve, tested, without the tokens and the pairs, which come further down."""
+    make = partial(site_evidence, trace, site, False, False)
+    return one_layer(site, kept(run, ("evidence",)), lambda tell: replace(make(tell), tokens=None))
+
+
+@st.cache_resource(max_entries=8, show_spinner="Counting the documents in which each token leans to an expert …")
+def token_evidence(_trace: Trace, _known: SiteEvidence, run: str, site: int) -> SiteEvidence:
+    """``_known`` with what is known of the layer's tokens; few are kept, as they are large. ``run`` names the trace with its date."""
+    return with_use(_trace, replace(_known, tokens=known_tokens(_trace, site)))
 
 
 @st.cache_resource(max_entries=256, show_spinner="Dealing this expert's assignments to the tokens again …")
 def token_uses(_trace: Trace, _known: SiteEvidence, run: str, site: int, expert: int) -> tuple[TokenUse, ...]:
     """The expert's tokens by lift; none where they cannot be known."""
-    return () if _known.tokens is None else top_tokens(_trace, _known.tokens, expert, use=_known.token_use)
+    whole = token_evidence(_trace, _known, run, site)
+    return () if whole.tokens is None else top_tokens(_trace, whole.tokens, expert, use=whole.token_use)
 
 
 @st.cache_resource(max_entries=64, show_spinner="Looking for passages …")
@@ -66,10 +88,13 @@ def uses(rows: Sequence[GroupUse], what: str, found: Preferences | None) -> None
     )  # fmt: skip
 
 
-def pair_test(kind: str, at: int) -> PairTest:
-    """The pairs of site ``at``, tested once for all of its experts; the page Specialization keeps them at the same place."""
-    test: Callable[..., PairTest] = coactivation_test if kind == "pairs" else flow_test
-    return one_layer(at, kept(run, ("pair tests", kind)), lambda tell: test(trace, at, tell))
+def tested_pairs() -> dict[str, PairTest]:
+    """The pairs of the layer, and of it with its neighbours, tested once for all of its experts; the page Specialization keeps them at the same place."""
+    asked = company(trace, site)
+    missing = [(kind, at) for kind, at in asked.values() if at not in kept(run, ("pair tests", kind))]
+    for (kind, at), test in zip(missing, one_layer(site, {}, partial(pair_tests, trace, missing)) if missing else (), strict=True):
+        kept(run, ("pair tests", kind))[at] = test
+    return {name: kept(run, ("pair tests", kind))[at] for name, (kind, at) in asked.items()}
 
 
 def verdict(row: Neighbour) -> str:
@@ -101,14 +126,13 @@ def show_neighbours(said: str, test: PairTest, rows: Sequence[Neighbour]) -> Non
 def show_company() -> dict[str, tuple[str, pa.Table]]:
     """Whom the expert works with: before, beside and after it. Every pair of the layer is tested, so this comes last; returns the tables."""
     before, after, used = site_before(trace, site), trace.stats.following[site], int(trace.stats.load(site)[expert])
-    asked = [("partners", "For the same tokens", "pairs", site)]
-    asked = ([("sources", f"Before, at {trace.layers[before].title}", "flow", before)] if before is not None else []) + asked
-    asked += [("targets", f"After, at {trace.layers[after].title}", "flow", site)] if after is not None else []
-    tables, rests, documents = {}, dict[str, list[str]](), 0
+    titles = {"into": ("sources", f"Before, at {'' if before is None else trace.layers[before].title}"), "partners": ("partners", "For the same tokens"),
+              "onward": ("targets", f"After, at {'' if after is None else trace.layers[after].title}")}  # fmt: skip
+    tables, rests, documents, tests = {}, dict[str, list[str]](), 0, tested_pairs()
     with st.container(horizontal=True):
-        for name, said, kind, at in asked:
+        for place, test in tests.items():
+            name, said = titles[place]
             with st.container(width=WIDE):
-                test = pair_test(kind, at)
                 rows = neighbours(test, expert, used, name == "sources")
                 show_neighbours(said, test, rows)
             documents = max(documents, test.documents)
@@ -226,23 +250,34 @@ with st.container(horizontal=True):
     busiest = int(np.argmax(trace.stats.load(site)[: layer.n_experts]))
     expert = int(choice("expert", "Expert", names, str(busiest), width=160))
     expert_search(trace)
-    known = evidence(trace, run, site)
-    kinds = {f"{p.kind}-{g}": text.visible_name(g) for p in (known.labels, known.classes) if p is not None for g in p.groups}
-    of = choice("of", "Looking at", {"all": "all tokens", **kinds}, "all", width=180) if kinds else "all"
-card = expert_card(trace, site, expert, replace(known, tokens=None))  # of its tokens further down: they take longer
-text.show_heading(f"{card.title[:1].upper()}{card.title[1:]}: {card.description}")
+    asking = st.empty()
+load = expert_load(trace, site, expert)
+title, counted = f"{load.title[:1].upper()}{load.title[1:]}", site in kept(run, ("evidence",))
+answer = st.empty()
+if not counted:
+    with answer:
+        text.show_heading(f"{title}: counting what kinds of text and token use it …")
 numbers = st.container(horizontal=True, key="numbers")
 numbers.metric(
-    "Share of tokens", f"{card.share:.1%}", border=True, help=f"Of the layer's {card.n:,} tokens; an even share is {card.even_share:.1%}."
+    "Share of tokens", f"{load.share:.1%}", border=True, help=f"Of the layer's {load.n:,} tokens; an even share is {load.even_share:.1%}."
 )
-numbers.metric("Load", f"{card.relative_load:.2f} ×", border=True, help="Over the mean load of its layer; 1 is an even share.")
+numbers.metric("Load", f"{load.relative_load:.2f} ×", border=True, help="Over the mean load of its layer; 1 is an even share.")
 numbers.metric(
     "First choice",
-    f"{card.first_choices:,}",
+    f"{load.first_choices:,}",
     border=True,
-    help=f"Tokens whose largest gate weight it has, of {card.assignments:,} that use it.",
+    help=f"Tokens whose largest gate weight it has, of {load.assignments:,} that use it.",
 )
-numbers.metric("Mean gate weight", f"{card.mean_gate:.2f}" if card.assignments else "–", border=True, help="Where it is used; as executed.")
+numbers.metric("Mean gate weight", f"{load.mean_gate:.2f}" if load.assignments else "–", border=True, help="Where it is used; as executed.")
+if not counted:
+    asking.selectbox("Looking at", ["counting …"], key="counting", disabled=True)
+known = evidence(trace, site)
+with asking.container():
+    kinds = {f"{p.kind}-{g}": text.visible_name(g) for p in (known.labels, known.classes) if p is not None for g in p.groups}
+    of = choice("of", "Looking at", {"all": "all tokens", **kinds}, "all", width=180) if kinds else "all"
+card = expert_card(trace, site, expert, known)
+with answer:
+    text.show_heading(f"{title}: {card.description}")
 
 if not card.assignments:
     st.info("No token of this run uses this expert: there is nothing to tell. Choose another one, or a longer run.")
@@ -272,7 +307,7 @@ if tokens:
 if trace.load_tokens is not None:
     st.header("Where in the text?")
     show_passages()
-company = st.container()
+beside = st.container()
 weights = show_weights()
 for sentence in card.missing:
     text.show_note(f"Not known: {sentence}.")
@@ -283,7 +318,7 @@ tables = {
     for name, uses_ in (("labels", card.labels), ("token classes", card.classes), ("tokens", tokens))
     if uses_
 }
-with company:
+with beside:
     st.header("Whom does it work with?")
     tables |= show_company()
 if weights is not None:
