@@ -161,7 +161,8 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         f"{alone.plug_in:.2f} of at most {alone.ceiling:.2f} bits; {alone.floor:.2f} when assignments are dealt at random. n = {alone.n:,} assignments"
         f" of {words.n_ids:,} ids.",
         "I(expert; token id) over assignments. At most: a token's experts all differ, so even who knows its id cannot tell which of them an assignment is:"
-        " min(H(token id), H(expert) - log2 k) where every token has k experts. The share is (measured - by chance) / (at most - by chance). Dealt at random, a token may get one expert twice: with few tokens, chance can exceed what is possible.",
+        " min(H(token id), H(expert) - log2 k) where every token has k experts. The share is (measured - by chance) / (at most - by chance). Dealt at random, a token may get one expert twice: with few tokens, chance can exceed what is possible."
+        f" By chance: {alone.null}.",
     )
     found, interval = served(asked)
     show_interval(interval, words)
