@@ -28,7 +28,8 @@ PREDICTED_NEXT = (
     " Use the next token, or record the run again."
 )
 _Found = TypeVar("_Found")
-ALIKE = 1 << 24  # assignments from which on the bits of two deals differ in the fifth digit: 62.5 million, 64 experts, 50,000 ids give s = 3e-5
+GROUP = 1 << 16  # tokens: a row group of a stored run
+ALIKE = 1 << 24  # assignments from which on the bits of two deals are alike: s = 3e-5 for 62.5 million, 64 experts and 50,000 ids
 WORKERS = 4  # each holds the draws of one expert: some 50 MB for 10,000 token ids
 
 
@@ -110,7 +111,7 @@ def predicts(trace: Trace, stream: str = "decoder") -> bool:
     if trace.load_tokens is None:
         return False
     n = trace.n_tokens(stream)
-    pieces = (trace.stream_tokens(stream, start, min(start + ROWS, n), ["predicted"])["predicted"] for start in range(0, n, ROWS))
+    pieces = (trace.stream_tokens(stream, start, min(start + GROUP, n), ["predicted"])["predicted"] for start in range(0, n, GROUP))
     return any(predicted.null_count < len(predicted) for predicted in pieces)  # reads no further than to the first
 
 

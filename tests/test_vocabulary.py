@@ -68,7 +68,8 @@ def test_one_deal_serves_both_figures_and_margins_stay(monkeypatch: pytest.Monke
     assert sorted(seeds) == [0, 0, 1, 2, 3, 4]
     monkeypatch.setattr(vocabulary, "ALIKE", 4_000)
     fewer = context_independence(counts)
-    assert fewer.floor == np.mean([sparse_information(*t)[0] for t in deal(counts.row, counts.expert, counts.count, counts.classes, range(2))])
+    tables = deal(counts.row, counts.expert, counts.count, counts.classes, range(2))
+    assert fewer.floor == np.mean([sparse_information(*t)[0] for t in tables])
     assert fewer.null == "assignments dealt again, 2 times" != alone.null
 
 

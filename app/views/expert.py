@@ -270,7 +270,7 @@ numbers.metric(
 )
 numbers.metric("Mean gate weight", f"{load.mean_gate:.2f}" if load.assignments else "–", border=True, help="Where it is used; as executed.")
 if not counted:
-    asking.selectbox("Looking at", ["counting …"], key="counting", disabled=True)
+    asking.selectbox("Looking at", ["counting …"], key="counting", disabled=True, width=180)
 known = evidence(trace, site)
 with asking.container():
     kinds = {f"{p.kind}-{g}": text.visible_name(g) for p in (known.labels, known.classes) if p is not None for g in p.groups}

@@ -61,7 +61,7 @@ def measured(_trace: Trace, run: str) -> tuple[np.ndarray, PooledBalance | None,
         table = balance_table(_trace)
         return table, percentile_table(_trace, table)
 
-    pool = ThreadPoolExecutor(2)  # read while the page is drawn, whose head shows neither: the loads of documents, the counts of all token ids
+    pool = ThreadPoolExecutor(2)  # read while the page's head is drawn, which shows neither: documents' loads, all token ids' counts
     pool.submit(read_ahead, _trace)
     found = pool.submit(tables)
     pool.shutdown(wait=False)
