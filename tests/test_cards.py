@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from analysis import cards, reading
-from analysis.cards import NONE, describe, expert_card, neighbours, passages, site_evidence
+from analysis.cards import NONE, describe, expert_card, neighbours, passages, site_evidence, with_use
 from analysis.pair_tests import coactivation_test, flow_test
 from analysis.specialization import effects
 from analysis.store import open_run
@@ -141,6 +141,9 @@ def test_evidence_reads_each_decision_once(monkeypatch: pytest.MonkeyPatch) -> N
     cut = site_evidence(trace, 1, pairs=False)
     assert asked == [(1, 0, 970), (1, 970, 1940), (1, 1940, 2400)]
     assert whole.classes is not None and whole.crossed is not None and whole.token_use is not None
+    later = with_use(trace, site_evidence(trace, 1, pairs=False, use=False))
+    assert len(asked) == 9 and later.token_use is not None and repr(later.token_use) == repr(whole.token_use)
+    assert repr(expert_card(trace, 1, 6, later)) == repr(expert_card(trace, 1, 6, whole)) and with_use(trace, later) is later
     assert cut.classes is not None and cut.crossed is not None and cut.token_use is not None
     assert cut.classes.p.tolist() == whole.classes.p.tolist() and cut.crossed.count.tolist() == whole.crossed.count.tolist()
     assert cut.token_use.leaning.tolist() == whole.token_use.leaning.tolist() and whole.crossed.count[:, 6].any()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from analysis import balance
-from analysis.devices import chance_longest_queue, device_counts, device_loads, queue_batches, queue_table
+from analysis.devices import chance_longest_queue, chance_longest_queues, device_counts, device_loads, queue_batches, queue_table
 from analysis.stability import maxvio_batches
 from analysis.trace import SiteRouting
 from tests.synthetic import PLAIN, SPECIAL, make_part, make_trace, site
@@ -101,6 +101,14 @@ def test_chance_is_the_union_bound_of_the_exact_distribution(tokens: int, classe
         mass = np.convolve(mass, one)
     bound = sum(min(1.0, devices * mass[t + 1 :].sum()) for t in range(len(mass))) / (tokens * k * held / classes)
     assert chance_longest_queue(tokens, experts, classes, k, devices) == pytest.approx(bound, abs=1e-10)
+
+
+def test_chance_of_many_numbers_of_tokens_is_that_of_each() -> None:
+    """In whatever order, of windows of several sizes, more of one size than are looked at in one go."""
+    tokens = np.random.default_rng(0).permutation(np.concatenate([np.arange(600), [1_000, 70_000, 5_000_000], np.arange(300)]))
+    for settings in ((64, 64, 8, 8), (12, 15, 5, 3), (64, 64, 8, 1)):
+        each = [chance_longest_queue(int(n), *settings) for n in tokens]
+        np.testing.assert_allclose(chance_longest_queues(tokens, *settings), each, rtol=1e-12)
 
 
 def test_chance_of_single_experts_is_that_of_balance_and_of_one_device_is_none() -> None:

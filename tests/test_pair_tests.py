@@ -97,6 +97,23 @@ def test_pairs_of_units_are_those_of_the_decisions(layers: tuple, monkeypatch: p
             np.testing.assert_allclose(found.expected, expected, atol=1e-9)
 
 
+def test_pairs_of_several_sites_are_tested_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As each alone, to the bit; one after the other where their tables would not fit together. Progress goes on over all passes."""
+    trace, told, read, count = planted(), list[tuple[int, int]](), list[list[tuple[int, int]]](), pair_tests.count_units
+    asked = [("flow", 0), ("pairs", 1), ("pairs", 0), ("flow", 1)]
+    alone = [TESTS[kind](trace, at) for kind, at in asked]
+    monkeypatch.setattr(pair_tests, "count_units", lambda t, pairs, *x: read.append(list(pairs)) or count(t, pairs, *x))
+    for room, passes in ((pair_tests.TABLE_BYTES, [[(0, 1), (1, 1), (0, 0)]]), (4 * 36 * 400, [[(0, 1)], [(1, 1)], [(0, 0)]])):
+        monkeypatch.setattr(pair_tests, "TABLE_BYTES", room)
+        read.clear(), told.clear()
+        found = pair_tests.pair_tests(trace, asked, lambda done, total: told.append((done, total)))
+        assert read == passes and told == [(2_400 * (i + 1), 2_400 * len(passes)) for i in range(len(passes))]
+        for one, other in zip(found, alone, strict=True):
+            for name in ("low", "high", "p", "q", "significant"):
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+            assert (one.method, one.missing, one.units, one.documents) == (other.method, other.missing, other.units, other.documents)
+
+
 def test_many_documents_are_joined_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     trace, lengths = planted(), np.full(40, 60)
     whole = unit_pairs(trace, 0, 1, lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from threading import get_ident
 
 import numpy as np
 import pytest
@@ -51,6 +52,12 @@ def test_readings_share_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     found = one_pass(trace, 1, kept(), kept())
     assert asked == [(1, 0, 30), (1, 30, 60), (1, 60, 90), (1, 90, 100)]
     assert all(x.tolist() == read(trace, 1).tolist() for x in found)
+    told: list[tuple[int, int, int]] = []
+    one_pass(trace, 1, kept(), kept(), progress=lambda done, total: told.append((done, total, get_ident())))
+    assert told == [(n, 100, get_ident()) for n in (30, 60, 90, 100)]  # by the thread that asked
+    with pytest.raises(InterruptedError):
+        one_pass(trace, 1, kept(), progress=lambda done, total: (_ for _ in ()).throw(InterruptedError))
+    assert len(asked) <= 4 + 4 + 2  # it stops, but for the block that was read ahead
     with pytest.raises(RuntimeError, match="after the last block"):
         one_pass(trace, 1, kept(), kept(ends=False))
 

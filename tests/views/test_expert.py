@@ -7,8 +7,10 @@ from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
+import streamlit as st
 from streamlit.testing.v1 import AppTest
 
+from analysis import cards
 from analysis.cards import neighbours, passages
 from analysis.neighbours import expert_similarities
 from analysis.pair_tests import coactivation_test, flow_test
@@ -74,6 +76,24 @@ def test_whom_an_expert_works_with_is_tested(runs: Path) -> None:
         assert any(plain(said) in m.value for m in test.markdown)
     assert {"partners", "sources", "targets"} <= set(test.selectbox(key="table").options) and not test.exception
     assert any(f"n = {used:,} tokens of 75 documents in the run" in c.value.replace("\\", "") for c in test.caption)
+
+
+def test_what_statistics_tell_comes_first_and_the_rest_in_its_place(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until kinds of text are counted the heading says so and the numbers stand; leaving then loses nothing, and what is at rest says nothing of it."""
+
+    def left(*_: object, **__: object) -> None:
+        raise InterruptedError
+
+    st.cache_resource.clear()
+    with monkeypatch.context() as counting:
+        counting.setattr(cards, "one_pass", left)
+        stopped = shown("expert", "demo-run")
+    headings = [m.value for m in stopped.markdown if m.value.startswith("## ")]
+    assert stopped.exception and len(headings) == 1 and headings[0].endswith("counting what kinds of text and token use it …")
+    assert stopped.selectbox(key="counting").disabled
+    test = shown("expert", "demo-run")
+    assert not test.exception and [m.value for m in test.metric] == [m.value for m in stopped.metric] != []
+    assert not [m.value for m in test.markdown if "counting" in m.value] and test.selectbox(key="of").value == "all"
 
 
 def test_what_was_clicked_is_marked_and_its_passages_are_offered(runs: Path) -> None:
