@@ -44,9 +44,8 @@ def chance_longest_queues(tokens: np.ndarray, n_experts: int, n_classes: int, to
     asked = np.flatnonzero(tokens) if devices > 1 and top_k < n_classes else np.zeros(0, np.int64)
     one = np.array([comb(held, h) * comb(n_classes - held, top_k - h) / comb(n_classes, top_k) for h in range(min(top_k, held) + 1)])
     share = held / n_classes
-    reach = (14 * np.sqrt(tokens * top_k * share * (1 - share) * (n_classes - top_k) / max(n_classes - 1, 1)) + 40).astype(np.int64) + len(
-        one
-    )
+    variance = tokens * top_k * share * (1 - share) * (n_classes - top_k) / max(n_classes - 1, 1)
+    reach = (14 * np.sqrt(variance) + 40).astype(np.int64) + len(one)
     sizes = 1 << np.ceil(np.log2(2 * reach + 2)).astype(np.int64)
     for size in np.unique(sizes[asked]).tolist():
         alike, per = asked[sizes[asked] == size], max(1, WINDOWS // size)
