@@ -16,15 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from .overflow import FACTORS, Overflow, chance_curve
-from .policies import BLOCK, POLICIES, MissingScores, Queues, rank_site
+from .overflow import FACTORS, Curve, Overflow, chance_curve
+from .policies import BLOCK, POLICIES, MissingScores, Queues, rank_site, site_curve
 from .slots import Batches, CapacityError, CapacityRule, ExpertShape, capacity_rule, make_batches, slot_cost
 from .trace import LayerInfo, ModelCard, Trace, by_document
 
+_Site = tuple[np.ndarray, np.ndarray | None, int, Batches, str]  # chosen experts, weights, number of experts, batches, policy
 _BYTES: Mapping[str, float] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1})
 ADDITIVE = ("tokens", "assignments", "dropped", "kept", "rerouted", "fully_dropped", "partly_dropped", "top1_dropped", "slots", "idle",
             "gate_mass", "gate_mass_lost", "chance_dropped")  # fmt: skip
@@ -44,21 +47,22 @@ class RankedTrace:
     def at(self, factor: float = 1.25, preset: str | CapacityRule = "megatron", *, slots: int | None = None,
            block: int = BLOCK) -> AppliedCapacity:  # fmt: skip
         """The answer at one factor under a preset or rule, or at ``slots`` per expert; ``block`` is for "dropless"."""
-        rule = _rule(preset)
+        rule = rule_of(preset)
         return AppliedCapacity(self.trace, {i: q.at(factor, rule, slots=slots, block=block) for i, q in self.queues.items()})
 
     def curves(self, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
-        """One row per site and factor: Queues.totals with shares, and what overflows by chance (uniform routing, same batches)."""
-        ranked = ((i, None, queues) for i, queues in self.queues.items())
-        return pa.concat_tables([t for *_, t in _curve_tables(self.trace, ranked, factors, _rule(preset))])
+        """One row per site and factor: Curve.table with shares, and what overflows by chance (uniform routing, same batches)."""
+        rule = rule_of(preset)
+        curves = ((i, None, queues.batches, queues.curve(factors, rule)) for i, queues in self.queues.items())
+        return pa.concat_tables([t for *_, t in _curve_tables(self.trace, curves, rule)])
 
     def curves_by(self, name: str, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
         """AppliedCapacity.by_label or by_position at every factor in one pass: ``name`` is "label" or "first_position"."""
         keys, tables = {"label": _labels, "first_position": lambda trace, stream: _positions(trace, stream, None)}[name], []
         for i, queues in self.queues.items():
             codes, values = keys(self.trace, self.trace.layers[i].stream)
-            table = queues.curve_by(codes, len(values), factors, _rule(preset))
-            tables.append(_of_site(self.trace.layers[i], with_shares(table.set_column(0, name, values.take(table["key"])))))
+            table = queues.curve_by(codes, len(values), factors, rule_of(preset))
+            tables.append(of_site(self.trace.layers[i], with_shares(table.set_column(0, name, values.take(table["key"])))))
         return pa.concat_tables(tables)
 
 
@@ -115,7 +119,7 @@ class AppliedCapacity:
             [asdict(slot_cost(int(over.capacity.sum()), int(over.kept_load.sum()), shape, devices))]))  # fmt: skip
 
     def _tables(self, make: Callable[[LayerInfo, Overflow], pa.Table]) -> pa.Table:
-        return pa.concat_tables([_of_site(self.trace.layers[i], make(self.trace.layers[i], over)) for i, over in self.sites.items()])
+        return pa.concat_tables([of_site(self.trace.layers[i], make(self.trace.layers[i], over)) for i, over in self.sites.items()])
 
     def _by(self, name: str, keys: Callable[[Trace, str], tuple[np.ndarray, pa.Array]]) -> pa.Table:
         found = {stream: keys(self.trace, stream) for stream in {self.trace.layers[i].stream for i in self.sites}}
@@ -143,7 +147,8 @@ def apply_capacity(trace: Trace, factor: float = 1.25, policy: str = "position",
 def rank_trace(trace: Trace, policy: str = "position", scope: str = "document", *, size: int | None = None, mixed: int | None = None,
                seed: int = 0, layers: Sequence[int] | None = None) -> RankedTrace:  # fmt: skip
     """Rank the sites ``layers`` (default all) of a trace once; arguments as for ``apply_capacity``."""
-    return RankedTrace(trace, {i: queues for i, _, queues in _ranked(trace, policy, scope, size, [mixed], seed, layers)})
+    sites = _sites(trace, policy, scope, size, [mixed], seed, layers)
+    return RankedTrace(trace, {i: rank_site(*site, preference=_preference(trace, i, policy), **more) for i, _, site, more in sites})
 
 
 def capacity_curves(trace: Trace, factors: Sequence[float] | np.ndarray = FACTORS, policy: str = "position", scope: str = "document", *,
@@ -158,16 +163,15 @@ def site_curves(trace: Trace, factors: Sequence[float] | np.ndarray = FACTORS, p
                 size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
                 layers: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Table]]:  # fmt: skip
     """(site, its rows of ``capacity_curves``), one site after the other."""
-    ranked = _ranked(trace, policy, scope, size, [mixed], seed, layers)
-    return ((i, table) for i, _, table in _curve_tables(trace, ranked, factors, _rule(preset)))
+    curves = _curves(trace, factors, policy, scope, size, [mixed], rule_of(preset), seed, layers)
+    return ((i, table) for i, _, table in curves)
 
 
 def shuffled_curves(trace: Trace, shuffles: Sequence[int | None], factors: Sequence[float] | np.ndarray = FACTORS, policy: str = "position",
                     scope: str = "documents", *, size: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
                     layers: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Table]]:  # fmt: skip
     """(site, its rows of ``capacity_curves`` for each ``mixed`` of ``shuffles``, told apart by the column shuffle); read once."""
-    ranked = _ranked(trace, policy, scope, size, shuffles, seed, layers)
-    tables = _curve_tables(trace, ranked, factors, _rule(preset))
+    tables = _curves(trace, factors, policy, scope, size, shuffles, rule_of(preset), seed, layers)
     for site, mine in groupby(tables, lambda found: found[0]):
         each = [t.append_column("shuffle", pa.array([m] * len(t), pa.int32())) for _, m, t in mine]
         yield site, pa.concat_tables(each).combine_chunks()
@@ -190,7 +194,16 @@ def compare_policies(trace: Trace, factor: float = 1.25, scope: str = "document"
 
 def batches_of(trace: Trace, stream: str, scope: str, size: int | None = None, mixed: int | None = None) -> Batches:
     """``slots.make_batches`` over the documents of a stream."""
-    return make_batches([stop - start for start, stop in _ranges(trace, stream)], scope, size, mixed)
+    return make_batches(document_lengths(trace, stream), scope, size, mixed)
+
+
+def document_lengths(trace: Trace, stream: str) -> np.ndarray:
+    """int64 [documents]: tokens of each of a stream. Raises CapacityError unless their rows follow one another from row 0."""
+    mine = trace.documents.filter(pc.equal(trace.documents["stack"], stream))
+    lengths, first = (mine[c].to_numpy().astype(np.int64) for c in ("n_tokens", "first_row"))
+    if not np.array_equal(first, np.cumsum(lengths) - lengths):
+        raise CapacityError(f"the documents of stream {stream!r} do not follow one another: batches cannot be told")
+    return lengths
 
 
 def pool_curves(curves: pa.Table, by: str = "factor") -> pa.Table:
@@ -219,9 +232,9 @@ def expert_shape(model: ModelCard) -> ExpertShape:
     return ExpertShape(model.hidden_size, parameters // idle, _BYTES[model.dtype])
 
 
-def _ranked(trace: Trace, policy: str, scope: str, size: int | None, shuffles: Sequence[int | None], seed: int,
-            layers: Sequence[int] | None) -> Iterator[tuple[int, int | None, Queues]]:  # fmt: skip
-    """(site, shuffle, ranked), site by site; each site is read once."""
+def _sites(trace: Trace, policy: str, scope: str, size: int | None, shuffles: Sequence[int | None], seed: int,
+           layers: Sequence[int] | None) -> Iterator[tuple[int, int | None, _Site, dict[str, Any]]]:  # fmt: skip
+    """(site, shuffle, the first arguments of ``rank_site``, others of it), site by site; each site is read once."""
     chosen, batches = range(len(trace.layers)) if layers is None else layers, dict[tuple[str, int | None], Batches]()
     if not len(chosen):
         raise CapacityError("no layer is chosen: give at least one site number")
@@ -231,34 +244,45 @@ def _ranked(trace: Trace, policy: str, scope: str, size: int | None, shuffles: S
             ahead = None if following is None else pool.submit(trace.routing, following)
             layer = trace.layers[i]
             known = routing.chosen is routing.experts or bool((routing.chosen == routing.experts).all())
-            preference = trace.scores(i).probabilities if policy == "reroute" else None
             for mixed in shuffles:
                 if (same := (layer.stream, mixed)) not in batches:
                     batches[same] = batches_of(trace, layer.stream, scope, size, mixed)
-                yield i, mixed, rank_site(routing.chosen, routing.weights, layer.n_experts, batches[same], policy, n_special=layer.n_special,
-                                          seed=[seed, i], preference=preference, weights_known=known)  # fmt: skip
+                site = routing.chosen, routing.weights, layer.n_experts, batches[same], policy
+                yield i, mixed, site, {"n_special": layer.n_special, "seed": [seed, i], "weights_known": known}
             routing = routing if ahead is None else ahead.result()
 
 
+def _preference(trace: Trace, site: int, policy: str) -> np.ndarray | None:
+    return trace.scores(site).probabilities if policy == "reroute" else None
+
+
+def _curves(trace: Trace, factors: Sequence[float] | np.ndarray, policy: str, scope: str, size: int | None, shuffles: Sequence[int | None],
+            rule: CapacityRule, seed: int, layers: Sequence[int] | None) -> Iterator[tuple[int, int | None, pa.Table]]:  # fmt: skip
+    sites = _sites(trace, policy, scope, size, shuffles, seed, layers)
+    return _curve_tables(trace, ((i, m, site[3], site_curve(*site, factors, rule, **more)) for i, m, site, more in sites), rule)
+
+
 def _curve_tables(
-    trace: Trace, ranked: Iterable[tuple[int, int | None, Queues]], factors: Sequence[float] | np.ndarray, rule: CapacityRule
+    trace: Trace, curves: Iterable[tuple[int, int | None, Batches, Curve]], rule: CapacityRule
 ) -> Iterator[tuple[int, int | None, pa.Table]]:
     chances: dict[tuple[str, int, int, int, int | None], np.ndarray] = {}
-    for i, mixed, queues in ranked:
+    for i, mixed, batches, curve in curves:
         layer = trace.layers[i]
         same = (layer.stream, layer.n_experts, layer.top_k, layer.n_special, mixed)
         if same not in chances:
-            chances[same] = chance_curve(queues.batches.sizes, *same[1:3], factors, rule, layer.n_special)
-        table = queues.totals(factors, rule)
+            chances[same] = chance_curve(batches.sizes, *same[1:3], curve.factors, rule, layer.n_special)
+        table = curve.table()
         table = table.append_column("chance_dropped", pa.array(chances[same] * table["assignments"].to_numpy()))
-        yield i, mixed, _of_site(layer, with_shares(table))
+        yield i, mixed, of_site(layer, with_shares(table))
 
 
-def _rule(preset: str | CapacityRule) -> CapacityRule:
+def rule_of(preset: str | CapacityRule) -> CapacityRule:
+    """The rule itself, or that of a preset."""
     return preset if isinstance(preset, CapacityRule) else capacity_rule(preset)
 
 
-def _of_site(layer: LayerInfo, table: pa.Table) -> pa.Table:
+def of_site(layer: LayerInfo, table: pa.Table) -> pa.Table:
+    """The table with columns site, layer, stack before its own."""
     n = len(table)
     named = (("stack", pa.array([layer.stack] * n, pa.string())), ("layer", pa.array(np.full(n, layer.layer, np.int32))),
              ("site", pa.array(np.full(n, layer.index, np.int16))))  # fmt: skip
@@ -274,22 +298,14 @@ def _summed(table: pa.Table, keys: list[str]) -> pa.Table:
     return out.sort_by([(k, "ascending") for k in keys]) if keys else out  # Arrow's groups come in the order of its hash table
 
 
-def _ranges(trace: Trace, stream: str) -> list[tuple[int, int]]:
-    """(first row, row after the last) of each document; they must follow one another from row 0."""
-    ranges = [(start, stop) for _, start, stop, _ in by_document(trace.documents, stream)]
-    if [start for start, _ in ranges] != [0, *(stop for _, stop in ranges)][: len(ranges)]:
-        raise CapacityError(f"the documents of stream {stream!r} do not follow one another: batches cannot be told")
-    return ranges
-
-
 def _documents(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    lengths = [stop - start for start, stop in _ranges(trace, stream)]
+    lengths = document_lengths(trace, stream)
     numbers = [document for document, *_ in by_document(trace.documents, stream)]
     return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), pa.array(numbers, pa.int32())
 
 
 def _labels(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    lengths = [stop - start for start, stop in _ranges(trace, stream)]
+    lengths = document_lengths(trace, stream)
     of_document = [label for *_, label in by_document(trace.documents, stream)]
     labels = sorted({x for x in of_document if x is not None}) + [None] * (None in of_document)
     code = {label: i for i, label in enumerate(labels)}
@@ -298,7 +314,7 @@ def _labels(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
 
 def _positions(trace: Trace, stream: str, width: int | None) -> tuple[np.ndarray, pa.Array]:
     """Bins by first position; doubling bins start at 0, 1, 3, 7, ... as in stats.py."""
-    lengths = np.array([stop - start for start, stop in _ranges(trace, stream)], np.int64)
+    lengths = document_lengths(trace, stream)
     position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     code = np.frexp(position + 1.0)[1] - 1 if width is None else position // width
     bins = np.arange(code.max(initial=-1) + 1)
