@@ -22,13 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .overflow import FACTORS, Curve, Overflow, chance_curve
+from .overflow import FACTORS, Curve, Overflow, SlotUse, chance_curve
 from .policies import BLOCK, POLICIES, MissingScores, Queues, rank_site, site_curve
 from .slots import Batches, CapacityError, CapacityRule, ExpertShape, capacity_rule, make_batches, slot_cost
-from .trace import LayerInfo, ModelCard, Trace, by_document
+from .trace import LayerInfo, ModelCard, SiteRouting, Trace, by_document, gate_weights
 
 _Site = tuple[np.ndarray, np.ndarray | None, int, Batches, str]  # chosen experts, weights, number of experts, batches, policy
 _BYTES: Mapping[str, float] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1})
+PIECE = 1 << 20  # tokens read between two tellings
 ADDITIVE = ("tokens", "assignments", "dropped", "kept", "rerouted", "fully_dropped", "partly_dropped", "top1_dropped", "slots", "idle",
             "gate_mass", "gate_mass_lost", "chance_dropped")  # fmt: skip
 SHARES = (("dropped_share", "dropped", "assignments"), ("fully_dropped_share", "fully_dropped", "tokens"),
@@ -114,9 +115,7 @@ class AppliedCapacity:
 
     def cost(self, shape: ExpertShape | None = None, devices: int = 1) -> pa.Table:
         """One row per site: SlotCost for the model's expert (``expert_shape``) or for ``shape``."""
-        shape = expert_shape(self.trace.model) if shape is None else shape
-        return self._tables(lambda layer, over: pa.Table.from_pylist(
-            [asdict(slot_cost(int(over.capacity.sum()), int(over.kept_load.sum()), shape, devices))]))  # fmt: skip
+        return slot_costs(self.trace, self.sites, shape, devices)
 
     def _tables(self, make: Callable[[LayerInfo, Overflow], pa.Table]) -> pa.Table:
         return pa.concat_tables([of_site(self.trace.layers[i], make(self.trace.layers[i], over)) for i, over in self.sites.items()])
@@ -145,9 +144,12 @@ def apply_capacity(trace: Trace, factor: float = 1.25, policy: str = "position",
 
 
 def rank_trace(trace: Trace, policy: str = "position", scope: str = "document", *, size: int | None = None, mixed: int | None = None,
-               seed: int = 0, layers: Sequence[int] | None = None) -> RankedTrace:  # fmt: skip
-    """Rank the sites ``layers`` (default all) of a trace once; arguments as for ``apply_capacity``."""
-    sites = _sites(trace, policy, scope, size, [mixed], seed, layers)
+               seed: int = 0, layers: Sequence[int] | None = None, tell: Callable[[int, int], None] | None = None) -> RankedTrace:  # fmt: skip
+    """Rank the sites ``layers`` (default all) of a trace once; arguments as for ``apply_capacity``.
+
+    ``tell`` is told (tokens read, tokens in all) of the first site, and may raise to stop.
+    """
+    sites = _sites(trace, policy, scope, size, [mixed], seed, layers, tell)
     return RankedTrace(trace, {i: rank_site(*site, preference=_preference(trace, i, policy), **more) for i, _, site, more in sites})
 
 
@@ -213,11 +215,19 @@ def pool_curves(curves: pa.Table, by: str = "factor") -> pa.Table:
 
 def with_shares(table: pa.Table) -> pa.Table:
     """The table with every share of SHARES whose two columns it has: 0 to 1, NaN where there is nothing to share."""
+    columns: dict[str, Any] = dict(zip(table.column_names, table.columns, strict=True))
     for name, part, whole in SHARES:
-        if {part, whole} <= set(table.column_names) and name not in table.column_names:
-            top, bottom = (table[c].to_numpy().astype(np.float64) for c in (part, whole))
-            table = table.append_column(name, pa.array(np.divide(top, bottom, out=np.full(len(bottom), np.nan), where=bottom != 0)))
-    return table
+        if part in columns and whole in columns and name not in columns:
+            top, bottom = (columns[c].to_numpy().astype(np.float64) for c in (part, whole))
+            columns[name] = np.divide(top, bottom, out=np.full(len(bottom), np.nan), where=bottom != 0)
+    return pa.table(columns)
+
+
+def slot_costs(trace: Trace, sites: Mapping[int, SlotUse], shape: ExpertShape | None = None, devices: int = 1) -> pa.Table:
+    """AppliedCapacity.cost of sites whose slots alone are known."""
+    shape = expert_shape(trace.model) if shape is None else shape
+    costs = {i: asdict(slot_cost(int(use.capacity.sum()), int(use.kept_load.sum()), shape, devices)) for i, use in sites.items()}
+    return pa.concat_tables([of_site(trace.layers[i], pa.Table.from_pylist([cost])) for i, cost in costs.items()])
 
 
 def expert_shape(model: ModelCard) -> ExpertShape:
@@ -233,13 +243,13 @@ def expert_shape(model: ModelCard) -> ExpertShape:
 
 
 def _sites(trace: Trace, policy: str, scope: str, size: int | None, shuffles: Sequence[int | None], seed: int,
-           layers: Sequence[int] | None) -> Iterator[tuple[int, int | None, _Site, dict[str, Any]]]:  # fmt: skip
+           layers: Sequence[int] | None, tell: Callable[[int, int], None] | None = None) -> Iterator[tuple[int, int | None, _Site, dict[str, Any]]]:  # fmt: skip
     """(site, shuffle, the first arguments of ``rank_site``, others of it), site by site; each site is read once."""
     chosen, batches = range(len(trace.layers)) if layers is None else layers, dict[tuple[str, int | None], Batches]()
     if not len(chosen):
         raise CapacityError("no layer is chosen: give at least one site number")
     with ThreadPoolExecutor(1) as pool:  # the next site is read while this one is ranked
-        routing = trace.routing(chosen[0])
+        routing = trace.routing(chosen[0]) if tell is None else _told(trace, chosen[0], tell)
         for i, following in zip(chosen, [*chosen[1:], None], strict=True):
             ahead = None if following is None else pool.submit(trace.routing, following)
             layer = trace.layers[i]
@@ -250,6 +260,42 @@ def _sites(trace: Trace, policy: str, scope: str, size: int | None, shuffles: Se
                 site = routing.chosen, routing.weights, layer.n_experts, batches[same], policy
                 yield i, mixed, site, {"n_special": layer.n_special, "seed": [seed, i], "weights_known": known}
             routing = routing if ahead is None else ahead.result()
+
+
+def _told(trace: Trace, site: int, tell: Callable[[int, int], None]) -> SiteRouting:
+    """Trace.routing, read in pieces that are told of; at once where executed and chosen may differ, or there is one piece."""
+    n = trace.n_tokens(trace.layers[site].stream)
+    if n <= PIECE or any(x.native_capacity is not None for x in trace.layers):
+        return trace.routing(site)
+    first = trace.routing(site, 0, PIECE)
+    experts, weights = np.empty((n, first.experts.shape[1]), first.experts.dtype), None
+    if first.weights is not None:
+        weights = np.empty(experts.shape, np.float32)
+    for start in range(0, n, PIECE):
+        piece, stop = trace.routing(site, start, min(start + PIECE, n)) if start else first, min(start + PIECE, n)
+        experts[start:stop] = piece.experts
+        if weights is not None:
+            weights[start:stop] = gate_weights(piece, f"run {trace.name!r}")
+        tell(stop, n)
+    return SiteRouting(experts, weights, experts)
+
+
+def check_policy(trace: Trace, site: int, policy: str) -> None:
+    """Raise MissingScores, as ranking the site would, where the run did not record what the policy orders by; reads one token.
+
+    Of a model with native capacity it does not tell: which gate weights are missing there only all decisions say.
+    """
+    layer, token = trace.layers[site], trace.routing(site, 0, min(1, trace.n_tokens(trace.layers[site].stream)))
+    scores = trace.scores(site, 0, len(token.experts)).probabilities if policy == "reroute" else None
+    rank_site(
+        token.chosen,
+        token.weights,
+        layer.n_experts,
+        make_batches([len(token.experts)]),
+        policy,
+        n_special=layer.n_special,
+        preference=scores,
+    )
 
 
 def _preference(trace: Trace, site: int, policy: str) -> np.ndarray | None:
@@ -284,11 +330,8 @@ def rule_of(preset: str | CapacityRule) -> CapacityRule:
 def of_site(layer: LayerInfo, table: pa.Table) -> pa.Table:
     """The table with columns site, layer, stack before its own."""
     n = len(table)
-    named = (("stack", pa.array([layer.stack] * n, pa.string())), ("layer", pa.array(np.full(n, layer.layer, np.int32))),
-             ("site", pa.array(np.full(n, layer.index, np.int16))))  # fmt: skip
-    for name, values in named:
-        table = table.add_column(0, name, values)
-    return table
+    return pa.table({"site": np.full(n, layer.index, np.int16), "layer": np.full(n, layer.layer, np.int32),
+                     "stack": pa.repeat(layer.stack, n), **dict(zip(table.column_names, table.columns, strict=True))})  # fmt: skip
 
 
 def _summed(table: pa.Table, keys: list[str]) -> pa.Table:

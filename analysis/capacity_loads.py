@@ -35,11 +35,12 @@ def load_curves(trace: Trace, shuffles: Sequence[int | None], factors: Sequence[
 
     Raises CapacityError where ``loads_tell`` is False, and TraceError where documents and layers are counted differently.
     """
+    _check(trace, scope)
     chances: dict[tuple[str, int, int, int, int | None], np.ndarray] = {}
     for i in range(len(trace.layers)) if layers is None else layers:
         layer, tables = trace.layers[i], []
         for mixed in shuffles:
-            found, same = site_loads(trace, i, scope, size, mixed), (layer.stream, layer.n_experts, layer.top_k, layer.n_special, mixed)
+            found, same = _site_loads(trace, i, scope, size, mixed), (layer.stream, layer.n_experts, layer.top_k, layer.n_special, mixed)
             if same not in chances:
                 chances[same] = chance_curve(found.sizes, *same[1:3], factors, rule_of(preset), layer.n_special)
             table = found.curve(factors, rule_of(preset))
@@ -49,10 +50,18 @@ def load_curves(trace: Trace, shuffles: Sequence[int | None], factors: Sequence[
         yield i, pa.concat_tables(tables).combine_chunks()
 
 
-def site_loads(trace: Trace, site: int, scope: str = "documents", size: int | None = None, mixed: int | None = None) -> SiteLoads:
-    """The loads of a site's batches (``slots.make_batches``). Raises as ``load_curves``."""
+def _check(trace: Trace, scope: str) -> None:
     if not loads_tell(trace, scope):
         raise CapacityError(f"the loads of batches of {scope} are not told by this run's statistics by document: rank its decisions")
+
+
+def site_loads(trace: Trace, site: int, scope: str = "documents", size: int | None = None, mixed: int | None = None) -> SiteLoads:
+    """The loads of a site's batches (``slots.make_batches``). Raises as ``load_curves``."""
+    _check(trace, scope)
+    return _site_loads(trace, site, scope, size, mixed)
+
+
+def _site_loads(trace: Trace, site: int, scope: str, size: int | None, mixed: int | None) -> SiteLoads:
     layer, lengths = trace.layers[site], document_lengths(trace, trace.layers[site].stream)
     served, first = document_batches(lengths, scope, size, mixed)
     unit = np.empty(len(served), np.int64)  # which batch each document is in; one before the first batch has no tokens

@@ -26,7 +26,7 @@ from analysis.capacity_answer import (
     typical_shuffle,
 )
 from analysis.overflow import FACTORS
-from analysis.slots import make_batches
+from analysis.slots import batch_sizes
 from analysis.trace import SiteRouting, Trace
 from tests.synthetic import TWO_STREAMS, make_part, make_trace, site
 
@@ -133,7 +133,7 @@ def test_the_factor_needed_is_told_for_all_layers_and_for_the_worst() -> None:
     ],
 )
 def test_batches_are_told_as_they_are(lengths: list[int], scope: str, size: int | None, said: str) -> None:
-    assert batches_in_words(make_batches(lengths, scope, size), len(lengths), scope, size) == said
+    assert batches_in_words(batch_sizes(lengths, scope, size), len(lengths), scope, size) == said
 
 
 def test_the_batches_of_a_stream_are_those_that_are_ranked(demo: Trace) -> None:
