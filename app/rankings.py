@@ -19,9 +19,9 @@ from analysis.trace import Trace
 from .layers import kept, layer_by_layer, one_layer
 
 
-@st.cache_resource(max_entries=2, show_spinner=False)
+@st.cache_resource(max_entries=1, show_spinner=False)
 def _room(run: str, site: int, policy: str, scope: str, size: int | None, mixed: int | None) -> dict[int, RankedTrace]:
-    """Where one ranked site is kept: 14 bytes and more per assignment, so that of a long run two are much."""
+    """Where the site ranked last is kept: 11 bytes and more per assignment; a short one is ranked anew in milliseconds."""
     return {}
 
 

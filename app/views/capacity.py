@@ -330,7 +330,7 @@ if below:
     text.show_note(f"{price_in_words(total)} {tokens_in_words(total, 1)}.".strip(), f"{setting} {which}".strip())
 tables: dict[str, tuple[str, pa.Table | Callable[[], pa.Table]]] = {
     "curves": (f"one row per layer, shuffle and capacity factor{without}", every), "by layer": (f"one row per layer{without}", here), **shares,
-    "by expert": ("one row per expert of the layer shown", by_expert if below else applied().by_expert),
+    "by expert": ("one row per expert of the layer shown", by_expert),
     **who_pays(trace, applied, site, total)}  # fmt: skip
 
 compare = section("compare", "The same capacity under other policies: those that drop, drop as much, but not the same tokens")
