@@ -22,11 +22,9 @@ from .trace import Trace, TraceError
 def loads_tell(trace: Trace, scope: str) -> bool:
     """Whether batches of this scope are made of whole documents, and the run's statistics by document count what the router chose.
 
-    They count what was executed: that is the same unless the model has a native capacity.
+    They count what was executed: the same, unless the model has a native capacity. Then a run holds what was chosen apart.
     """
-    if scope == "tokens" or any(x.native_capacity is not None for x in trace.layers):
-        return False
-    return all(np.array_equal(trace.stats.chosen_load(x.index), trace.stats.load(x.index)) for x in trace.layers)
+    return scope != "tokens" and all(x.native_capacity is None for x in trace.layers)
 
 
 def load_curves(trace: Trace, shuffles: Sequence[int | None], factors: Sequence[float] | np.ndarray = FACTORS, scope: str = "documents", *,
