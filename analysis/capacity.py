@@ -52,7 +52,7 @@ class RankedTrace:
         return AppliedCapacity(self.trace, {i: q.at(factor, rule, slots=slots, block=block) for i, q in self.queues.items()})
 
     def curves(self, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
-        """One row per site and factor: Curve.table with shares, and what overflows by chance (uniform routing, same batches)."""
+        """One row per site and factor: Curve.columns with shares, and what overflows by chance (uniform routing, same batches)."""
         rule = rule_of(preset)
         curves = ((i, None, queues.batches, queues.curve(factors, rule)) for i, queues in self.queues.items())
         return pa.concat_tables([t for *_, t in _curve_tables(self.trace, curves, rule)])
@@ -63,7 +63,7 @@ class RankedTrace:
         for i, queues in self.queues.items():
             codes, values = keys(self.trace, self.trace.layers[i].stream)
             table = queues.curve_by(codes, len(values), factors, rule_of(preset))
-            tables.append(of_site(self.trace.layers[i], with_shares(table.set_column(0, name, values.take(table["key"])))))
+            tables.append(_of_site(self.trace.layers[i], with_shares(table.set_column(0, name, values.take(table["key"])))))
         return pa.concat_tables(tables)
 
 
@@ -118,7 +118,7 @@ class AppliedCapacity:
         return slot_costs(self.trace, self.sites, shape, devices)
 
     def _tables(self, make: Callable[[LayerInfo, Overflow], pa.Table]) -> pa.Table:
-        return pa.concat_tables([of_site(self.trace.layers[i], make(self.trace.layers[i], over)) for i, over in self.sites.items()])
+        return pa.concat_tables([_of_site(self.trace.layers[i], make(self.trace.layers[i], over)) for i, over in self.sites.items()])
 
     def _by(self, name: str, keys: Callable[[Trace, str], tuple[np.ndarray, pa.Array]]) -> pa.Table:
         found = {stream: keys(self.trace, stream) for stream in {self.trace.layers[i].stream for i in self.sites}}
@@ -201,7 +201,8 @@ def batches_of(trace: Trace, stream: str, scope: str, size: int | None = None, m
 
 def document_lengths(trace: Trace, stream: str) -> np.ndarray:
     """int64 [documents]: tokens of each of a stream. Raises CapacityError unless their rows follow one another from row 0."""
-    mine = trace.documents.filter(pc.equal(trace.documents["stack"], stream))
+    here = pc.equal(trace.documents["stack"], stream)
+    mine = trace.documents if pc.all(here).as_py() else trace.documents.filter(here)
     lengths, first = (mine[c].to_numpy().astype(np.int64) for c in ("n_tokens", "first_row"))
     if not np.array_equal(first, np.cumsum(lengths) - lengths):
         raise CapacityError(f"the documents of stream {stream!r} do not follow one another: batches cannot be told")
@@ -215,19 +216,31 @@ def pool_curves(curves: pa.Table, by: str = "factor") -> pa.Table:
 
 def with_shares(table: pa.Table) -> pa.Table:
     """The table with every share of SHARES whose two columns it has: 0 to 1, NaN where there is nothing to share."""
-    columns: dict[str, Any] = dict(zip(table.column_names, table.columns, strict=True))
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    named = {c for _, part, whole in SHARES for c in (part, whole)} & columns.keys()
+    return pa.table({**columns, **{n: v for n, v in _shares({c: columns[c].to_numpy() for c in named}).items() if n not in columns}})
+
+
+def _shares(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    out = {}
     for name, part, whole in SHARES:
-        if part in columns and whole in columns and name not in columns:
-            top, bottom = (columns[c].to_numpy().astype(np.float64) for c in (part, whole))
-            columns[name] = np.divide(top, bottom, out=np.full(len(bottom), np.nan), where=bottom != 0)
-    return pa.table(columns)
+        if part in columns and whole in columns:
+            top, bottom = columns[part].astype(np.float64), columns[whole].astype(np.float64)
+            out[name] = np.divide(top, bottom, out=np.full(len(bottom), np.nan), where=bottom != 0)
+    return out
+
+
+def curve_table(layer: LayerInfo, columns: Mapping[str, np.ndarray], chance: np.ndarray) -> pa.Table:
+    """One row per factor: the site, ``columns`` of its curve, what ``chance`` (a share) would drop, and the shares."""
+    every = {**_place(layer, len(chance)), **columns, "chance_dropped": chance * columns["assignments"]}
+    return pa.table({**every, **_shares(every)})
 
 
 def slot_costs(trace: Trace, sites: Mapping[int, SlotUse], shape: ExpertShape | None = None, devices: int = 1) -> pa.Table:
     """AppliedCapacity.cost of sites whose slots alone are known."""
     shape = expert_shape(trace.model) if shape is None else shape
     costs = {i: asdict(slot_cost(int(use.capacity.sum()), int(use.kept_load.sum()), shape, devices)) for i, use in sites.items()}
-    return pa.concat_tables([of_site(trace.layers[i], pa.Table.from_pylist([cost])) for i, cost in costs.items()])
+    return pa.concat_tables([_of_site(trace.layers[i], pa.Table.from_pylist([cost])) for i, cost in costs.items()])
 
 
 def expert_shape(model: ModelCard) -> ExpertShape:
@@ -317,9 +330,7 @@ def _curve_tables(
         same = (layer.stream, layer.n_experts, layer.top_k, layer.n_special, mixed)
         if same not in chances:
             chances[same] = chance_curve(batches.sizes, *same[1:3], curve.factors, rule, layer.n_special)
-        table = curve.table()
-        table = table.append_column("chance_dropped", pa.array(chances[same] * table["assignments"].to_numpy()))
-        yield i, mixed, of_site(layer, with_shares(table))
+        yield i, mixed, curve_table(layer, curve.columns(), chances[same])
 
 
 def rule_of(preset: str | CapacityRule) -> CapacityRule:
@@ -327,11 +338,13 @@ def rule_of(preset: str | CapacityRule) -> CapacityRule:
     return preset if isinstance(preset, CapacityRule) else capacity_rule(preset)
 
 
-def of_site(layer: LayerInfo, table: pa.Table) -> pa.Table:
-    """The table with columns site, layer, stack before its own."""
-    n = len(table)
-    return pa.table({"site": np.full(n, layer.index, np.int16), "layer": np.full(n, layer.layer, np.int32),
-                     "stack": pa.repeat(layer.stack, n), **dict(zip(table.column_names, table.columns, strict=True))})  # fmt: skip
+def _of_site(layer: LayerInfo, table: pa.Table) -> pa.Table:
+    return pa.table({**_place(layer, len(table)), **dict(zip(table.column_names, table.columns, strict=True))})
+
+
+def _place(layer: LayerInfo, n: int) -> dict[str, np.ndarray | pa.Array]:
+    """The columns that say of which site n rows are."""
+    return {"site": np.full(n, layer.index, np.int16), "layer": np.full(n, layer.layer, np.int32), "stack": pa.repeat(layer.stack, n)}
 
 
 def _summed(table: pa.Table, keys: list[str]) -> pa.Table:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .capacity import document_lengths, of_site, rule_of, with_shares
+from .capacity import curve_table, document_lengths, rule_of
 from .overflow import FACTORS, SiteLoads, chance_curve
 from .slots import CapacityError, CapacityRule, batch_sizes, document_batches
 from .trace import Trace, TraceError
@@ -41,9 +41,7 @@ def load_curves(trace: Trace, shuffles: Sequence[int | None], factors: Sequence[
             found, same = _site_loads(trace, i, scope, size, mixed), (layer.stream, layer.n_experts, layer.top_k, layer.n_special, mixed)
             if same not in chances:
                 chances[same] = chance_curve(found.sizes, *same[1:3], factors, rule_of(preset), layer.n_special)
-            table = found.curve(factors, rule_of(preset))
-            table = table.append_column("chance_dropped", pa.array(chances[same] * table["assignments"].to_numpy()))
-            table = of_site(layer, with_shares(table))
+            table = curve_table(layer, found.curve(factors, rule_of(preset)), chances[same])
             tables.append(table.append_column("shuffle", pa.array([mixed] * len(table), pa.int32())))
         yield i, pa.concat_tables(tables).combine_chunks()
 

@@ -41,14 +41,18 @@ class Curve:
     slots: np.ndarray
 
     def table(self) -> pa.Table:
-        """One row per factor: the columns of Overflow.by, then kept, slots, idle."""
+        """``columns`` as a table, one row per factor."""
+        return pa.table(self.columns())
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """[factors]: factor, the columns of Overflow.by, then kept, slots, idle."""
         n, kept = len(self.factors), self.assignments - self.dropped
-        return pa.table(
-            {"factor": self.factors, "tokens": np.full(n, self.tokens), "assignments": np.full(n, self.assignments),
-             "dropped": self.dropped, "fully_dropped": self.fully_dropped, "partly_dropped": self.partly_dropped,
-             "top1_dropped": self.top1_dropped, "gate_mass": np.full(n, self.gate_mass), "gate_mass_lost": self.lost,
-             "kept": kept, "slots": self.slots, "idle": self.slots - kept}
-        )  # fmt: skip
+        return {
+            "factor": self.factors, "tokens": np.full(n, self.tokens), "assignments": np.full(n, self.assignments),
+            "dropped": self.dropped, "fully_dropped": self.fully_dropped, "partly_dropped": self.partly_dropped,
+            "top1_dropped": self.top1_dropped, "gate_mass": np.full(n, self.gate_mass), "gate_mass_lost": self.lost,
+            "kept": kept, "slots": self.slots, "idle": self.slots - kept,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,13 +178,13 @@ class SiteLoads:
         each = capacities(self.sizes, self.loads.shape[1], self.top_k, np.array([factor]), rule, self.loads.max(1, initial=0))
         return SlotUse(np.broadcast_to(each, self.loads.shape), self.loads)
 
-    def curve(self, factors: Sequence[float] | np.ndarray = FACTORS, rule: CapacityRule = PRESETS["megatron"]) -> pa.Table:
-        """One row per factor: factor, tokens, assignments, dropped, kept, slots, idle."""
+    def curve(self, factors: Sequence[float] | np.ndarray = FACTORS, rule: CapacityRule = PRESETS["megatron"]) -> dict[str, np.ndarray]:
+        """[factors]: factor, tokens, assignments, dropped, kept, slots, idle."""
         dropped, slots = curve_of_loads(self.loads, self.sizes, self.top_k, factors, rule)
         n, assignments = len(slots), int(self.loads.sum())
         kept = assignments - dropped
-        return pa.table({"factor": np.asarray(factors, np.float64), "tokens": np.full(n, int(self.sizes.sum())),
-                         "assignments": np.full(n, assignments), "dropped": dropped, "kept": kept, "slots": slots, "idle": slots - kept})  # fmt: skip
+        return {"factor": np.asarray(factors, np.float64), "tokens": np.full(n, int(self.sizes.sum())), "assignments": np.full(n, assignments),
+                "dropped": dropped, "kept": kept, "slots": slots, "idle": slots - kept}  # fmt: skip
 
 
 def curve_of_loads(loads: np.ndarray, sizes: np.ndarray, top_k: int, factors: Sequence[float] | np.ndarray = FACTORS,
