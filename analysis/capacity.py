@@ -14,18 +14,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from . import capacity_keys
+from .capacity_keys import batches_of
 from .overflow import FACTORS, Curve, Overflow, SlotUse, chance_curve
 from .policies import BLOCK, POLICIES, MissingScores, Queues, rank_site, site_curve
 from .slots import Batches, CapacityError, CapacityRule, ExpertShape, capacity_rule, make_batches, slot_cost
-from .trace import LayerInfo, ModelCard, SiteRouting, Trace, by_document, gate_weights
+from .trace import LayerInfo, ModelCard, SiteRouting, Trace, gate_weights
 
 _Site = tuple[np.ndarray, np.ndarray | None, int, Batches, str]  # chosen experts, weights, number of experts, batches, policy
 _BYTES: Mapping[str, float] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1})
@@ -59,7 +61,8 @@ class RankedTrace:
 
     def curves_by(self, name: str, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
         """AppliedCapacity.by_label or by_position at every factor in one pass: ``name`` is "label" or "first_position"."""
-        keys, tables = {"label": _labels, "first_position": lambda trace, stream: _positions(trace, stream, None)}[name], []
+        bins = partial(capacity_keys.positions, width=None)
+        keys, tables = {"label": capacity_keys.labels, "first_position": bins}[name], []
         for i, queues in self.queues.items():
             codes, values = keys(self.trace, self.trace.layers[i].stream)
             table = queues.curve_by(codes, len(values), factors, rule_of(preset))
@@ -92,21 +95,21 @@ class AppliedCapacity:
 
     def by_label(self) -> pa.Table:
         """One row per site and label; unlabelled documents share the label null."""
-        return self._by("label", _labels)
+        return self._by("label", capacity_keys.labels)
 
     def by_position(self, width: int | None = None) -> pa.Table:
         """One row per site and bin of positions in the document: ``width`` positions each, or doubling (1, 2, 4, ...)."""
         if width is not None and width < 1:
             raise CapacityError(f"bins of {width} positions have no meaning: give at least 1")
-        return self._by("first_position", lambda trace, stream: _positions(trace, stream, width))
+        return self._by("first_position", partial(capacity_keys.positions, width=width))
 
     def by_document(self) -> pa.Table:
         """One row per site and document."""
-        return self._by("document", _documents)
+        return self._by("document", capacity_keys.documents)
 
     def by_token(self) -> pa.Table:
         """One row per site and token id. Needs recorded tokens."""
-        return self._by("token_id", _token_ids)
+        return self._by("token_id", capacity_keys.token_ids)
 
     def summary(self) -> dict[str, float]:
         """Sums over the sites and their shares: the row for "all layers". A token counts once for every site it passes."""
@@ -182,31 +185,28 @@ def shuffled_curves(trace: Trace, shuffles: Sequence[int | None], factors: Seque
 def compare_policies(trace: Trace, factor: float = 1.25, scope: str = "document", *, policies: Sequence[str] = POLICIES,
                      size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
                      layers: Sequence[int] | None = None) -> pa.Table:  # fmt: skip
-    """One row per policy: AppliedCapacity.summary, and why a policy cannot be answered for this run (null where it can)."""
-    rows = []
-    for policy in policies:
-        try:
-            applied = apply_capacity(trace, factor, policy, scope, size=size, mixed=mixed, preset=preset, seed=seed, layers=layers)
-            rows.append({"policy": policy, **applied.summary(), "unanswered": None})
-        except MissingScores as error:
-            rows.append({"policy": policy, "unanswered": str(error)})
+    """One row per policy: AppliedCapacity.summary, and why a policy cannot be answered for this run (null where it can). Read once."""
+    found: dict[str, list[pa.Table]] = {policy: [] for policy in policies}
+    unanswered: dict[str, str] = {}
+    for i, _, site, more in _sites(trace, "position", scope, size, [mixed], seed, layers):
+        for policy in (p for p in found if p not in unanswered):
+            try:
+                found[policy].append(_policy_total(trace, i, (*site[:4], policy), more, factor, rule_of(preset)))
+            except MissingScores as error:
+                unanswered[policy] = str(error)
+    rows = [{"policy": p, **(with_shares(_summed(pa.concat_tables(t), [])).to_pylist()[0] if p not in unanswered else {}),
+             "unanswered": unanswered.get(p)} for p, t in found.items()]  # fmt: skip
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "unanswered")) + ["unanswered"]
     return pa.table({name: [row.get(name) for row in rows] for name in columns})
 
 
-def batches_of(trace: Trace, stream: str, scope: str, size: int | None = None, mixed: int | None = None) -> Batches:
-    """``slots.make_batches`` over the documents of a stream."""
-    return make_batches(document_lengths(trace, stream), scope, size, mixed)
-
-
-def document_lengths(trace: Trace, stream: str) -> np.ndarray:
-    """int64 [documents]: tokens of each of a stream. Raises CapacityError unless their rows follow one another from row 0."""
-    here = pc.equal(trace.documents["stack"], stream)
-    mine = trace.documents if pc.all(here).as_py() else trace.documents.filter(here)
-    lengths, first = (mine[c].to_numpy().astype(np.int64) for c in ("n_tokens", "first_row"))
-    if not np.array_equal(first, np.cumsum(lengths) - lengths):
-        raise CapacityError(f"the documents of stream {stream!r} do not follow one another: batches cannot be told")
-    return lengths
+def _policy_total(trace: Trace, i: int, site: _Site, more: Mapping[str, Any], factor: float, rule: CapacityRule) -> pa.Table:
+    """One row: Overflow.total of a site, without ranks in memory where the policy has thresholds."""
+    if (policy := site[4]) in ("reroute", "dropless"):
+        ranked = rank_site(*site, preference=_preference(trace, i, policy), **more)
+        return pa.Table.from_pylist([ranked.at(factor, rule).total()])
+    columns = site_curve(*site, [factor], rule, **more).columns()
+    return pa.table({**columns, "rerouted": np.zeros(1, np.int64)})
 
 
 def pool_curves(curves: pa.Table, by: str = "factor") -> pa.Table:
@@ -352,34 +352,3 @@ def _summed(table: pa.Table, keys: list[str]) -> pa.Table:
     out = table.group_by(keys, use_threads=False).aggregate([(c, "sum") for c in columns])
     out = out.rename_columns([c.removesuffix("_sum") for c in out.column_names])
     return out.sort_by([(k, "ascending") for k in keys]) if keys else out  # Arrow's groups come in the order of its hash table
-
-
-def _documents(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    lengths = document_lengths(trace, stream)
-    numbers = [document for document, *_ in by_document(trace.documents, stream)]
-    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), pa.array(numbers, pa.int32())
-
-
-def _labels(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    lengths = document_lengths(trace, stream)
-    of_document = [label for *_, label in by_document(trace.documents, stream)]
-    labels = sorted({x for x in of_document if x is not None}) + [None] * (None in of_document)
-    code = {label: i for i, label in enumerate(labels)}
-    return np.repeat(np.array([code[x] for x in of_document], np.int32), lengths), pa.array(labels, pa.string())
-
-
-def _positions(trace: Trace, stream: str, width: int | None) -> tuple[np.ndarray, pa.Array]:
-    """Bins by first position; doubling bins start at 0, 1, 3, 7, ... as in stats.py."""
-    lengths = document_lengths(trace, stream)
-    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    code = np.frexp(position + 1.0)[1] - 1 if width is None else position // width
-    bins = np.arange(code.max(initial=-1) + 1)
-    return code.astype(np.int32), pa.array(2**bins - 1 if width is None else bins * width, pa.int64())
-
-
-def _token_ids(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    ids = trace.stream_tokens(stream, columns=["token_id"])["token_id"].to_numpy()
-    there = np.flatnonzero(np.bincount(ids))  # ids are 0 and above
-    code = np.empty(ids.max(initial=-1) + 1, np.int32)
-    code[there] = np.arange(len(there))
-    return code[ids], pa.array(there.astype(ids.dtype))

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .capacity import ADDITIVE, document_lengths, pool_curves, with_shares
+from .capacity import ADDITIVE, pool_curves, with_shares
+from .capacity_keys import document_lengths
 from .slots import batch_sizes, least_factor
 from .trace import Trace
 

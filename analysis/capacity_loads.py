@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .capacity import curve_table, document_lengths, rule_of
+from .capacity import curve_table, rule_of
+from .capacity_keys import document_lengths
 from .overflow import FACTORS, SiteLoads, chance_curve
 from .slots import CapacityError, CapacityRule, batch_sizes, document_batches
 from .trace import Trace, TraceError

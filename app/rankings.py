@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
-from analysis.capacity import RankedTrace, check_policy, document_lengths, pool_curves, rank_trace, shuffled_curves
+from analysis.capacity import RankedTrace, check_policy, compare_policies, pool_curves, rank_trace, shuffled_curves
 from analysis.capacity_answer import is_long, mean_curves, shuffles_for, typical_shuffle
+from analysis.capacity_keys import document_lengths
 from analysis.capacity_loads import load_curves, loads_tell, site_loads
 from analysis.overflow import FACTORS, SiteLoads
 from analysis.slots import batch_sizes
@@ -99,6 +100,12 @@ def checked(_trace: Trace, run: str, site: int, policy: str) -> None:
 def loads(_trace: Trace, run: str, site: int, scope: str, size: int | None, mixed: int | None) -> SiteLoads:
     """The loads of one site's batches, from statistics by document."""
     return site_loads(_trace, site, scope, size, mixed)
+
+
+@st.cache_resource(max_entries=12, show_spinner="Comparing policies …")
+def compared(_trace: Trace, run: str, site: int, factor: float, scope: str, size: int | None, mixed: int | None, preset: str) -> pa.Table:
+    """What every policy would drop at one site and factor."""
+    return compare_policies(_trace, factor, scope, size=size, mixed=mixed, preset=preset, layers=[site])
 
 
 @st.cache_resource(max_entries=12, show_spinner=False)

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pytest
 
 from analysis import open_run
-from analysis.capacity import batches_of, capacity_curves, pool_curves, rank_trace, shuffled_curves
+from analysis.capacity import capacity_curves, pool_curves, rank_trace, shuffled_curves
 from analysis.capacity_answer import (
     CHEAP,
     batches_in_words,
@@ -25,6 +25,7 @@ from analysis.capacity_answer import (
     tokens_in_words,
     typical_shuffle,
 )
+from analysis.capacity_keys import batches_of
 from analysis.overflow import FACTORS
 from analysis.slots import batch_sizes
 from analysis.trace import SiteRouting, Trace

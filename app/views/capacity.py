@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
-from analysis.capacity import AppliedCapacity, compare_policies, pool_curves, rank_trace, slot_costs
+from analysis.capacity import AppliedCapacity, pool_curves, rank_trace, slot_costs
 from analysis.capacity_answer import (
     CHEAP,
     FEW,
@@ -34,7 +34,7 @@ from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
 from app.figures import show_figure
-from app.rankings import Averages, averages, checked, curves, loads, losses, ranked, seeds_for, sizes_of, told_by_loads
+from app.rankings import Averages, averages, checked, compared, curves, loads, losses, ranked, seeds_for, sizes_of, told_by_loads
 from app.selection import answered, choice, current_trace, document_picker, folded_choices, recording_id, section
 from app.strip_data import HUES, hues
 
@@ -336,7 +336,7 @@ tables: dict[str, tuple[str, pa.Table | Callable[[], pa.Table]]] = {
 compare = section("compare", "The same capacity under other policies: those that drop, drop as much, but not the same tokens")
 if compare.open:
     with compare:
-        rows = compare_policies(trace, factor, scope, size=size, mixed=shown, preset=preset, layers=[site])
+        rows = compared(trace, run, site, factor, scope, size, shown, preset)
         tables["policies"] = "one row per drop policy at the layer shown", rows
         show_policies(rows)
 cost = section("cost", "What the slots cost")
