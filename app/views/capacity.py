@@ -327,7 +327,8 @@ if below:
     rows = pool_curves(losses(trace, run, site, policy, scope, size, shown, preset, "label"))
     total |= rows.filter(pc.equal(rows["factor"], factor)).to_pylist()[0]
     shares = {"layer shown": ("one row per capacity factor, of the layer shown", rows)}
-    text.show_note(f"{price_in_words(total)} {tokens_in_words(total, 1)}.".strip(), f"{setting} {which}".strip())
+    said = f"{drops_in_words(total, factor, f' at {layer.title}')}. {price_in_words(total)}"
+    text.show_note(f"{said.strip()} {tokens_in_words(total, 1)}.", f"{setting} {which}".strip())
 tables: dict[str, tuple[str, pa.Table | Callable[[], pa.Table]]] = {
     "curves": (f"one row per layer, shuffle and capacity factor{without}", every), "by layer": (f"one row per layer{without}", here), **shares,
     "by expert": ("one row per expert of the layer shown", by_expert),
