@@ -62,7 +62,8 @@ class RankedTrace:
     def curves_by(self, name: str, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
         """AppliedCapacity.by_label or by_position at every factor in one pass: ``name`` is "label" or "first_position"."""
         bins = partial(capacity_keys.positions, width=None)
-        keys, tables = {"label": capacity_keys.labels, "first_position": bins}[name], []
+        named: Mapping[str, Callable[[Trace, str], capacity_keys.Keys]] = {"label": capacity_keys.labels, "first_position": bins}
+        keys, tables = named[name], []
         for i, queues in self.queues.items():
             codes, values = keys(self.trace, self.trace.layers[i].stream)
             table = queues.curve_by(codes, len(values), factors, rule_of(preset))
@@ -123,7 +124,7 @@ class AppliedCapacity:
     def _tables(self, make: Callable[[LayerInfo, Overflow], pa.Table]) -> pa.Table:
         return pa.concat_tables([_of_site(self.trace.layers[i], make(self.trace.layers[i], over)) for i, over in self.sites.items()])
 
-    def _by(self, name: str, keys: Callable[[Trace, str], tuple[np.ndarray, pa.Array]]) -> pa.Table:
+    def _by(self, name: str, keys: Callable[[Trace, str], capacity_keys.Keys]) -> pa.Table:
         found = {stream: keys(self.trace, stream) for stream in {self.trace.layers[i].stream for i in self.sites}}
 
         def make(layer: LayerInfo, over: Overflow) -> pa.Table:

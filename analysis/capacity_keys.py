@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 from .slots import Batches, CapacityError, make_batches
 from .trace import Trace, by_document
 
+Keys = tuple[np.ndarray, pa.Array]
+
 
 def batches_of(trace: Trace, stream: str, scope: str, size: int | None = None, mixed: int | None = None) -> Batches:
     """``slots.make_batches`` over the documents of a stream."""
@@ -28,14 +30,14 @@ def document_lengths(trace: Trace, stream: str) -> np.ndarray:
     return lengths
 
 
-def documents(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
+def documents(trace: Trace, stream: str) -> Keys:
     """Of which document each token is."""
     lengths = document_lengths(trace, stream)
     numbers = [document for document, *_ in by_document(trace.documents, stream)]
     return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), pa.array(numbers, pa.int32())
 
 
-def labels(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
+def labels(trace: Trace, stream: str) -> Keys:
     """The label of each token's document, null where it has none."""
     lengths = document_lengths(trace, stream)
     of_document = [label for *_, label in by_document(trace.documents, stream)]
@@ -44,7 +46,7 @@ def labels(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
     return np.repeat(np.array([code[x] for x in of_document], np.int32), lengths), pa.array(labels, pa.string())
 
 
-def positions(trace: Trace, stream: str, width: int | None) -> tuple[np.ndarray, pa.Array]:
+def positions(trace: Trace, stream: str, width: int | None) -> Keys:
     """Bins by first position; doubling bins start at 0, 1, 3, 7, ... as in stats.py."""
     lengths = document_lengths(trace, stream)
     position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -53,7 +55,7 @@ def positions(trace: Trace, stream: str, width: int | None) -> tuple[np.ndarray,
     return code.astype(np.int32), pa.array(2**bins - 1 if width is None else bins * width, pa.int64())
 
 
-def token_ids(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
+def token_ids(trace: Trace, stream: str) -> Keys:
     """Each token's id."""
     ids = trace.stream_tokens(stream, columns=["token_id"])["token_id"].to_numpy()
     there = np.flatnonzero(np.bincount(ids))  # ids are 0 and above

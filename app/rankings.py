@@ -108,6 +108,13 @@ def compared(_trace: Trace, run: str, site: int, factor: float, scope: str, size
     return compare_policies(_trace, factor, scope, size=size, mixed=mixed, preset=preset, layers=[site])
 
 
+def by_expert(
+    trace: Trace, site: int, policy: str, scope: str, size: int | None, mixed: int | None, factor: float, preset: str
+) -> pa.Table:
+    """One site at one factor, expert by expert with gate weights: ranked on the click that asks for it, and not kept."""
+    return rank_trace(trace, policy, scope, size=size, mixed=mixed, layers=[site]).at(factor, preset).by_expert()
+
+
 @st.cache_resource(max_entries=12, show_spinner=False)
 def _losses(run: str, site: int, policy: str, scope: str, size: int | None, mixed: int | None, preset: str) -> dict[str, pa.Table]:
     return {}

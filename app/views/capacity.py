@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
-from analysis.capacity import AppliedCapacity, pool_curves, rank_trace, slot_costs
+from analysis.capacity import AppliedCapacity, pool_curves, slot_costs
 from analysis.capacity_answer import (
     CHEAP,
     FEW,
@@ -34,7 +34,7 @@ from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
 from app.figures import show_figure
-from app.rankings import Averages, averages, checked, compared, curves, loads, losses, ranked, seeds_for, sizes_of, told_by_loads
+from app.rankings import Averages, averages, by_expert, checked, compared, curves, loads, losses, ranked, seeds_for, sizes_of, told_by_loads
 from app.selection import answered, choice, current_trace, document_picker, folded_choices, recording_id, section
 from app.strip_data import HUES, hues
 
@@ -91,11 +91,6 @@ def who_pays(trace: Trace, applied: Callable[[], AppliedCapacity], site: int, to
         n=f"{float(whole.sum()):,.0f} {'of ' if lost == 'gate' else ''}{unit} in {text.counted(len(rows), 'group')}{of_shuffle}", how=f"{setting} {which}".strip(),
     )  # fmt: skip
     return {WHO[asked]: (f"one row per {asked}", rows)}
-
-
-def by_expert() -> pa.Table:
-    """The layer shown, expert by expert, with gate weights: ranked when it is asked for."""
-    return rank_trace(trace, policy, scope, size=size, mixed=shown, layers=[site]).at(factor, preset).by_expert()
 
 
 def token_table(trace: Trace, rows: pa.Table, mean: float, lost: str) -> pa.Table:
@@ -322,16 +317,16 @@ show_figure(
 )  # fmt: skip
 text.show_heading(f"Who pays at {layer.title}?")
 here = means.filter(pc.equal(means["factor"], factor)) if exact else applied().by_layer()
-without, shares = " (without what depends on who is served first)" if below else "", {}
+without, alone = " (without what depends on who is served first)" if below else "", {}
 if below:
     rows = pool_curves(losses(trace, run, site, policy, scope, size, shown, preset, "label"))
     total |= rows.filter(pc.equal(rows["factor"], factor)).to_pylist()[0]
-    shares = {"layer shown": ("one row per capacity factor, of the layer shown", rows)}
-    said = f"{drops_in_words(total, factor, f' at {layer.title}')}. {price_in_words(total)}"
+    alone = {"layer shown": ("one row per capacity factor, of the layer shown", rows)}
+    said = f"{drops_in_words(total, factor, f' at {layer.title}' + of_shuffle.replace(' of', ' in'))}. {price_in_words(total)}"
     text.show_note(f"{said.strip()} {tokens_in_words(total, 1)}.", f"{setting} {which}".strip())
 tables: dict[str, tuple[str, pa.Table | Callable[[], pa.Table]]] = {
-    "curves": (f"one row per layer, shuffle and capacity factor{without}", every), "by layer": (f"one row per layer{without}", here), **shares,
-    "by expert": ("one row per expert of the layer shown", by_expert),
+    "curves": (f"one row per layer, shuffle and capacity factor{without}", every), "by layer": (f"one row per layer{without}", here), **alone,
+    "by expert": ("one row per expert of the layer shown", partial(by_expert, trace, site, policy, scope, size, shown, factor, preset)),
     **who_pays(trace, applied, site, total)}  # fmt: skip
 
 compare = section("compare", "The same capacity under other policies: those that drop, drop as much, but not the same tokens")
