@@ -31,7 +31,7 @@ from .trace import LayerInfo, ModelCard, SiteRouting, Trace, gate_weights
 
 _Site = tuple[np.ndarray, np.ndarray | None, int, Batches, str]  # chosen experts, weights, number of experts, batches, policy
 _BYTES: Mapping[str, float] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1})
-PIECE = 1 << 20  # tokens read between two tellings
+PIECE = 1 << 18  # tokens read between two tellings
 ADDITIVE = ("tokens", "assignments", "dropped", "kept", "rerouted", "fully_dropped", "partly_dropped", "top1_dropped", "slots", "idle",
             "gate_mass", "gate_mass_lost", "chance_dropped")  # fmt: skip
 SHARES = (("dropped_share", "dropped", "assignments"), ("fully_dropped_share", "fully_dropped", "tokens"),
