@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .layout import Footer, read_experts, read_routing, read_scores, read_tokens, room_for
-from .longtables import LongTable, where, whole
+from .longtables import LongTable, where
 from .memory import join_scores
 from .places import Place
 from .places import RunError as RunError
@@ -312,9 +312,10 @@ def _other_counts(stored: Statistics, counted: Statistics, weights: str) -> Iter
                 (counted.core_rows, counted.token_rows, counted.document_rows), strict=True)  # fmt: skip
     for (name, _), a, b in pairs:
         sites = range(len(stored.classes))
-        tables = [(whole(a), whole(b))] if name == "stats.parquet" else ((where(a, "site", s), where(b, "site", s)) for s in sites)
+        core = name == STATISTICS[0][0]
+        tables = [(stored.core, counted.core)] if core else ((where(a, "site", s), where(b, "site", s)) for s in sites)
         same = [len(x) if _same_counts(x, y, ("probability", *(("load",) if weights == "none" else ()))) else -1 for x, y in tables]
-        if min(same) < 0 or sum(same) != a.num_rows:
+        if min(same) < 0 or not core and sum(same) != a.num_rows:
             yield name
 
 
