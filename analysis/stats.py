@@ -127,11 +127,12 @@ class Statistics:
     def label_load(self, site: int) -> tuple[tuple[str, ...], np.ndarray]:
         """(labels sorted, int64 [labels, classes]): assignments per expert on tokens of each label."""
         rows = self._rows("label", site)
-        labels = tuple(sorted(set(rows["label"].to_pylist())))
-        out = np.zeros((len(labels), self.classes[site]), np.int64)
-        at = {label: i for i, label in enumerate(labels)}
-        index = np.array([at[x] for x in rows["label"].to_pylist()], int)
-        np.add.at(out, (index, rows["a"].to_numpy()), rows["count"].to_numpy())
+        label = rows["label"].combine_chunks().dictionary_encode()
+        texts = label.dictionary.to_pylist()
+        labels, out = tuple(sorted(texts)), np.zeros((len(texts), self.classes[site]), np.int64)
+        at = {text: i for i, text in enumerate(labels)}
+        place = np.array([at[x] for x in texts], int)
+        np.add.at(out, (place[label.indices.to_numpy()], rows["a"].to_numpy()), rows["count"].to_numpy())
         return labels, out
 
     def position_load(self, site: int) -> np.ndarray:
@@ -210,11 +211,18 @@ class Statistics:
     def _rows(self, statistic: str, site: int) -> pa.Table:
         # Pairs of experts are nearly all of a large model's rows: they are passed over once, not at every question.
         if statistic not in self._kept:
-            self._kept[statistic] = where(self.core_rows, "statistic", statistic)
-        return where(self._kept[statistic], "site", site)
+            found = where(self.core_rows, "statistic", statistic)
+            sites = found["site"].to_numpy()
+            self._kept[statistic] = found, sites if (sites[1:] >= sites[:-1]).all() else None
+        rows, sites = self._kept[statistic]
+        if sites is None:
+            return where(rows, "site", site)
+        start, stop = np.searchsorted(sites, np.array([site, site + 1], sites.dtype))
+        return rows.slice(start, stop - start)
 
     @cached_property
-    def _kept(self) -> dict[str, pa.Table]:
+    def _kept(self) -> dict[str, tuple[pa.Table, np.ndarray | None]]:
+        """Rows of a statistic, and their sites where these ascend."""
         return {}
 
     def _vector(self, statistic: str, site: int, column: str = "count", size: int | None = None) -> np.ndarray:
@@ -260,6 +268,14 @@ class Statistics:
         rows = self._of_site(self.token_rows, site)
         ids, experts, counts = (rows[n].to_numpy().astype(np.int64, copy=False) for n in ("token_id", "expert", "count"))
         return ids, experts, counts
+
+    def token_load_by_id(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(token ids [ids], ascending; how many cells each has [ids]; experts [cells], counts [cells]), int64: ``token_load`` in less time."""
+        rows = self._of_site(self.token_rows, site)
+        ids = rows["token_id"].to_numpy()
+        starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)])
+        experts, counts = (rows[n].to_numpy().astype(np.int64, copy=False) for n in ("expert", "count"))
+        return ids[starts].astype(np.int64), np.diff(np.append(starts, len(ids))), experts, counts
 
     def _of_site(self, rows: pa.Table | LongTable | KeyCounts, site: int) -> pa.Table:
         """Every assignment has a token id and a document, so that their counts add up to the load."""
