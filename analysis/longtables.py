@@ -181,7 +181,7 @@ class LongTable:
         """Texts as dictionaries: what is not asked for is never spelled out. Columns ``names``, default all."""
         names = list(names or self.schema.names)
         with self._open([f.name for f in self.schema if pa.types.is_string(f.type)]) as file:
-            return file.read_row_groups(list(groups), columns=names).select(names)
+            return file.read_row_groups(list(groups), columns=names, use_threads=len(groups) > 1).select(names)
 
 
 def whole(rows: pa.Table | LongTable | KeyCounts | CoreCounts) -> pa.Table:
@@ -197,6 +197,8 @@ def where(rows: pa.Table | LongTable | KeyCounts | CoreCounts, column: str, valu
 def _where(table: pa.Table, column: str, value: str | int) -> pa.Table:
     values, sought = table[column], value
     if pa.types.is_dictionary(values.type):
+        if not values.null_count and all(len(x.dictionary) == 1 and x.dictionary[0].as_py() == value for x in values.chunks):
+            return table
         values = values.unify_dictionaries()
         sought = values.chunk(0).dictionary.index(value).as_py() if values.num_chunks else -1
         values = pa.chunked_array([x.indices for x in values.chunks], values.type.index_type)
