@@ -94,7 +94,10 @@ class LongTable:
 
     def _counts(self, span: Span) -> np.ndarray:
         with self._open() as file:
-            return np.asarray(file.read_row_groups(list(span.groups), columns=["count"], use_threads=False)["count"].to_numpy())
+            found = np.asarray(file.read_row_groups(list(span.groups), columns=["count"], use_threads=False)["count"].to_numpy())
+        if len(found) != span.rows:
+            raise ValueError(f"row groups {span.groups} hold {len(found)} rows instead of {span.rows}")
+        return found
 
     def extents(self, column: str) -> list[tuple[Any, Any] | None]:
         """Least and greatest value of a column in each row group; None for a group without rows."""
@@ -124,6 +127,7 @@ class LongTable:
 
     @cached_property
     def _places(self) -> dict[str, Mapping[int, Span]]:
+        """Of each statistic that was asked for, ``_spans``."""
         return {}
 
     def _spans(self, value: str, sizes: Sequence[int]) -> Mapping[int, Span]:
@@ -134,14 +138,14 @@ class LongTable:
                 continue
             first, last, rows = *sites, self._footer.row_group(i).num_rows
             more = bool(found) and first == last == found[-1].first == found[-1].last and found[-1].groups.stop == i
-            if held[0] != held[1] or (found and not more and first <= found[-1].last):
+            if held[0] != held[1] or (not more and first <= (found[-1].last if found else -1)):
                 return {}
             if more:
                 before = found.pop()
                 found.append(Span(first, last, range(before.groups.start, i + 1), before.rows + rows))
             else:
                 found.append(Span(first, last, range(i, i + 1), rows))
-        places = {site: span for span in found for site in range(max(span.first, 0), min(span.last + 1, len(sizes)))}
+        places = {site: span for span in found for site in range(span.first, min(span.last + 1, len(sizes)))}
         return places if all(site in places for site, n in enumerate(sizes) if n) else {}
 
     @cached_property
