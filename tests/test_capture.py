@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture, capture_parts, plan_parts, recording
+from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture, capture_parts, plan_documents, plan_parts, recording
 from analysis.store import verify_run
 from analysis.tokens import Pieces
 from analysis.trace import NO_EXPERT
@@ -242,7 +242,7 @@ def test_planned_parts_captured_apart_are_those_of_one_capture(family: str) -> N
     model, texts = tiny.build(family), [f"{i} " + "ab" * (i % 5 + 1) for i in range(9)]
     options: dict[str, Any] = {"part_tokens": 16, "batch_size": 2}
     whole = list(capture_parts(model, TOKENIZER, texts, **options))
-    plan = plan_parts(model, TOKENIZER, texts, part_tokens=16)
+    plan = plan_parts(plan_documents(model, TOKENIZER, texts[:4]) + plan_documents(model, TOKENIZER, texts[4:], first_document=4), 16)
     assert len(plan) == len(whole) > 3
     for planned, part in reversed(list(zip(plan, whole, strict=True))):
         mine = texts[planned.first_document : planned.first_document + len(planned.documents)]
@@ -253,7 +253,7 @@ def test_planned_parts_captured_apart_are_those_of_one_capture(family: str) -> N
         assert planned.rows == {s: len(part.stream_tokens(s)) for s in part.first_rows}
         assert all(np.array_equal(a.experts, b.experts) for a, b in zip(again.routing, part.routing, strict=True))
     with pytest.raises(PromptTooLong, match="document 2 has 3 tokens"):
-        plan_parts(model, TOKENIZER, ["a", "abc"], max_tokens=2)
+        plan_documents(model, TOKENIZER, ["a", "abc"], max_tokens=2)
 
 
 def test_new_tokens_that_fill_the_context_leave_no_room_for_a_text() -> None:
