@@ -12,7 +12,7 @@ import pytest
 
 from analysis import corecounts
 from analysis.corecounts import Block, CoreCounts, CoreSum
-from analysis.longtables import LongTable, write_long
+from analysis.longtables import LongTable, Span, write_long
 from analysis.merging import RunningSum, ShortSum
 from analysis.stats import CORE, NAMES, Statistics, merge_statistics, part_statistics
 from analysis.trace import LayerInfo
@@ -20,6 +20,7 @@ from analysis.trace import LayerInfo
 from .synthetic import MANY, PLAIN, TWO_STREAMS, change_byte, make_parts, site
 
 FOUR = tuple(site(i, 6 + i) for i in range(4))
+ALIKE = tuple(site(i) for i in range(4))
 
 
 def counted(layers: Sequence[LayerInfo], n: int = 4) -> list[CoreCounts]:
@@ -119,11 +120,15 @@ def test_a_question_about_a_site_reads_its_pairs_alone(tmp_path: Path, monkeypat
     assert stored.flow(1).tolist() == counted.flow(1).tolist() and len(read) == len(read[0]) == 1
 
 
-@pytest.mark.parametrize("lie", [{1: 2, 2: 1}, {2: 3}, {0: 1}, {1: 7}], ids=["swapped", "later", "earlier", "none"])
-def test_a_footer_that_names_another_site_changes_no_count(lie: dict[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layers", [FOUR, ALIKE], ids=["four", "alike"])
+@pytest.mark.parametrize(
+    "lie", [{1: 2, 2: 1}, {2: 3}, {0: 1}, {1: 7}, {1: 2, 2: 3, 3: 4}], ids=["swapped", "later", "earlier", "none", "gap"]
+)
+def test_a_footer_that_names_another_site_changes_no_count(lie: dict[int, int], layers: tuple[LayerInfo, ...], tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """What it says carries no checksum: sites that are not all there in order are looked for row by row."""
     monkeypatch.setattr(corecounts, "JOINED", 1)
-    counted, stored = on_disk(FOUR, tmp_path / "stats.parquet")
+    counted, stored = on_disk(layers, tmp_path / "stats.parquet")
     extents = LongTable._extents
 
     def lying(self: LongTable, column: str) -> list[tuple[object, object] | None]:
@@ -132,6 +137,25 @@ def test_a_footer_that_names_another_site_changes_no_count(lie: dict[int, int], 
 
     monkeypatch.setattr(LongTable, "_extents", lying)
     assert pairs(stored) == pairs(counted)
+
+
+def test_a_row_group_of_two_statistics_is_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though sites follow one another."""
+    monkeypatch.setattr(corecounts, "JOINED", 1)
+    counted, stored = on_disk(FOUR, tmp_path / "stats.parquet")
+    assert isinstance(counted.core_rows, CoreCounts)
+    flows = [t for t in counted.core_rows.groups() if "flow" in t["statistic"][0].as_py()]
+    write_long([pa.concat_tables([flows[0], flows[3]]).combine_chunks(), *flows[1:3], *flows[4:]], CORE, tmp_path / "stats.parquet")
+    stored = replace(stored, core_rows=LongTable(tmp_path / "stats.parquet", CORE, texts=NAMES))
+    for i in range(4):
+        assert stored.flow(i).tolist() == counted.flow(i).tolist() and stored.flow(i, True).tolist() == counted.flow(i, True).tolist()
+
+
+def test_fewer_counts_than_a_footer_says_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, stored = on_disk(FOUR, tmp_path / "stats.parquet")
+    monkeypatch.setattr(LongTable, "_spans", lambda self, value, sizes: {0: Span(0, 0, range(1), sizes[0])})
+    with pytest.raises(ValueError, match=f"rows instead of {6 * 7}"):
+        stored.flow(0)
 
 
 def test_a_changed_count_of_a_pair_is_an_error(tmp_path: Path) -> None:
