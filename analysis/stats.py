@@ -82,9 +82,7 @@ class Statistics:
     @property
     def core(self) -> pa.Table:
         """All counts and sums but those by token id and by document (schema CORE), without pairs of experts that never occur."""
-        rows = whole(self.core_rows)
-        never = pc.and_(pc.equal(rows["count"], 0), pc.is_in(rows["statistic"], pa.array(PAIRS)))
-        return rows.filter(pc.invert(never)) if pc.any(never).as_py() else rows
+        return occurring(whole(self.core_rows))
 
     @property
     def by_token(self) -> pa.Table:
@@ -280,6 +278,12 @@ class Statistics:
     def _of_site(self, rows: pa.Table | LongTable | KeyCounts, site: int) -> pa.Table:
         """Every assignment has a token id and a document, so that their counts add up to the load."""
         return where(rows, "site", site, int(self.load(site).sum()))
+
+
+def occurring(rows: pa.Table) -> pa.Table:
+    """Rows of schema CORE without pairs of experts that never occur, which a stored run has rows of and another has not."""
+    never = pc.and_(pc.equal(rows["count"], 0), pc.is_in(rows["statistic"], pa.array(PAIRS)))
+    return rows.filter(pc.invert(never)) if pc.any(never).as_py() else rows
 
 
 def following_sites(layers: Sequence[LayerInfo]) -> tuple[int | None, ...]:
