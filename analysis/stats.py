@@ -263,9 +263,8 @@ class Statistics:
 
     def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(token ids, experts, counts), int64 [cells]: assignments of every token id that occur, sorted by id and expert."""
-        rows = self._of_site(self.token_rows, site)
-        ids, experts, counts = (rows[n].to_numpy().astype(np.int64, copy=False) for n in ("token_id", "expert", "count"))
-        return ids, experts, counts
+        ids, each, experts, counts = self.token_load_by_id(site)
+        return np.repeat(ids, each), experts, counts
 
     def token_load_by_id(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(token ids [ids], ascending; how many cells each has [ids]; experts [cells], counts [cells]), int64: ``token_load`` in less time."""
