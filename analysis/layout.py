@@ -26,8 +26,16 @@ from .memory import kept_routing
 from .trace import NO_EXPERT, LayerInfo, Part, SiteRouting, SiteScores, id_dtype
 
 GROUP_ROWS = 16_384  # a document of 1,000 tokens costs a quarter of what it does in groups of 65,536, for 1 % more bytes
+PART_TOKENS = 65_536  # of a part, unless they make more decisions than
+PART_DECISIONS = 2**23  # so that the memory a part takes is the same for every model
 _SAMPLE = 1_024  # rows of a site that tell whether its ids are worth a codec
 _KEYS = tuple(pa.field(n, t, nullable=False) for n, t in (("row", pa.int64()), ("site", pa.uint16()), ("document", pa.int32())))
+
+
+def part_tokens(layers: Sequence[LayerInfo]) -> int:
+    """Tokens after which a part ends where nothing else is asked for: whole row groups, fewer for a deep model, one at least."""
+    groups = PART_DECISIONS // (sum(x.top_k for x in layers) * GROUP_ROWS)
+    return min(max(groups, 1) * GROUP_ROWS, PART_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .corecounts import CoreCounts
-from .keycounts import KeyCounts
+from .keycounts import PartCounts
 
 GROUP_ROWS = 65_536
 
@@ -120,12 +120,12 @@ class LongTable:
             return file.read_row_groups(list(groups), columns=names).select(names)
 
 
-def whole(rows: pa.Table | LongTable | KeyCounts | CoreCounts) -> pa.Table:
+def whole(rows: pa.Table | LongTable | PartCounts | CoreCounts) -> pa.Table:
     """All rows, of a table in memory or on disk, or of a part's counts."""
     return rows if isinstance(rows, pa.Table) else rows.table()
 
 
-def where(rows: pa.Table | LongTable | KeyCounts | CoreCounts, column: str, value: str | int, total: int | None = None) -> pa.Table:
+def where(rows: pa.Table | LongTable | PartCounts | CoreCounts, column: str, value: str | int, total: int | None = None) -> pa.Table:
     """The rows with ``value`` in ``column``, of a table in memory or on disk, or of a part's counts; ``total`` is what to check those on disk by."""
     return _where(rows, column, value) if isinstance(rows, pa.Table) else rows.where(column, value, total)
 

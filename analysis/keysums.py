@@ -1,0 +1,110 @@
+"""Adds up counts of parts by (site, key, expert) that lie in files: one site after the other, so that memory holds one site of FAN_IN parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from .counting import compiled, lowest_bit
+from .keycounts import KeyCounts, SiteCounts, StoredCounts, rows_of
+
+FAN_IN = 64  # files added up at once
+_U = np.uintp
+
+
+class KeySum:
+    """The sum of the counts added so far. What is not in a file yet is written to ``folder``, where sums of more than FAN_IN files go, too."""
+
+    def __init__(self, schema: pa.Schema, folder: Path) -> None:
+        (key,) = {*schema.names} - {"site", "expert", "count"}
+        self._schema, self._folder, self._name, self._written = schema, folder, key, 0
+        self._files: list[StoredCounts] = []
+
+    def add(self, counts: KeyCounts | StoredCounts) -> None:
+        """Add counts."""
+        self._files.append(counts if isinstance(counts, StoredCounts) else self._stored(counts))
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The sum as a long table, site by site, sorted by key and expert."""
+        while len(self._files) > FAN_IN:
+            some = KeyCounts(self._schema, tuple(_sites(self._files[:FAN_IN])))
+            self._files = [*self._files[FAN_IN:], self._stored(some)]
+        return (rows_of(self._schema, i, x) for i, x in enumerate(_sites(self._files)) if len(x.counts))
+
+    def _stored(self, counts: KeyCounts) -> StoredCounts:
+        path = self._folder / f"{self._name}-{self._written}.npz"
+        self._written += 1
+        counts.write(path)
+        return StoredCounts(path, self._schema)
+
+
+def _sites(files: Sequence[StoredCounts]) -> Iterator[SiteCounts]:
+    """The sum site by site. Sites most often share their keys, which are put in order once then."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(f.opened()) for f in files]
+        before: tuple[list[int], tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
+        for i in range(max((len(f.sizes) for f in opened), default=0)):
+            parts = [f.site(i) for f in opened if i < len(f.sizes)]
+            same = [id(x.keys) for x in parts]
+            if before is None or before[0] != same:
+                before = same, _in_order([x.keys for x in parts])
+            yield _sum_of(parts, *before[1])
+
+
+def _in_order(keys: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(int64, the places of all keys, laid one after the other, in ascending order, int64, where each distinct one begins in it, and where the last
+    ends; int32, the distinct ones)."""
+    together = np.concatenate(keys)
+    order = np.argsort(together, kind="stable")
+    ordered = together[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])
+    return order, np.append(starts, len(ordered)), ordered[starts]
+
+
+def _sum_of(parts: Sequence[SiteCounts], order: np.ndarray, starts: np.ndarray, keys: np.ndarray) -> SiteCounts:
+    """The sum of one site's counts, in the narrowest types."""
+    sizes = np.concatenate([x.lengths for x in parts])
+    ends = np.cumsum(sizes)
+    experts = np.concatenate([x.experts for x in parts], dtype=np.uint16)  # always the same types: the kernel is compiled once
+    counts = np.concatenate([x.counts for x in parts], dtype=np.int64, casting="unsafe")
+    slots = int(experts.max(initial=0)) + 1
+    out = np.empty(len(keys), np.int64), np.empty_like(experts), np.empty(len(counts), np.int64)
+    m = _add_up(order, starts, ends - sizes, ends, experts, counts, np.zeros(slots, np.int64), np.zeros(slots // 64 + 1, np.uint64), *out)
+    return SiteCounts(keys, out[0], out[1][:m], out[2][:m].astype(np.min_scalar_type(int(out[2][:m].max(initial=0)))))
+
+
+@compiled
+def _add_up(order: np.ndarray, starts: np.ndarray, begins: np.ndarray, ends: np.ndarray, experts: np.ndarray, counts: np.ndarray,
+            row: np.ndarray, seen: np.ndarray, out_ends: np.ndarray, out_experts: np.ndarray, out_counts: np.ndarray) -> int:  # fmt: skip
+    """For each distinct key g the entries of order[starts[g]:starts[g + 1]], added up by expert; returns how many entries that makes.
+
+    ``row`` int64 and ``seen`` uint64, of a cell and a bit for each expert, are 0 and left so.
+    """
+    m = 0
+    for g in range(out_ends.shape[0]):
+        first, last = starts[g], starts[g + 1]
+        if last - first == 1:  # of one part alone: as they are
+            for r in range(begins[order[first]], ends[order[first]]):
+                out_experts[m], out_counts[m] = experts[r], counts[r]
+                m += 1
+        else:
+            for i in range(first, last):
+                for r in range(begins[order[i]], ends[order[i]]):
+                    e = _U(experts[r])
+                    row[e] += np.int64(counts[r])
+                    seen[e >> _U(6)] |= _U(1) << (e & _U(63))
+            for q in range(seen.shape[0]):
+                word = seen[q]
+                seen[q] = 0
+                while word:
+                    e = lowest_bit(word) + _U(64 * q)
+                    out_experts[m], out_counts[m] = e, row[e]
+                    row[e] = 0
+                    word &= word - _U(1)
+                    m += 1
+        out_ends[g] = m
+    return m
