@@ -123,7 +123,8 @@ class CoreCounts:
                      for x, n in zip(self.blocks, narrow, strict=True)]  # fmt: skip
         counts = {f"counts-{n}": _joined([x.ravel() for x in narrow if x.itemsize == n], np.dtype(f"u{n}")) for n in _WIDTHS}
         totals = _joined([x.total.ravel() for x in self.blocks if x.total is not None], np.dtype(np.float64))
-        write_arrays(path, {"blocks": np.frombuffer(json.dumps(described).encode(), np.uint8), "totals": totals, **counts})
+        blocks = np.frombuffer(json.dumps(described).encode(), np.uint8)
+        write_arrays(path, [("blocks", blocks), ("totals", totals), *counts.items()])
 
     @classmethod
     def read(cls, path: Path, schema: pa.Schema) -> CoreCounts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +55,13 @@ class KeyCounts:
         return rows_of(self.schema, value, self.sites[value]) if value < len(self.sites) else self.schema.empty_table()
 
     def write(self, path: Path) -> None:
-        """As an .npz file, whose checksums numpy compares: the bytes of each site, so that one is read alone, and keys that sites share once."""
-        shared = {id(x.keys): x.keys for x in self.sites}
-        which = list(shared)
-        sizes = [(which.index(id(x.keys)), len(x.counts), *(a.itemsize for a in _values(x))) for x in self.sites]
-        arrays = {"sizes": np.array(sizes, np.int64).reshape(-1, 5)} | {f"keys-{i}": keys for i, keys in enumerate(shared.values())}
-        write_arrays(path, arrays | {f"site-{i}": np.concatenate([a.view(np.uint8) for a in _values(x)]) for i, x in enumerate(self.sites)})
+        """As a file for ``StoredCounts``."""
+        write_sites(path, self.sites)
 
 
 @dataclass(frozen=True)
 class StoredCounts:
-    """Counts where ``KeyCounts.write`` put them, of which nothing is read before it is asked for."""
+    """Counts where ``write_sites`` put them, of which nothing is read before it is asked for."""
 
     path: Path
     schema: pa.Schema
@@ -118,8 +114,23 @@ class OpenedCounts:
         return SiteCounts(keys, *values)
 
 
-def _values(counts: SiteCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return counts.ends, counts.experts, counts.counts
+def write_sites(path: Path, sites: Iterable[SiteCounts]) -> None:
+    """Sites, taken one by one, as an .npz file, whose checksums numpy compares: the bytes of each, so that one is read alone, and keys that they
+    share once."""
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        shared, sizes = list[np.ndarray](), list[tuple[int, ...]]()
+        for i, x in enumerate(sites):
+            which = next((j for j, keys in enumerate(shared) if keys is x.keys), len(shared))
+            if which == len(shared):
+                shared.append(x.keys)
+                yield f"keys-{which}", x.keys
+            values = x.ends, x.experts, x.counts
+            sizes.append((which, len(x.counts), *(a.itemsize for a in values)))
+            yield f"site-{i}", np.concatenate([a.view(np.uint8) for a in values])
+        yield "sizes", np.array(sizes, np.int64).reshape(-1, 5)
+
+    write_arrays(path, arrays())
 
 
 def rows_of(schema: pa.Schema, site: int, counts: SiteCounts) -> pa.Table:

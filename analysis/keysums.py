@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,35 +10,38 @@ import numpy as np
 import pyarrow as pa
 
 from .counting import compiled, lowest_bit
-from .keycounts import KeyCounts, SiteCounts, StoredCounts, rows_of
+from .keycounts import KeyCounts, SiteCounts, StoredCounts, rows_of, write_sites
 
 FAN_IN = 64  # files added up at once
 _U = np.uintp
 
 
 class KeySum:
-    """The sum of the counts added so far. What is not in a file yet is written to ``folder``, where sums of more than FAN_IN files go, too."""
+    """The sum of the counts added so far, of at most FAN_IN files: then they are added up into one. Those it writes itself are in ``folder``."""
 
     def __init__(self, schema: pa.Schema, folder: Path) -> None:
-        (key,) = {*schema.names} - {"site", "expert", "count"}
-        self._schema, self._folder, self._name, self._written = schema, folder, key, 0
+        self._schema, self._folder = schema, folder
         self._files: list[StoredCounts] = []
+        self._written = 0
 
     def add(self, counts: KeyCounts | StoredCounts) -> None:
         """Add counts."""
-        self._files.append(counts if isinstance(counts, StoredCounts) else self._stored(counts))
+        self._files.append(counts if isinstance(counts, StoredCounts) else self._stored(counts.sites))
+        if len(self._files) == FAN_IN:
+            together = self._stored(_sites(self._files))
+            for x in self._files:
+                if x.path.parent == self._folder:
+                    x.path.unlink()
+            self._files = [together]
 
     def tables(self) -> Iterator[pa.Table]:
         """The sum as a long table, site by site, sorted by key and expert."""
-        while len(self._files) > FAN_IN:
-            some = KeyCounts(self._schema, tuple(_sites(self._files[:FAN_IN])))
-            self._files = [*self._files[FAN_IN:], self._stored(some)]
         return (rows_of(self._schema, i, x) for i, x in enumerate(_sites(self._files)) if len(x.counts))
 
-    def _stored(self, counts: KeyCounts) -> StoredCounts:
-        path = self._folder / f"{self._name}-{self._written}.npz"
+    def _stored(self, sites: Iterable[SiteCounts]) -> StoredCounts:
+        path = self._folder / f"{self._schema.names[0]}-{self._written}.npz"  # the two sums of a run begin with another column
         self._written += 1
-        counts.write(path)
+        write_sites(path, sites)
         return StoredCounts(path, self._schema)
 
 

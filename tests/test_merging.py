@@ -124,8 +124,10 @@ def counted(schema: pa.Schema, table: pa.Table, sites: int) -> KeyCounts:
 def test_the_counts_of_parts_add_up_to_those_of_a_group_by(
     schema: pa.Schema, span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stored or not, two files at once, keys of one part alone and of all, a part with a site more, with many experts, one that counted nothing."""
+    """Stored or not, two files at once, keys of one part alone and of all, a part with a site more, with many experts, one that counted nothing.
+    No more files are left than are added up at once, and none is deleted that was there."""
     monkeypatch.setattr(keysums, "FAN_IN", 2)
+    (tmp_path / "parts").mkdir()
     total, memory, parts = LongSum(schema, tmp_path), LongSum(schema, None), list[KeyCounts]()
     for n, wide, most, sites in (
         (900, span, 9, 4),
@@ -139,12 +141,14 @@ def test_the_counts_of_parts_add_up_to_those_of_a_group_by(
         changed = {"count": pa.array(rng.integers(1, most, n))}
         changed |= {"expert": pa.array(rng.integers(0, 300, n), pa.int32())} if n == 800 else {}
         parts.append(counted(schema, pa.table([changed.get(x, table[x]) for x in schema.names], schema=schema), sites))
-        stored = StoredCounts(tmp_path / f"{n}-{most}.npz", schema)
+        stored = StoredCounts(tmp_path / "parts" / f"{n}-{most}.npz", schema)
         parts[-1].write(stored.path)
         assert stored.table().equals(parts[-1].table()) and stored.num_rows == parts[-1].num_rows
         assert stored.where("site", 1).equals(parts[-1].where("site", 1)) and stored.where("site", 9).equals(schema.empty_table())
         total.add(stored if n % 9 else parts[-1])
+        assert len(list(tmp_path.glob("*.npz"))) <= 2
         memory.add(parts[-1])
+    assert len(list((tmp_path / "parts").iterdir())) == len(parts)  # a capture's own, which it may be resumed from
     found, keys = total.total(), ["site", *({*schema.names} - {"site", "expert", "count"}), "expert"]
     assert isinstance(found, LongTable) and {a == b for a, b in found.extents("site")} == {True}
     expected = summed_by_sorting([x.table() for x in parts], schema, keys)
