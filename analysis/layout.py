@@ -27,7 +27,7 @@ from .trace import NO_EXPERT, LayerInfo, Part, SiteRouting, SiteScores, id_dtype
 
 GROUP_ROWS = 16_384  # a document of 1,000 tokens costs a quarter of what it does in groups of 65,536, for 1 % more bytes
 PART_TOKENS = 65_536  # of a part, unless they make more decisions than
-PART_DECISIONS = 2**23  # so that the memory a part takes is the same for every model
+PART_DECISIONS = 2**24  # so that the memory a part takes is the same for every model
 _DISTINCT = ("name", "digest")  # of each document: a dictionary of them would be the column over again, a tenth larger, and slower to read
 _SAMPLE = 1_024  # rows of a site that tell whether its ids are worth a codec
 _KEYS = tuple(pa.field(n, t, nullable=False) for n, t in (("row", pa.int64()), ("site", pa.uint16()), ("document", pa.int32())))

@@ -152,7 +152,7 @@ def test_real_routing_takes_at_most_two_bytes_per_decision(tmp_path: Path, real:
 
 
 @pytest.mark.parametrize(("layers", "expected"), [
-    ((site(0, 64, 8),) * 16, 65_536), ((site(0, 8, 2),) * 32, 65_536), ((site(0, 256, 8),) * 30, 32_768), ((site(0, 256, 8),) * 58, 16_384),
+    ((site(0, 64, 8),) * 16, 65_536), ((site(0, 8, 2),) * 32, 65_536), ((site(0, 256, 8),) * 40, 49_152), ((site(0, 256, 8),) * 58, 32_768),
     ((site(0, 512, 22),) * 100, 16_384)])  # fmt: skip
 def test_a_part_has_about_as_many_decisions_whatever_the_model(layers: tuple[LayerInfo, ...], expected: int) -> None:
     """Whole row groups; a part of the deepest model is no less than one, as every document would be read from many files."""
