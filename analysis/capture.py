@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
@@ -32,6 +32,8 @@ from .tokens import Pieces, encode
 from .trace import LayerInfo, Part, Trace, check_part, gate_weights, token_digest
 from .writing import RunWriter
 
+T = TypeVar("T")
+
 
 class PromptTooLong(CaptureError):
     """A document has more tokens than the model's context or the limit set. Nothing is ever cut."""
@@ -45,6 +47,14 @@ class Progress:
     total: int | None
     tokens: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class PlannedDocument:
+    """A document before it is captured: (digest, label, name), and the rows it will have in each stream."""
+
+    known: tuple[str, str | None, str]
+    rows: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ def _started(start: Callable[[Sequence[Document]], Started], documents: Iterator
     """Every batch, started when it is asked for; None where a part ends. Batches never straddle parts."""
     while True:
         started = False
-        for batch in _batched(_until(documents, part_tokens), batch_size):
+        for batch in _batched(_until(documents, part_tokens, lambda d: len(d.ids)), batch_size):
             started = True
             yield start(batch)
         if not started:
@@ -175,22 +185,27 @@ def _kept(part: Part, layers: Sequence[LayerInfo], weights: str) -> Part:
     return replace(part, weights=weights)
 
 
-def plan_parts(model: Any, tokenizer: Any, texts: Iterable[str], *, labels: Iterable[str | None] | None = None,
-               names: Iterable[str] | None = None, part_tokens: int | None = None, max_tokens: int | None = None) -> list[PlannedPart]:  # fmt: skip
-    """The parts that ``capture_parts`` will yield for the same arguments, without a forward; not for ``new_tokens``.
+def plan_documents(model: Any, tokenizer: Any, texts: Iterable[str], *, labels: Iterable[str | None] | None = None,
+                   names: Iterable[str] | None = None, first_document: int = 0, max_tokens: int | None = None) -> list[PlannedDocument]:  # fmt: skip
+    """What ``plan_parts`` needs to know of each text; ``first_document`` is the first one's number. Raises PromptTooLong, CaptureError, as capturing would."""
+    documents = _documents(tokenizer, texts, labels, names, (), _limit(model, max_tokens), first_document)
+    two_streams = bool(model.config.is_encoder_decoder)  # whose decoder runs on its start token alone
+    return [
+        PlannedDocument(
+            (token_digest(d.ids), d.label, d.name), {"encoder": len(d.ids), "decoder": 1} if two_streams else {"decoder": len(d.ids)}
+        )
+        for d in documents
+    ]
 
-    Raises PromptTooLong, CaptureError, as capturing would.
-    """
-    documents = _documents(tokenizer, texts, labels, names, (), _limit(model, max_tokens))
-    part_tokens = part_tokens or default_part_tokens([s.info for s in find_sites(model)])
+
+def plan_parts(documents: Iterable[PlannedDocument], part_tokens: int) -> list[PlannedPart]:
+    """The parts that ``capture_parts`` will yield for these documents, without a forward; not for ``new_tokens``."""
     plan: list[PlannedPart] = []
-    rows: dict[str, int] = {}
-    while chunk := list(_until(documents, part_tokens)):
-        n = sum(len(d.ids) for d in chunk)
-        mine = {"encoder": n, "decoder": len(chunk)} if model.config.is_encoder_decoder else {"decoder": n}
-        known = tuple((token_digest(d.ids), d.label, d.name) for d in chunk)
-        plan.append(PlannedPart(len(plan), chunk[0].index, known, {s: rows.get(s, 0) for s in mine}, mine))
-        rows = {s: rows.get(s, 0) + mine[s] for s in mine}
+    first, rows, waiting = 0, dict[str, int](), iter(documents)
+    while chunk := list(_until(waiting, part_tokens, lambda d: max(d.rows.values()))):
+        mine = {stream: sum(d.rows[stream] for d in chunk) for stream in chunk[0].rows}
+        plan.append(PlannedPart(len(plan), first, tuple(d.known for d in chunk), {s: rows.get(s, 0) for s in mine}, mine))
+        first, rows = first + len(chunk), {s: rows.get(s, 0) + n for s, n in mine.items()}
     return plan
 
 
@@ -285,12 +300,12 @@ def _documents(tokenizer: Any, texts: Iterable[str], labels: Iterable[str | None
         yield Document(index, name, label, ids)
 
 
-def _until(documents: Iterator[Document], tokens: int) -> Iterator[Document]:
+def _until(documents: Iterator[T], tokens: int, tokens_of: Callable[[T], int]) -> Iterator[T]:
     """Documents until ``tokens`` are reached; the one that reaches it belongs to this part."""
     seen = 0
     for document in documents:
         yield document
-        seen += len(document.ids)
+        seen += tokens_of(document)
         if seen >= tokens:
             return
 

@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 from .layout import PART_TOKENS, part_tokens
 from .places import Place, RunError
-from .stats import Statistics, merge_statistics, part_statistics
-from .store import open_run, read_manifest, stored_part
+from .stats import Statistics, merge_statistics
+from .store import count_part, open_run, read_manifest
 from .tokens import Pieces
 from .trace import ModelCard, Part, Trace
 from .writing import CAPTURE, RunWriter, write_part
 
 if TYPE_CHECKING:
-    from .capture import PlannedPart, Progress
+    from .capture import PlannedDocument, PlannedPart, Progress
 
 RETRIES = 8  # of a part whose process died; one that kills every process it meets must not do so for ever
+SLICES = 4  # of the texts that each replica plans, so that long ones are shared
 AT_ONCE = 2  # parts of a replica: one that is captured, one that is written
 ANSWER_SECONDS = 10  # to reach the head node of a cluster
 POLL_SECONDS = 0.2
@@ -84,13 +85,13 @@ class Replica:
         with self.turn, suppress(Exception):
             self._model()
 
-    def plan(self, texts: Sequence[str], labels: Any, names: Any, limits: Mapping[str, Any]) -> tuple[ModelCard, list[PlannedPart]]:
-        """The model's card, and the parts that ``texts`` make."""
+    def plan(self, texts: Sequence[str], **given: Any) -> tuple[ModelCard, list[PlannedDocument]]:
+        """The model's card, and what ``texts`` will be; ``given`` goes to capture.plan_documents."""
         with self.turn:  # imports too: two threads that import transformers at once find it half made
-            from .capture import plan_parts
+            from .capture import plan_documents
 
             model, tokenizer, card, _ = self._model()
-            return card, plan_parts(model, tokenizer, texts, labels=labels, names=names, **limits)
+            return card, plan_documents(model, tokenizer, texts, **given)
 
     def capture(self, planned: PlannedPart, card: ModelCard, texts: Sequence[str], run: str, options: Mapping[str, Any]) -> None:
         """Capture one planned part and store it in the folder or below the address ``run``. Raises ClusterError where nodes differ."""
@@ -136,19 +137,21 @@ def capture_on_cluster(
     opens, with the credentials of each node: parts go there from the nodes. An interrupted capture is resumed, whoever started it. Raises
     ClusterError and what ``capture`` raises; generation is refused: row numbers must be known beforehand.
     """
+    from .capture import plan_parts
+
     if options.get("new_tokens"):
         raise ClusterError("a cluster records given text: how many tokens a model adds is not known beforehand; leave out new tokens")
     place, model = Place.of(out), model.resolve()
     run = str(place.folder or place.address)
-    limits = {n: options.get(n) for n in ("part_tokens", "max_tokens")}
     with _connected(cluster.address) as ray:
         crew = _Crew(ray, cluster, model, loading or {})
         try:
             crew.grow(
-                1 + sum(len(t.encode()) for t in texts) // (limits["part_tokens"] or PART_TOKENS)
+                1 + sum(len(t.encode()) for t in texts) // (options.get("part_tokens") or PART_TOKENS)
             )  # a text has seldom more tokens than bytes
-            card, plan = crew.plan(list(texts), labels, names, limits)
-            options["part_tokens"] = limits["part_tokens"] or part_tokens(card.layers)
+            card, documents = crew.plan(list(texts), labels, names, options.get("max_tokens"))
+            options["part_tokens"] = options.get("part_tokens") or part_tokens(card.layers)
+            plan = plan_parts(documents, options["part_tokens"])
             with RunWriter.open(run, card, options) as writer:
                 done = writer.refresh()
                 _check_stored(writer, plan, done)
@@ -176,15 +179,13 @@ def statistics_on_cluster(run: str | Path, cluster: Cluster) -> Statistics:
     run = str(place.folder or place.address)
     numbers = [p["index"] for p in read_manifest(place)["parts"]]
     with _connected(cluster.address) as ray:
-        task = ray.remote(num_cpus=cluster.threads, max_retries=RETRIES, scheduling_strategy="SPREAD")(count_part)
+        task = ray.remote(num_cpus=cluster.threads, max_retries=RETRIES, scheduling_strategy="SPREAD")(_counted)
         window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         return merge_statistics(_in_order(ray, task, run, numbers, window))
 
 
-def count_part(run: str | Path, number: int) -> Statistics:
-    """The statistics of one part of a stored run, from its decisions."""
-    place, trace = Place.of(run), open_run(run)
-    return part_statistics(stored_part(place, trace, read_manifest(place)["parts"][number]), trace.layers)
+def _counted(run: str, number: int) -> Statistics:
+    return count_part(Place.of(run), open_run(run), read_manifest(run)["parts"][number])
 
 
 def _in_order(ray: Any, task: Any, run: str, numbers: Iterable[int], window: int) -> Iterator[Statistics]:
@@ -219,9 +220,20 @@ class _Crew:
             self.actors.append(self._new())
             self.actors[-1].load.remote()
 
-    def plan(self, *given: Any) -> tuple[ModelCard, list[PlannedPart]]:
-        answer: tuple[ModelCard, list[PlannedPart]] = _answer(self.ray, self.actors[0].plan.remote(*given))
-        return answer
+    def plan(self, texts: Sequence[str], labels: Sequence[str | None] | None, names: Sequence[str] | None,
+             max_tokens: int | None) -> tuple[ModelCard, list[PlannedDocument]]:  # fmt: skip
+        """The model's card and what the texts will be, told by all replicas, SLICES of the texts each. Raises ClusterError where nodes differ."""
+        size = max(1, -(-len(texts) // (SLICES * len(self.actors))))
+        answers = []
+        for i, first in enumerate(range(0, max(len(texts), 1), size)):
+            last = first + size if first + size < len(texts) else None  # what labels or names are too many are told by the last
+            mine = {n: x if x is None else x[first:last] for n, x in (("labels", labels), ("names", names))}
+            actor = self.actors[i % len(self.actors)]
+            answers.append(actor.plan.remote(texts[first:last], **mine, first_document=first, max_tokens=max_tokens))
+        cards, documents = zip(*(_answer(self.ray, answer) for answer in answers), strict=True)
+        if any(card != cards[0] for card in cards):
+            raise ClusterError("nodes have different weights or tokenizers in the model's folder: copy it to all of them again")
+        return cards[0], [d for some in documents for d in some]
 
     def capture(self, jobs: Sequence[tuple[Any, ...]], plan: Sequence[PlannedPart], progress: Callable[[Progress], None] | None,
                 cancelled: Callable[[], bool] | None) -> None:  # fmt: skip

@@ -274,10 +274,11 @@ def _counted_again(place: Place, trace: Trace, parts: Sequence[Mapping[str, Any]
         if rows != trace.n_tokens(stream):
             raise TraceError(f"{place.name}: {rows} tokens in the parts of stream {stream}, {trace.n_tokens(stream)} in documents.parquet")
     for record in parts:
-        yield _count_part(place, trace, record)  # in a function, so that no part is held while the next is read
+        yield count_part(place, trace, record)  # in a function, so that no part is held while the next is read
 
 
-def _count_part(place: Place, trace: Trace, record: Mapping[str, Any]) -> Statistics:
+def count_part(place: Place, trace: Trace, record: Mapping[str, Any]) -> Statistics:
+    """The statistics of the part that a manifest's ``record`` lists, checked and counted from its decisions. Raises TraceError, RunError."""
     part = stored_part(place, trace, record)
     check_part(part, trace.layers)
     if trace.weights_kept == "8-bit" and not all(np.array_equal(rounded(w), w) for r in part.routing if (w := r.weights) is not None):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from analysis import layout
-from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture, capture_parts, plan_parts, recording
+from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture, capture_parts, plan_documents, plan_parts, recording
 from analysis.routers import find_sites
 from analysis.store import RunError, read_manifest, verify_run
 from analysis.tokens import Pieces
@@ -244,7 +244,7 @@ def test_planned_parts_captured_apart_are_those_of_one_capture(family: str) -> N
     model, texts = tiny.build(family), [f"{i} " + "ab" * (i % 5 + 1) for i in range(9)]
     options: dict[str, Any] = {"part_tokens": 16, "batch_size": 2}
     whole = list(capture_parts(model, TOKENIZER, texts, **options))
-    plan = plan_parts(model, TOKENIZER, texts, part_tokens=16)
+    plan = plan_parts(plan_documents(model, TOKENIZER, texts[:4]) + plan_documents(model, TOKENIZER, texts[4:], first_document=4), 16)
     assert len(plan) == len(whole) > 3
     for planned, part in reversed(list(zip(plan, whole, strict=True))):
         mine = texts[planned.first_document : planned.first_document + len(planned.documents)]
@@ -255,7 +255,7 @@ def test_planned_parts_captured_apart_are_those_of_one_capture(family: str) -> N
         assert planned.rows == {s: len(part.stream_tokens(s)) for s in part.first_rows}
         assert all(np.array_equal(a.experts, b.experts) for a, b in zip(again.routing, part.routing, strict=True))
     with pytest.raises(PromptTooLong, match="document 2 has 3 tokens"):
-        plan_parts(model, TOKENIZER, ["a", "abc"], max_tokens=2)
+        plan_documents(model, TOKENIZER, ["a", "abc"], max_tokens=2)
 
 
 def test_a_capture_says_how_long_its_parts_are_and_is_resumed_with_the_same_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +263,7 @@ def test_a_capture_says_how_long_its_parts_are_and_is_resumed_with_the_same_alon
     model, seen = tiny.build("olmoe"), list[Any]()
     monkeypatch.setattr(layout, "GROUP_ROWS", 4)
     monkeypatch.setattr(layout, "PART_DECISIONS", 8 * sum(s.info.top_k for s in find_sites(model)))
-    assert [p.rows["decoder"] for p in plan_parts(model, TOKENIZER, ["aaaa"] * 5)] == [8, 8, 4]
+    assert [len(p.tokens) for p in capture_parts(model, TOKENIZER, ["aaaa"] * 5)] == [8, 8, 4]
     given: dict[str, Any] = {"out": tmp_path / "run", "batch_size": 1, "progress": seen.append}
     with pytest.raises(CaptureCancelled):
         capture(model, TOKENIZER, ["aaaa"] * 5, **given, cancelled=lambda: len(seen) == 3)

@@ -16,14 +16,14 @@ import pytest
 
 from analysis import places
 from analysis.__main__ import main
-from analysis.capture import CaptureCancelled, PromptTooLong, capture
-from analysis.cluster import Cluster, ClusterError, capture_on_cluster, count_part, statistics_on_cluster
+from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture
+from analysis.cluster import Cluster, ClusterError, capture_on_cluster, statistics_on_cluster
 from analysis.copying import copy_run
 from analysis.files import stamp
 from analysis.models import ModelError, load_model
 from analysis.places import Place, digest
 from analysis.stats import merge_statistics
-from analysis.store import RunError, open_run, verify_run
+from analysis.store import RunError, count_part, open_run, read_manifest, verify_run
 
 from .conftest import ROOT
 from .raylets import documents, saved, two_nodes
@@ -180,8 +180,9 @@ def test_a_cancelled_capture_to_an_object_store_resumes(nodes: str, model: Path,
 
 
 def test_statistics_over_parts_equal_those_counted_here(nodes: str, alone: Path) -> None:
-    parts = len(list((alone / "routing").iterdir()))
-    expected = merge_statistics(count_part(alone, i) for i in range(parts))
+    parts = read_manifest(alone)["parts"]
+    assert len(parts) > 3
+    expected = merge_statistics(count_part(Place.of(alone), open_run(alone), part) for part in parts)
     with bucket() as addresses:
         copy_run(str(alone), addresses % "alone")
         for run in (alone, addresses % "alone"):
@@ -212,6 +213,8 @@ def test_the_command_line(nodes: str, model: Path, alone: Path, tmp_path: Path, 
 def test_what_a_node_raises_is_raised_here(nodes: str, model: Path, tmp_path: Path) -> None:
     with pytest.raises(PromptTooLong, match="document 2 has 300 tokens"):
         spread(model, tmp_path / "a", ["fine", "x" * 300], labels=None)
+    with pytest.raises(CaptureError, match="texts, labels and names differ in number"):  # of what the last replica to plan was given
+        spread(model, tmp_path / "a", TEXTS, labels=[*LABELS, "one more"])
     with pytest.raises(ModelError, match="no model at"):
         spread(tmp_path / "nowhere", tmp_path / "b")
     with pytest.raises(ClusterError, match="room for 2 replicas of 1 CPUs"):

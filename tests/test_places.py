@@ -19,7 +19,7 @@ import pytest
 
 from analysis import cluster, places
 from analysis.__main__ import main
-from analysis.capture import CaptureError, PlannedPart, capture
+from analysis.capture import CaptureError, PlannedPart, capture, plan_parts
 from analysis.cluster import Replica
 from analysis.copying import copy_run
 from analysis.files import scratch
@@ -55,7 +55,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def planned(model: Path) -> Planned:
     replica = Replica(model, {}, 1)
-    return replica, *replica.plan(TEXTS, None, None, {"part_tokens": 80})
+    card, texts = replica.plan(TEXTS)
+    return replica, card, plan_parts(texts, 80)
 
 
 @pytest.fixture(scope="module")

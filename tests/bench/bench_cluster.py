@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from analysis.capture import CaptureCancelled
+from analysis.capture import CaptureCancelled, plan_parts
 from analysis.cluster import Cluster, Replica, capture_on_cluster
 from analysis.writing import RunWriter
 from tests import tiny
@@ -46,7 +46,8 @@ def texts() -> list[str]:
 def alone(model: Path, out: Path) -> None:
     """One process without a cluster: capture a part, wait for a line, capture for SECONDS; prints tokens, wall and CPU seconds."""
     replica, given = Replica(model, {}, 1), texts()
-    card, plan = replica.plan(given, None, None, {"part_tokens": OPTIONS["part_tokens"]})
+    card, planned = replica.plan(given)
+    plan = plan_parts(planned, OPTIONS["part_tokens"])
     with RunWriter.open(out, card, OPTIONS):
         tokens, wall, cpu = 0, 0.0, 0.0
         for part in plan:
