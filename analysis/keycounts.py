@@ -137,5 +137,5 @@ def rows_of(schema: pa.Schema, site: int, counts: SiteCounts) -> pa.Table:
     """The counts of one site as rows of the long table."""
     (key,) = {*schema.names} - {"site", "expert", "count"}
     keys = np.repeat(counts.keys, counts.lengths)
-    values = {"site": np.full(len(keys), site), key: keys, "expert": counts.experts, "count": counts.counts}
+    values = {"site": np.full(len(keys), site, np.int16), key: keys, "expert": counts.experts, "count": counts.counts}
     return pa.table([pa.array(values[f.name].astype(f.type.to_pandas_dtype(), copy=False), f.type) for f in schema], schema=schema)

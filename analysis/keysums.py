@@ -12,7 +12,7 @@ import pyarrow as pa
 from .counting import compiled, lowest_bit
 from .keycounts import KeyCounts, SiteCounts, StoredCounts, rows_of, write_sites
 
-FAN_IN = 64  # files added up at once
+FAN_IN = 32  # files added up at once, of one site 40 MB for the deepest models
 _U = np.uintp
 
 
@@ -72,11 +72,13 @@ def _sum_of(parts: Sequence[SiteCounts], order: np.ndarray, starts: np.ndarray, 
     """The sum of one site's counts, in the narrowest types."""
     sizes = np.concatenate([x.lengths for x in parts])
     ends = np.cumsum(sizes)
-    experts = np.concatenate([x.experts for x in parts], dtype=np.uint16)  # always the same types: the kernel is compiled once
-    counts = np.concatenate([x.counts for x in parts], dtype=np.int64, casting="unsafe")
+    most = max((int(x.counts.max(initial=0)) for x in parts), default=0) * len(parts)
+    wide = np.uint32 if most < 2**32 else np.uint64  # with experts always the same types, the kernel is compiled once, most often
+    experts = np.concatenate([x.experts for x in parts], dtype=np.uint16)
+    counts = np.concatenate([x.counts for x in parts], dtype=wide, casting="unsafe")
     slots = int(experts.max(initial=0)) + 1
-    out = np.empty(len(keys), np.int64), np.empty_like(experts), np.empty(len(counts), np.int64)
-    m = _add_up(order, starts, ends - sizes, ends, experts, counts, np.zeros(slots, np.int64), np.zeros(slots // 64 + 1, np.uint64), *out)
+    out = np.empty(len(keys), np.int64), np.empty_like(experts), np.empty_like(counts)
+    m = _add_up(order, starts, ends - sizes, ends, experts, counts, np.zeros(slots, wide), np.zeros(slots // 64 + 1, np.uint64), *out)
     return SiteCounts(keys, out[0], out[1][:m], out[2][:m].astype(np.min_scalar_type(int(out[2][:m].max(initial=0)))))
 
 
@@ -85,7 +87,7 @@ def _add_up(order: np.ndarray, starts: np.ndarray, begins: np.ndarray, ends: np.
             row: np.ndarray, seen: np.ndarray, out_ends: np.ndarray, out_experts: np.ndarray, out_counts: np.ndarray) -> int:  # fmt: skip
     """For each distinct key g the entries of order[starts[g]:starts[g + 1]], added up by expert; returns how many entries that makes.
 
-    ``row`` int64 and ``seen`` uint64, of a cell and a bit for each expert, are 0 and left so.
+    ``row`` and ``seen`` uint64, of a cell and a bit for each expert, are 0 and left so.
     """
     m = 0
     for g in range(out_ends.shape[0]):
@@ -98,7 +100,7 @@ def _add_up(order: np.ndarray, starts: np.ndarray, begins: np.ndarray, ends: np.
             for i in range(first, last):
                 for r in range(begins[order[i]], ends[order[i]]):
                     e = _U(experts[r])
-                    row[e] += np.int64(counts[r])
+                    row[e] += counts[r]
                     seen[e >> _U(6)] |= _U(1) << (e & _U(63))
             for q in range(seen.shape[0]):
                 word = seen[q]

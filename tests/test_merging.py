@@ -115,7 +115,9 @@ def counted(schema: pa.Schema, table: pa.Table, sites: int) -> KeyCounts:
         first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])) if len(keys) else np.zeros(0, int)
         ends = np.append(first[1:], len(keys)) if len(keys) else np.zeros(0, int)
         own = found[0].keys if i == 1 else keys[first]
-        found.append(SiteCounts(own, ends.astype(np.int64), experts.astype(np.uint16), counts.astype(np.int32 if i else np.int64)))
+        found.append(
+            SiteCounts(own, ends.astype(np.int64), experts.astype(np.uint16), counts.astype(np.min_scalar_type(counts.max(initial=0))))
+        )
     return KeyCounts(schema, tuple(found))
 
 
@@ -135,7 +137,7 @@ def test_the_counts_of_parts_add_up_to_those_of_a_group_by(
         (3, 40, 9, 4),
         (0, 40, 9, 4),
         (800, 200, 70_000, 5),
-        (900, span, 200, 4),
+        (900, span, 2**40, 4),
     ):
         table, rng = made(schema, n, n + most, wide), np.random.default_rng(n)
         changed = {"count": pa.array(rng.integers(1, most, n))}
