@@ -129,6 +129,7 @@ def test_the_counts_of_parts_add_up_to_those_of_a_group_by(
     """Stored or not, two files at once, keys of one part alone and of all, a part with a site more, with many experts, one that counted nothing.
     No more files are left than are added up at once, and none is deleted that was there."""
     monkeypatch.setattr(keysums, "FAN_IN", 2)
+    monkeypatch.setattr(keysums, "WINDOW_KEYS", 30)
     (tmp_path / "parts").mkdir()
     total, memory, parts = LongSum(schema, tmp_path), LongSum(schema, None), list[KeyCounts]()
     for n, wide, most, sites in (
