@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,14 @@ import pyarrow as pa
 
 from .files import write_arrays
 
+PAIRS = ("coactivation", "first_flow", "flow")  # [experts, experts]; of co-activation, what is above the diagonal
+JOINED, ALONE = 2**14, 2**16  # rows of a row group that holds several blocks, and one
 _WIDTHS = (1, 2, 4, 8)  # bytes of a count
+
+
+def pair_cells(statistic: str, here: int, after: int) -> int:
+    """How many pairs of ``here`` and ``after`` experts one of PAIRS counts."""
+    return here * (here - 1) // 2 if statistic == "coactivation" else here * after
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,19 @@ class Block:
     def cells(self) -> np.ndarray:
         """int [num_rows]: where the rows lie in the flat arrays."""
         return np.arange(self.count.size) if self.every or not self.count.ndim else np.flatnonzero(self.count)
+
+    def stored(self) -> np.ndarray:
+        """``cells`` as a run keeps them. Of pairs of experts, all, those that never occur too, where they are few or a quarter of them occur:
+        then a reader needs the counts alone. At least one, so that a run says which sites it has."""
+        cells = self.cells()
+        if self.statistic not in PAIRS:
+            return cells
+        upper, most = self.statistic == "coactivation", pair_cells(self.statistic, *self.count.shape)
+        if not len(cells):
+            return np.array([int(upper)][:most])
+        if most > ALONE and 4 * len(cells) <= most:
+            return cells
+        return np.flatnonzero(np.triu(np.ones(self.count.shape, bool), 1)) if upper else np.arange(most)
 
     def narrow(self) -> Block:
         """The same in as few bytes as the counts allow."""
@@ -81,18 +102,23 @@ class CoreCounts:
         """The long table."""
         return self._table([(x, x.cells()) for x in self.blocks])
 
-    def tables(self, rows: int) -> Iterator[pa.Table]:
-        """The long table in pieces of so many rows, but for the last."""
-        held, n = list[tuple[Block, np.ndarray]](), 0
-        for block in self.blocks:
-            cells = block.cells()
-            while n + len(cells) >= rows:
-                yield self._table([*held, (block, cells[: rows - n])])
-                held, cells, n = [], cells[rows - n :], 0
-            held.append((block, cells))
-            n += len(cells)
-        if n:
-            yield self._table(held)
+    def groups(self) -> Iterator[pa.Table]:
+        """The rows that a run keeps, in the order of the long table, as row groups: each of one statistic, and of whole blocks where they are
+        not larger than ALONE, so that a question reads what it asks for."""
+        for _, blocks in groupby(self.blocks, key=lambda x: x.statistic):
+            held, n = list[tuple[Block, np.ndarray]](), 0
+            for block in blocks:
+                cells = block.stored()
+                if n and n + len(cells) > JOINED:
+                    yield self._table(held)
+                    held, n = [], 0
+                if len(cells) > ALONE:
+                    yield from (self._table([(block, cells[i : i + ALONE])]) for i in range(0, len(cells), ALONE))
+                    continue
+                held.append((block, cells))
+                n += len(cells)
+            if n:
+                yield self._table(held)
 
     def where(self, column: str, value: str | int, total: int | None = None) -> pa.Table:
         """The rows of one statistic; ``column`` must be "statistic"."""

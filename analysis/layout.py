@@ -239,7 +239,7 @@ def _read_rows(
         starts.append(read + start - skipped)
         read += mine
     with _parquet(path, footer) as file:
-        table = file.read_row_groups(groups, columns=list(names))
+        table = file.read_row_groups(groups, columns=list(names), use_threads=len(groups) > 1)  # of one, they cost more than they save
     if len(table) != read:
         raise ValueError(f"{len(table)} rows instead of {read}")
     return table, starts

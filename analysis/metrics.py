@@ -141,16 +141,15 @@ def _token_information(trace: Trace, site: int) -> float:
     if isinstance(stats.token_rows, LongTable) and all(stats.load(i).sum() == stats.n_tokens(i) * layer.top_k > 0 for i in (like, site)):
         counts = stats.token_rows.counts("site", site, int(stats.load(site).sum()))
         return information_given(_token_sums(stats, like), stats.load(site).astype(np.float64), counts)[1]
-    ids, experts, counts = trace.stats.token_load(site)
-    starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)])
-    return sparse_information(np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(ids)))), experts, counts)[1]
+    ids, each, experts, counts = stats.token_load_by_id(site)
+    return sparse_information(np.repeat(np.arange(len(ids)), each), experts, counts)[1]
 
 
 @lru_cache(maxsize=8)
 def _token_sums(stats: Statistics, site: int) -> np.ndarray:
     """float64 [token ids that occur]: assignments of each at a site of a stored run, whose files do not change."""
-    ids, _, counts = stats.token_load(site)
-    return np.add.reduceat(counts, np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))).astype(np.float64)
+    _, each, _, counts = stats.token_load_by_id(site)
+    return np.add.reduceat(counts, np.cumsum(each) - each).astype(np.float64)
 
 
 _BITS = Bound("log2 E + 0.721", lambda x: float(np.log2(x.n_classes)) + CORRECTION)

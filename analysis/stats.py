@@ -21,6 +21,8 @@ int64 and merge to the same bytes in any order; sums are float64 and agree to ab
     z                                      tokens                         squared logsumexp of the router logits
     dropped                                assignments dropped natively
     loss                                   tokens of ``label`` with a next one        nats (site -1)
+
+A stored run has rows of 0 as well, for pairs of experts that never occur (``Block.stored``): a reader then needs no column but the counts.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .corecounts import CoreCounts
+from .corecounts import PAIRS, CoreCounts, pair_cells
 from .keycounts import KeyCounts, PartCounts
 from .longtables import LongTable, where, whole
 from .trace import LayerInfo, Part, SiteRouting
@@ -75,8 +77,8 @@ class Statistics:
 
     @property
     def core(self) -> pa.Table:
-        """All counts and sums but those by token id and by document (schema CORE)."""
-        return whole(self.core_rows)
+        """All counts and sums but those by token id and by document (schema CORE), without pairs of experts that never occur."""
+        return occurring(whole(self.core_rows))
 
     @property
     def by_token(self) -> pa.Table:
@@ -119,11 +121,12 @@ class Statistics:
     def label_load(self, site: int) -> tuple[tuple[str, ...], np.ndarray]:
         """(labels sorted, int64 [labels, classes]): assignments per expert on tokens of each label."""
         rows = self._rows("label", site)
-        labels = tuple(sorted(set(rows["label"].to_pylist())))
-        out = np.zeros((len(labels), self.classes[site]), np.int64)
-        at = {label: i for i, label in enumerate(labels)}
-        index = np.array([at[x] for x in rows["label"].to_pylist()], int)
-        np.add.at(out, (index, rows["a"].to_numpy()), rows["count"].to_numpy())
+        label = rows["label"].combine_chunks().dictionary_encode()
+        texts = label.dictionary.to_pylist()
+        labels, out = tuple(sorted(texts)), np.zeros((len(texts), self.classes[site]), np.int64)
+        at = {text: i for i, text in enumerate(labels)}
+        place = np.array([at[x] for x in texts], int)
+        np.add.at(out, (place[label.indices.to_numpy()], rows["a"].to_numpy()), rows["count"].to_numpy())
         return labels, out
 
     def position_load(self, site: int) -> np.ndarray:
@@ -134,17 +137,50 @@ class Statistics:
 
     def coactivation(self, site: int) -> np.ndarray:
         """int64 [classes, classes], symmetric, zero diagonal: tokens sent to both experts."""
-        upper = self._matrix(self._rows("coactivation", site), (self.classes[site],) * 2)
-        return upper + upper.T
+        found, n = self._pairs("coactivation", site), self.classes[site]
+        if found.ndim == 2:
+            return found + found.T
+        return np.append(found, 0).take(self._mirrored(n)).reshape(n, n)
 
     def flow(self, site: int, first: bool = False) -> np.ndarray:
         """int64 [classes here, classes next]: choice pairs between a site and the next one of its stream.
 
         ``first`` counts first choices only. Empty [classes, 0] after the last site.
         """
-        after = self.following[site]
-        shape = (self.classes[site], 0 if after is None else self.classes[after])
-        return self._matrix(self._rows("first_flow" if first else "flow", site), shape)
+        return self._pairs("first_flow" if first else "flow", site).reshape(self._shape(site, False))
+
+    def _shape(self, site: int, own: bool) -> tuple[int, int]:
+        after = site if own else self.following[site]
+        return self.classes[site], 0 if after is None else self.classes[after]
+
+    def _pairs(self, statistic: str, site: int) -> np.ndarray:
+        """int64 [cells]: the counts of every pair, in order; or of co-activation [classes, classes], above the diagonal."""
+        own = statistic == "coactivation"
+        rows = self.core_rows.cells(statistic, site, self._cells[own]) if isinstance(self.core_rows, LongTable) else None
+        if isinstance(rows, np.ndarray):
+            return rows
+        found = self._matrix(self._rows(statistic, site) if rows is None else rows, self._shape(site, own))
+        return found if own else found.ravel()
+
+    @cached_property
+    def _cells(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How many pairs there are at each site: from it to the next, and within it."""
+        sites = range(len(self.classes))
+        here, within = (tuple(pair_cells(s, *self._shape(i, s == "coactivation")) for i in sites) for s in ("flow", "coactivation"))
+        return here, within
+
+    def _mirrored(self, n: int) -> np.ndarray:
+        """int [n * n]: of each cell of a symmetric table the place of its count among those above the diagonal, on it that after the last."""
+        if n not in self._places:
+            place = np.full((n, n), n * (n - 1) // 2)
+            upper = np.triu_indices(n, 1)
+            place[upper] = place[upper[::-1]] = np.arange(len(upper[0]))
+            self._places[n] = place.ravel()
+        return self._places[n]
+
+    @cached_property
+    def _places(self) -> dict[int, np.ndarray]:
+        return {}
 
     def repetition(self, site: int) -> tuple[int, int, int]:
         """(neighbouring pairs, pairs with the same first choice, pairs sharing any expert), within documents."""
@@ -169,11 +205,18 @@ class Statistics:
     def _rows(self, statistic: str, site: int) -> pa.Table:
         # Pairs of experts are nearly all of a large model's rows: they are passed over once, not at every question.
         if statistic not in self._kept:
-            self._kept[statistic] = where(self.core_rows, "statistic", statistic)
-        return where(self._kept[statistic], "site", site)
+            found = where(self.core_rows, "statistic", statistic)
+            sites = found["site"].to_numpy()
+            self._kept[statistic] = found, sites if (sites[1:] >= sites[:-1]).all() else None
+        rows, sites = self._kept[statistic]
+        if sites is None:
+            return where(rows, "site", site)
+        start, stop = np.searchsorted(sites, np.array([site, site + 1], sites.dtype))
+        return rows.slice(start, stop - start)
 
     @cached_property
-    def _kept(self) -> dict[str, pa.Table]:
+    def _kept(self) -> dict[str, tuple[pa.Table, np.ndarray | None]]:
+        """Rows of a statistic, and their sites where these ascend."""
         return {}
 
     def _vector(self, statistic: str, site: int, column: str = "count", size: int | None = None) -> np.ndarray:
@@ -216,13 +259,26 @@ class Statistics:
 
     def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(token ids, experts, counts), int64 [cells]: assignments of every token id that occur, sorted by id and expert."""
+        ids, each, experts, counts = self.token_load_by_id(site)
+        return np.repeat(ids, each), experts, counts
+
+    def token_load_by_id(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(token ids [ids], ascending; how many cells each has [ids]; experts [cells], counts [cells]), int64: ``token_load`` in less time."""
         rows = self._of_site(self.token_rows, site)
-        ids, experts, counts = (rows[n].to_numpy().astype(np.int64, copy=False) for n in ("token_id", "expert", "count"))
-        return ids, experts, counts
+        ids = rows["token_id"].to_numpy()
+        starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)])
+        experts, counts = (rows[n].to_numpy().astype(np.int64, copy=False) for n in ("expert", "count"))
+        return ids[starts].astype(np.int64), np.diff(np.append(starts, len(ids))), experts, counts
 
     def _of_site(self, rows: pa.Table | LongTable | PartCounts, site: int) -> pa.Table:
         """Every assignment has a token id and a document, so that their counts add up to the load."""
         return where(rows, "site", site, int(self.load(site).sum()))
+
+
+def occurring(rows: pa.Table) -> pa.Table:
+    """Rows of schema CORE without pairs of experts that never occur, which a stored run has rows of and another has not."""
+    never = pc.and_(pc.equal(rows["count"], 0), pc.is_in(rows["statistic"], pa.array(PAIRS)))
+    return rows.filter(pc.invert(never)) if pc.any(never).as_py() else rows
 
 
 def following_sites(layers: Sequence[LayerInfo]) -> tuple[int | None, ...]:

@@ -33,12 +33,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .layout import Footer, read_experts, read_routing, read_scores, read_tokens, room_for
-from .longtables import LongTable, where, whole
+from .longtables import LongTable, where
 from .memory import join_scores
 from .places import Place
 from .places import RunError as RunError
 from .rounding import WEIGHTS, rounded
-from .stats import BY_DOCUMENT, BY_TOKEN, CORE, NAMES, Statistics, following_sites, merge_statistics, part_statistics
+from .stats import BY_DOCUMENT, BY_TOKEN, CORE, NAMES, Statistics, following_sites, merge_statistics, occurring, part_statistics
 from .trace import (
     DOCUMENTS,
     SCHEMA_VERSION,
@@ -309,12 +309,12 @@ def same_counts(a: Statistics, b: Statistics, weights: str = "exact") -> bool:
 
 
 def _other_counts(stored: Statistics, counted: Statistics, weights: str) -> Iterator[str]:
-    """The files whose rows are not those counted again: the long tables are compared site by site, as the order of sites is free."""
+    """The files whose rows are not those counted again: compared statistic by statistic or site by site, whose order is free in long tables."""
     pairs = zip(STATISTICS, (stored.core_rows, stored.token_rows, stored.document_rows),
                 (counted.core_rows, counted.token_rows, counted.document_rows), strict=True)  # fmt: skip
-    for (name, _), a, b in pairs:
-        sites = range(len(stored.classes))
-        tables = [(whole(a), whole(b))] if name == "stats.parquet" else ((where(a, "site", s), where(b, "site", s)) for s in sites)
+    for (name, schema), a, b in pairs:
+        by = [("statistic", n) for n in sorted(NAMES)] if schema is CORE else [("site", i) for i in range(len(stored.classes))]
+        tables = ((where(a, *key), where(b, *key)) for key in by)
         same = [len(x) if _same_counts(x, y, ("probability", *(("load",) if weights == "none" else ()))) else -1 for x, y in tables]
         if min(same) < 0 or sum(same) != a.num_rows:
             yield name
@@ -322,6 +322,8 @@ def _other_counts(stored: Statistics, counted: Statistics, weights: str) -> Iter
 
 def _same_counts(a: pa.Table, b: pa.Table, unknown: Sequence[str]) -> bool:
     """Equal keys and counts, and sums within 1e-9, but for those of the statistics ``unknown``."""
+    if "statistic" in a.column_names:
+        a, b = occurring(a), occurring(b)
     columns = [n for n in a.column_names if n != "sum"]
     if not a.select(columns).combine_chunks().equals(b.select(columns).combine_chunks()):
         return False

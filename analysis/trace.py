@@ -262,8 +262,7 @@ class Trace:
 
     def n_tokens(self, stream: str = "decoder") -> int:
         """Tokens recorded in a stream."""
-        of_stream = self.documents.filter(pc.equal(self.documents["stack"], stream))
-        return int(pc.sum(of_stream["n_tokens"]).as_py() or 0)
+        return int(pc.sum(self.documents["n_tokens"].filter(pc.equal(self.documents["stack"], stream))).as_py() or 0)
 
     def stream_tokens(self, stream: str, start: int = 0, stop: int | None = None, columns: Sequence[str] = TOKENS.names) -> pa.Table:
         """Rows start to stop (default all) of one stream, aligned with the arrays of its sites; ``columns`` of schema TOKENS.

@@ -86,16 +86,16 @@ class TokenCounts:
 
 def input_tokens(trace: Trace, site: int) -> TokenCounts:
     """By the token the expert reads. From statistics alone, unless assignments were dropped or skipped natively."""
-    cells, experts, counts = trace.stats.token_load(site)
-    layer = trace.layers[site]
+    ids, each, experts, counts = trace.stats.token_load_by_id(site)
+    layer, place = trace.layers[site], np.arange(len(ids))
     if counts.sum() == trace.stats.n_tokens(site) * layer.top_k:
-        starts = np.flatnonzero(np.append(True, cells[1:] != cells[:-1])[: len(cells)])  # cells are sorted
-        ids, row = cells[starts], np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(cells))))
+        starts = np.cumsum(each) - each
         tokens = (np.add.reduceat(counts, starts) if len(starts) else counts) // layer.top_k
     else:  # some tokens have fewer than k experts: their number is in the tokens table only
         recorded = trace.stream_tokens(layer.stream, columns=["token_id"])["token_id"].to_numpy().astype(np.int64)
-        ids, tokens = np.unique(recorded, return_counts=True)
-        row = np.searchsorted(ids, cells)
+        used, (ids, tokens) = ids, np.unique(recorded, return_counts=True)
+        place = np.searchsorted(ids, used)
+    row = np.repeat(place, each)
     return TokenCounts(site, "input token", layer.n_classes, ids, tokens, row, experts, counts, _each(layer, counts, tokens))
 
 

@@ -21,7 +21,7 @@ from .corecounts import CoreCounts
 from .files import stamp, sweep, write_atomically, write_json
 from .keycounts import KeyCounts, PartCounts, StoredCounts
 from .layout import write_routing, write_scores, write_table
-from .longtables import GROUP_ROWS, LongTable, write_long
+from .longtables import LongTable, write_long
 from .places import Place, RunError
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, following_sites, merge_statistics, part_statistics
 from .store import MANIFEST, STATISTICS, open_run, valid_run_name
@@ -124,8 +124,8 @@ class RunWriter:
         sums = self.folder / "progress" / "sums"
         sums.mkdir(exist_ok=True)
         stats = merge_statistics(self._part_statistics(), sums)
-        core = stats.core_rows.tables(GROUP_ROWS) if isinstance(stats.core_rows, CoreCounts) else [stats.core]
-        write_atomically(self.folder / STATISTICS[0][0], partial(write_long, core, CORE))
+        core = stats.core_rows.groups() if isinstance(stats.core_rows, CoreCounts) else [stats.core]
+        write_atomically(self.folder / STATISTICS[0][0], partial(write_long, core, CORE, differences=("count",)))
         for (name, _), rows in zip(STATISTICS[1:], (stats.token_rows, stats.document_rows), strict=True):
             write_atomically(self.folder / name, partial(_store, rows))
         names = ("documents.parquet", *(n for n, _ in STATISTICS))

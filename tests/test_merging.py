@@ -153,7 +153,7 @@ def test_the_counts_of_parts_add_up_to_those_of_a_group_by(
         memory.add(parts[-1])
     assert len(list((tmp_path / "parts").iterdir())) == len(parts)  # a capture's own, which it may be resumed from
     found, keys = total.total(), ["site", *({*schema.names} - {"site", "expert", "count"}), "expert"]
-    assert isinstance(found, LongTable) and {a == b for a, b in found.extents("site")} == {True}
+    assert isinstance(found, LongTable) and {a == b for a, b in found._extents("site")} == {True}
     expected = summed_by_sorting([x.table() for x in parts], schema, keys)
     assert found.table().combine_chunks().equals(expected) and whole(memory.total()).combine_chunks().equals(expected)
     with pytest.raises(TypeError, match="not as a table"):

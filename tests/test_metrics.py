@@ -41,8 +41,8 @@ def test_token_information_of_a_stored_run_is_that_in_memory_to_the_bit(tmp_path
         for part in parts:
             writer.write(part)
         writer.commit()
-    asked, load = [], Statistics.token_load
-    monkeypatch.setattr(Statistics, "token_load", lambda self, number: asked.append(number) or load(self, number))
+    asked, load = [], Statistics.token_load_by_id
+    monkeypatch.setattr(Statistics, "token_load_by_id", lambda self, number: asked.append(number) or load(self, number))
     found = METRICS["token_information"](open_run(tmp_path / "run"))["value"]
     assert set(asked) == {0, 1, 4, 5}
     assert found.to_pylist() == METRICS["token_information"](make_trace(layers, parts))["value"].to_pylist()

@@ -159,7 +159,7 @@ def test_changed_statistics_are_an_error_that_names_the_file(tmp_path: Path, nam
         except RunError as error:
             refused += 1
             assert name in str(error) and "restore it" in str(error)
-    assert refused > 50
+    assert refused > 20  # of pairs of experts, the counts alone are read
 
 
 def test_a_footer_that_hides_rows_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,10 @@ def label_polars(run: Run) -> np.ndarray:
 
 # the tokens each expert of one site is used for most: int64 [experts, TOP, (id, count)], -1 where there are fewer
 def most_used(e: int, expert: Any, token: Any, count: Any) -> np.ndarray:
-    out, (expert, token, count) = np.full((e, TOP, 2), -1, np.int64), (np.asarray(x).astype(np.int64) for x in (expert, token, count))
+    out, (expert, token, count) = (
+        np.full((e, TOP, 2), -1, np.int64),
+        (np.asarray(x).astype(np.int64, copy=False) for x in (expert, token, count)),
+    )
     most, low = int(count.max(initial=0)), int(token.max(initial=0)).bit_length()
     for least in (1 << i for i in reversed(range(most.bit_length()))):  # nobody's most used tokens are below it
         often = count >= least
