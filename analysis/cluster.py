@@ -146,9 +146,8 @@ def capture_on_cluster(
     with _connected(cluster.address) as ray:
         crew = _Crew(ray, cluster, model, loading or {})
         try:
-            crew.grow(
-                1 + sum(len(t.encode()) for t in texts) // (options.get("part_tokens") or PART_TOKENS)
-            )  # a text has seldom more tokens than bytes
+            most = sum(len(t.encode()) for t in texts)  # a text has seldom more tokens than bytes
+            crew.grow(1 + most // (options.get("part_tokens") or PART_TOKENS))
             card, documents = crew.plan(list(texts), labels, names, options.get("max_tokens"))
             options["part_tokens"] = options.get("part_tokens") or part_tokens(card.layers)
             plan = plan_parts(documents, options["part_tokens"])

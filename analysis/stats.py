@@ -303,7 +303,8 @@ def part_statistics(part: Part, layers: Sequence[LayerInfo]) -> Statistics:
 def merge_statistics(parts: Iterable[Statistics], folder: Path | None = None) -> Statistics:
     """Sum of statistics of the same model, taken one by one: memory holds the sum, not the parts.
 
-    With a ``folder``, the counts by token id and by document, which grow with the text, are added up in files, and the sum reads them there. Raises ValueError for no parts, or for models that differ.
+    With a ``folder``, the counts by token id and by document, which grow with the text, are added up in files, and the sum reads them
+    there. Raises ValueError for no parts, or for models that differ.
     """
     from .merging import LongSum, ShortSum
 
