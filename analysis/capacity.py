@@ -14,18 +14,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from .overflow import FACTORS, Overflow, chance_curve
-from .policies import BLOCK, POLICIES, MissingScores, Queues, rank_site
+from . import capacity_keys
+from .capacity_keys import batches_of
+from .overflow import FACTORS, Curve, Overflow, SlotUse, chance_curve
+from .policies import BLOCK, POLICIES, MissingScores, Queues, rank_site, site_curve
 from .slots import Batches, CapacityError, CapacityRule, ExpertShape, capacity_rule, make_batches, slot_cost
-from .trace import LayerInfo, ModelCard, Trace, by_document
+from .trace import LayerInfo, ModelCard, SiteRouting, Trace, gate_weights
 
+_Site = tuple[np.ndarray, np.ndarray | None, int, Batches, str]  # chosen experts, weights, number of experts, batches, policy
 _BYTES: Mapping[str, float] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1})
+PIECE = 1 << 18  # tokens read between two tellings
 ADDITIVE = ("tokens", "assignments", "dropped", "kept", "rerouted", "fully_dropped", "partly_dropped", "top1_dropped", "slots", "idle",
             "gate_mass", "gate_mass_lost", "chance_dropped")  # fmt: skip
 SHARES = (("dropped_share", "dropped", "assignments"), ("fully_dropped_share", "fully_dropped", "tokens"),
@@ -44,20 +50,23 @@ class RankedTrace:
     def at(self, factor: float = 1.25, preset: str | CapacityRule = "megatron", *, slots: int | None = None,
            block: int = BLOCK) -> AppliedCapacity:  # fmt: skip
         """The answer at one factor under a preset or rule, or at ``slots`` per expert; ``block`` is for "dropless"."""
-        rule = _rule(preset)
+        rule = rule_of(preset)
         return AppliedCapacity(self.trace, {i: q.at(factor, rule, slots=slots, block=block) for i, q in self.queues.items()})
 
     def curves(self, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
-        """One row per site and factor: Queues.totals with shares, and what overflows by chance (uniform routing, same batches)."""
-        ranked = ((i, None, queues) for i, queues in self.queues.items())
-        return pa.concat_tables([t for *_, t in _curve_tables(self.trace, ranked, factors, _rule(preset))])
+        """One row per site and factor: Curve.columns with shares, and what overflows by chance (uniform routing, same batches)."""
+        rule = rule_of(preset)
+        curves = ((i, None, queues.batches, queues.curve(factors, rule)) for i, queues in self.queues.items())
+        return pa.concat_tables([t for *_, t in _curve_tables(self.trace, curves, rule)])
 
     def curves_by(self, name: str, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
         """AppliedCapacity.by_label or by_position at every factor in one pass: ``name`` is "label" or "first_position"."""
-        keys, tables = {"label": _labels, "first_position": lambda trace, stream: _positions(trace, stream, None)}[name], []
+        bins = partial(capacity_keys.positions, width=None)
+        named: Mapping[str, Callable[[Trace, str], capacity_keys.Keys]] = {"label": capacity_keys.labels, "first_position": bins}
+        keys, tables = named[name], []
         for i, queues in self.queues.items():
             codes, values = keys(self.trace, self.trace.layers[i].stream)
-            table = queues.curve_by(codes, len(values), factors, _rule(preset))
+            table = queues.curve_by(codes, len(values), factors, rule_of(preset))
             tables.append(_of_site(self.trace.layers[i], with_shares(table.set_column(0, name, values.take(table["key"])))))
         return pa.concat_tables(tables)
 
@@ -87,21 +96,21 @@ class AppliedCapacity:
 
     def by_label(self) -> pa.Table:
         """One row per site and label; unlabelled documents share the label null."""
-        return self._by("label", _labels)
+        return self._by("label", capacity_keys.labels)
 
     def by_position(self, width: int | None = None) -> pa.Table:
         """One row per site and bin of positions in the document: ``width`` positions each, or doubling (1, 2, 4, ...)."""
         if width is not None and width < 1:
             raise CapacityError(f"bins of {width} positions have no meaning: give at least 1")
-        return self._by("first_position", lambda trace, stream: _positions(trace, stream, width))
+        return self._by("first_position", partial(capacity_keys.positions, width=width))
 
     def by_document(self) -> pa.Table:
         """One row per site and document."""
-        return self._by("document", _documents)
+        return self._by("document", capacity_keys.documents)
 
     def by_token(self) -> pa.Table:
         """One row per site and token id. Needs recorded tokens."""
-        return self._by("token_id", _token_ids)
+        return self._by("token_id", capacity_keys.token_ids)
 
     def summary(self) -> dict[str, float]:
         """Sums over the sites and their shares: the row for "all layers". A token counts once for every site it passes."""
@@ -110,14 +119,12 @@ class AppliedCapacity:
 
     def cost(self, shape: ExpertShape | None = None, devices: int = 1) -> pa.Table:
         """One row per site: SlotCost for the model's expert (``expert_shape``) or for ``shape``."""
-        shape = expert_shape(self.trace.model) if shape is None else shape
-        return self._tables(lambda layer, over: pa.Table.from_pylist(
-            [asdict(slot_cost(int(over.capacity.sum()), int(over.kept_load.sum()), shape, devices))]))  # fmt: skip
+        return slot_costs(self.trace, self.sites, shape, devices)
 
     def _tables(self, make: Callable[[LayerInfo, Overflow], pa.Table]) -> pa.Table:
         return pa.concat_tables([_of_site(self.trace.layers[i], make(self.trace.layers[i], over)) for i, over in self.sites.items()])
 
-    def _by(self, name: str, keys: Callable[[Trace, str], tuple[np.ndarray, pa.Array]]) -> pa.Table:
+    def _by(self, name: str, keys: Callable[[Trace, str], capacity_keys.Keys]) -> pa.Table:
         found = {stream: keys(self.trace, stream) for stream in {self.trace.layers[i].stream for i in self.sites}}
 
         def make(layer: LayerInfo, over: Overflow) -> pa.Table:
@@ -141,9 +148,13 @@ def apply_capacity(trace: Trace, factor: float = 1.25, policy: str = "position",
 
 
 def rank_trace(trace: Trace, policy: str = "position", scope: str = "document", *, size: int | None = None, mixed: int | None = None,
-               seed: int = 0, layers: Sequence[int] | None = None) -> RankedTrace:  # fmt: skip
-    """Rank the sites ``layers`` (default all) of a trace once; arguments as for ``apply_capacity``."""
-    return RankedTrace(trace, {i: queues for i, _, queues in _ranked(trace, policy, scope, size, [mixed], seed, layers)})
+               seed: int = 0, layers: Sequence[int] | None = None, tell: Callable[[int, int], None] | None = None) -> RankedTrace:  # fmt: skip
+    """Rank the sites ``layers`` (default all) of a trace once; arguments as for ``apply_capacity``.
+
+    ``tell`` is told (tokens read, tokens in all) of the first site, and may raise to stop.
+    """
+    sites = _sites(trace, policy, scope, size, [mixed], seed, layers, tell)
+    return RankedTrace(trace, {i: rank_site(*site, preference=_preference(trace, i, policy), **more) for i, _, site, more in sites})
 
 
 def capacity_curves(trace: Trace, factors: Sequence[float] | np.ndarray = FACTORS, policy: str = "position", scope: str = "document", *,
@@ -158,16 +169,15 @@ def site_curves(trace: Trace, factors: Sequence[float] | np.ndarray = FACTORS, p
                 size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
                 layers: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Table]]:  # fmt: skip
     """(site, its rows of ``capacity_curves``), one site after the other."""
-    ranked = _ranked(trace, policy, scope, size, [mixed], seed, layers)
-    return ((i, table) for i, _, table in _curve_tables(trace, ranked, factors, _rule(preset)))
+    curves = _curves(trace, factors, policy, scope, size, [mixed], rule_of(preset), seed, layers)
+    return ((i, table) for i, _, table in curves)
 
 
 def shuffled_curves(trace: Trace, shuffles: Sequence[int | None], factors: Sequence[float] | np.ndarray = FACTORS, policy: str = "position",
                     scope: str = "documents", *, size: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
                     layers: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Table]]:  # fmt: skip
     """(site, its rows of ``capacity_curves`` for each ``mixed`` of ``shuffles``, told apart by the column shuffle); read once."""
-    ranked = _ranked(trace, policy, scope, size, shuffles, seed, layers)
-    tables = _curve_tables(trace, ranked, factors, _rule(preset))
+    tables = _curves(trace, factors, policy, scope, size, shuffles, rule_of(preset), seed, layers)
     for site, mine in groupby(tables, lambda found: found[0]):
         each = [t.append_column("shuffle", pa.array([m] * len(t), pa.int32())) for _, m, t in mine]
         yield site, pa.concat_tables(each).combine_chunks()
@@ -176,21 +186,28 @@ def shuffled_curves(trace: Trace, shuffles: Sequence[int | None], factors: Seque
 def compare_policies(trace: Trace, factor: float = 1.25, scope: str = "document", *, policies: Sequence[str] = POLICIES,
                      size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
                      layers: Sequence[int] | None = None) -> pa.Table:  # fmt: skip
-    """One row per policy: AppliedCapacity.summary, and why a policy cannot be answered for this run (null where it can)."""
-    rows = []
-    for policy in policies:
-        try:
-            applied = apply_capacity(trace, factor, policy, scope, size=size, mixed=mixed, preset=preset, seed=seed, layers=layers)
-            rows.append({"policy": policy, **applied.summary(), "unanswered": None})
-        except MissingScores as error:
-            rows.append({"policy": policy, "unanswered": str(error)})
+    """One row per policy: AppliedCapacity.summary, and why a policy cannot be answered for this run (null where it can). Read once."""
+    found: dict[str, list[pa.Table]] = {policy: [] for policy in policies}
+    unanswered: dict[str, str] = {}
+    for i, _, site, more in _sites(trace, "position", scope, size, [mixed], seed, layers):
+        for policy in (p for p in found if p not in unanswered):
+            try:
+                found[policy].append(_policy_total(trace, i, (*site[:4], policy), more, factor, rule_of(preset)))
+            except MissingScores as error:
+                unanswered[policy] = str(error)
+    rows = [{"policy": p, **(with_shares(_summed(pa.concat_tables(t), [])).to_pylist()[0] if p not in unanswered else {}),
+             "unanswered": unanswered.get(p)} for p, t in found.items()]  # fmt: skip
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "unanswered")) + ["unanswered"]
     return pa.table({name: [row.get(name) for row in rows] for name in columns})
 
 
-def batches_of(trace: Trace, stream: str, scope: str, size: int | None = None, mixed: int | None = None) -> Batches:
-    """``slots.make_batches`` over the documents of a stream."""
-    return make_batches([stop - start for start, stop in _ranges(trace, stream)], scope, size, mixed)
+def _policy_total(trace: Trace, i: int, site: _Site, more: Mapping[str, Any], factor: float, rule: CapacityRule) -> pa.Table:
+    """One row: Overflow.total of a site, without ranks in memory where the policy has thresholds."""
+    if (policy := site[4]) in ("reroute", "dropless"):
+        ranked = rank_site(*site, preference=_preference(trace, i, policy), **more)
+        return pa.Table.from_pylist([ranked.at(factor, rule).total()])
+    columns = site_curve(*site, [factor], rule, **more).columns()
+    return pa.table({**columns, "rerouted": np.zeros(1, np.int64)})
 
 
 def pool_curves(curves: pa.Table, by: str = "factor") -> pa.Table:
@@ -200,11 +217,31 @@ def pool_curves(curves: pa.Table, by: str = "factor") -> pa.Table:
 
 def with_shares(table: pa.Table) -> pa.Table:
     """The table with every share of SHARES whose two columns it has: 0 to 1, NaN where there is nothing to share."""
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    named = {c for _, part, whole in SHARES for c in (part, whole)} & columns.keys()
+    return pa.table({**columns, **{n: v for n, v in _shares({c: columns[c].to_numpy() for c in named}).items() if n not in columns}})
+
+
+def _shares(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    out = {}
     for name, part, whole in SHARES:
-        if {part, whole} <= set(table.column_names) and name not in table.column_names:
-            top, bottom = (table[c].to_numpy().astype(np.float64) for c in (part, whole))
-            table = table.append_column(name, pa.array(np.divide(top, bottom, out=np.full(len(bottom), np.nan), where=bottom != 0)))
-    return table
+        if part in columns and whole in columns:
+            top, bottom = columns[part].astype(np.float64), columns[whole].astype(np.float64)
+            out[name] = np.divide(top, bottom, out=np.full(len(bottom), np.nan), where=bottom != 0)
+    return out
+
+
+def curve_table(layer: LayerInfo, columns: Mapping[str, np.ndarray], chance: np.ndarray) -> pa.Table:
+    """One row per factor: the site, ``columns`` of its curve, what ``chance`` (a share) would drop, and the shares."""
+    every = {**_place(layer, len(chance)), **columns, "chance_dropped": chance * columns["assignments"]}
+    return pa.table({**every, **_shares(every)})
+
+
+def slot_costs(trace: Trace, sites: Mapping[int, SlotUse], shape: ExpertShape | None = None, devices: int = 1) -> pa.Table:
+    """AppliedCapacity.cost of sites whose slots alone are known."""
+    shape = expert_shape(trace.model) if shape is None else shape
+    costs = {i: asdict(slot_cost(int(use.capacity.sum()), int(use.kept_load.sum()), shape, devices)) for i, use in sites.items()}
+    return pa.concat_tables([_of_site(trace.layers[i], pa.Table.from_pylist([cost])) for i, cost in costs.items()])
 
 
 def expert_shape(model: ModelCard) -> ExpertShape:
@@ -219,52 +256,96 @@ def expert_shape(model: ModelCard) -> ExpertShape:
     return ExpertShape(model.hidden_size, parameters // idle, _BYTES[model.dtype])
 
 
-def _ranked(trace: Trace, policy: str, scope: str, size: int | None, shuffles: Sequence[int | None], seed: int,
-            layers: Sequence[int] | None) -> Iterator[tuple[int, int | None, Queues]]:  # fmt: skip
-    """(site, shuffle, ranked), site by site; each site is read once."""
+def _sites(trace: Trace, policy: str, scope: str, size: int | None, shuffles: Sequence[int | None], seed: int,
+           layers: Sequence[int] | None, tell: Callable[[int, int], None] | None = None) -> Iterator[tuple[int, int | None, _Site, dict[str, Any]]]:  # fmt: skip
+    """(site, shuffle, the first arguments of ``rank_site``, others of it), site by site; each site is read once."""
     chosen, batches = range(len(trace.layers)) if layers is None else layers, dict[tuple[str, int | None], Batches]()
     if not len(chosen):
         raise CapacityError("no layer is chosen: give at least one site number")
     with ThreadPoolExecutor(1) as pool:  # the next site is read while this one is ranked
-        routing = trace.routing(chosen[0])
+        routing = trace.routing(chosen[0]) if tell is None else _told(trace, chosen[0], tell)
         for i, following in zip(chosen, [*chosen[1:], None], strict=True):
             ahead = None if following is None else pool.submit(trace.routing, following)
             layer = trace.layers[i]
             known = routing.chosen is routing.experts or bool((routing.chosen == routing.experts).all())
-            preference = trace.scores(i).probabilities if policy == "reroute" else None
             for mixed in shuffles:
                 if (same := (layer.stream, mixed)) not in batches:
                     batches[same] = batches_of(trace, layer.stream, scope, size, mixed)
-                yield i, mixed, rank_site(routing.chosen, routing.weights, layer.n_experts, batches[same], policy, n_special=layer.n_special,
-                                          seed=[seed, i], preference=preference, weights_known=known)  # fmt: skip
+                site = routing.chosen, routing.weights, layer.n_experts, batches[same], policy
+                yield i, mixed, site, {"n_special": layer.n_special, "seed": [seed, i], "weights_known": known}
             routing = routing if ahead is None else ahead.result()
 
 
+def _told(trace: Trace, site: int, tell: Callable[[int, int], None]) -> SiteRouting:
+    """Trace.routing, read in pieces that are told of; at once where executed and chosen may differ, or there is one piece."""
+    n = trace.n_tokens(trace.layers[site].stream)
+    if n <= PIECE or any(x.native_capacity is not None for x in trace.layers):
+        return trace.routing(site)
+    first = trace.routing(site, 0, PIECE)
+    experts, weights = np.empty((n, first.experts.shape[1]), first.experts.dtype), None
+    if first.weights is not None:
+        weights = np.empty(experts.shape, np.float32)
+    for start in range(0, n, PIECE):
+        piece, stop = trace.routing(site, start, min(start + PIECE, n)) if start else first, min(start + PIECE, n)
+        experts[start:stop] = piece.experts
+        if weights is not None:
+            weights[start:stop] = gate_weights(piece, f"run {trace.name!r}")
+        tell(stop, n)
+    return SiteRouting(experts, weights, experts)
+
+
+def check_policy(trace: Trace, site: int, policy: str) -> None:
+    """Raise MissingScores, as ranking the site would, where the run did not record what the policy orders by; reads one token.
+
+    Of a model with native capacity it does not tell: which gate weights are missing there only all decisions say.
+    """
+    layer, token = trace.layers[site], trace.routing(site, 0, min(1, trace.n_tokens(trace.layers[site].stream)))
+    scores = trace.scores(site, 0, len(token.experts)).probabilities if policy == "reroute" else None
+    rank_site(
+        token.chosen,
+        token.weights,
+        layer.n_experts,
+        make_batches([len(token.experts)]),
+        policy,
+        n_special=layer.n_special,
+        preference=scores,
+    )
+
+
+def _preference(trace: Trace, site: int, policy: str) -> np.ndarray | None:
+    return trace.scores(site).probabilities if policy == "reroute" else None
+
+
+def _curves(trace: Trace, factors: Sequence[float] | np.ndarray, policy: str, scope: str, size: int | None, shuffles: Sequence[int | None],
+            rule: CapacityRule, seed: int, layers: Sequence[int] | None) -> Iterator[tuple[int, int | None, pa.Table]]:  # fmt: skip
+    sites = _sites(trace, policy, scope, size, shuffles, seed, layers)
+    return _curve_tables(trace, ((i, m, site[3], site_curve(*site, factors, rule, **more)) for i, m, site, more in sites), rule)
+
+
 def _curve_tables(
-    trace: Trace, ranked: Iterable[tuple[int, int | None, Queues]], factors: Sequence[float] | np.ndarray, rule: CapacityRule
+    trace: Trace, curves: Iterable[tuple[int, int | None, Batches, Curve]], rule: CapacityRule
 ) -> Iterator[tuple[int, int | None, pa.Table]]:
     chances: dict[tuple[str, int, int, int, int | None], np.ndarray] = {}
-    for i, mixed, queues in ranked:
+    for i, mixed, batches, curve in curves:
         layer = trace.layers[i]
         same = (layer.stream, layer.n_experts, layer.top_k, layer.n_special, mixed)
         if same not in chances:
-            chances[same] = chance_curve(queues.batches.sizes, *same[1:3], factors, rule, layer.n_special)
-        table = queues.totals(factors, rule)
-        table = table.append_column("chance_dropped", pa.array(chances[same] * table["assignments"].to_numpy()))
-        yield i, mixed, _of_site(layer, with_shares(table))
+            chances[same] = chance_curve(batches.sizes, *same[1:3], curve.factors, rule, layer.n_special)
+        yield i, mixed, curve_table(layer, curve.columns(), chances[same])
 
 
-def _rule(preset: str | CapacityRule) -> CapacityRule:
+def rule_of(preset: str | CapacityRule) -> CapacityRule:
+    """The rule itself, or that of a preset."""
     return preset if isinstance(preset, CapacityRule) else capacity_rule(preset)
 
 
 def _of_site(layer: LayerInfo, table: pa.Table) -> pa.Table:
-    n = len(table)
-    named = (("stack", pa.array([layer.stack] * n, pa.string())), ("layer", pa.array(np.full(n, layer.layer, np.int32))),
-             ("site", pa.array(np.full(n, layer.index, np.int16))))  # fmt: skip
-    for name, values in named:
-        table = table.add_column(0, name, values)
-    return table
+    return pa.table({**_place(layer, len(table)), **dict(zip(table.column_names, table.columns, strict=True))})
+
+
+def _place(layer: LayerInfo, n: int) -> dict[str, np.ndarray | pa.Array]:
+    """The columns that say of which site n rows are."""
+    return {"site": np.full(n, layer.index, np.int16), "layer": np.full(n, layer.layer, np.int32), "stack": pa.repeat(layer.stack, n)}
 
 
 def _summed(table: pa.Table, keys: list[str]) -> pa.Table:
@@ -272,42 +353,3 @@ def _summed(table: pa.Table, keys: list[str]) -> pa.Table:
     out = table.group_by(keys, use_threads=False).aggregate([(c, "sum") for c in columns])
     out = out.rename_columns([c.removesuffix("_sum") for c in out.column_names])
     return out.sort_by([(k, "ascending") for k in keys]) if keys else out  # Arrow's groups come in the order of its hash table
-
-
-def _ranges(trace: Trace, stream: str) -> list[tuple[int, int]]:
-    """(first row, row after the last) of each document; they must follow one another from row 0."""
-    ranges = [(start, stop) for _, start, stop, _ in by_document(trace.documents, stream)]
-    if [start for start, _ in ranges] != [0, *(stop for _, stop in ranges)][: len(ranges)]:
-        raise CapacityError(f"the documents of stream {stream!r} do not follow one another: batches cannot be told")
-    return ranges
-
-
-def _documents(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    lengths = [stop - start for start, stop in _ranges(trace, stream)]
-    numbers = [document for document, *_ in by_document(trace.documents, stream)]
-    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), pa.array(numbers, pa.int32())
-
-
-def _labels(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    lengths = [stop - start for start, stop in _ranges(trace, stream)]
-    of_document = [label for *_, label in by_document(trace.documents, stream)]
-    labels = sorted({x for x in of_document if x is not None}) + [None] * (None in of_document)
-    code = {label: i for i, label in enumerate(labels)}
-    return np.repeat(np.array([code[x] for x in of_document], np.int32), lengths), pa.array(labels, pa.string())
-
-
-def _positions(trace: Trace, stream: str, width: int | None) -> tuple[np.ndarray, pa.Array]:
-    """Bins by first position; doubling bins start at 0, 1, 3, 7, ... as in stats.py."""
-    lengths = np.array([stop - start for start, stop in _ranges(trace, stream)], np.int64)
-    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    code = np.frexp(position + 1.0)[1] - 1 if width is None else position // width
-    bins = np.arange(code.max(initial=-1) + 1)
-    return code.astype(np.int32), pa.array(2**bins - 1 if width is None else bins * width, pa.int64())
-
-
-def _token_ids(trace: Trace, stream: str) -> tuple[np.ndarray, pa.Array]:
-    ids = trace.stream_tokens(stream, columns=["token_id"])["token_id"].to_numpy()
-    there = np.flatnonzero(np.bincount(ids))  # ids are 0 and above
-    code = np.empty(ids.max(initial=-1) + 1, np.int32)
-    code[there] = np.arange(len(there))
-    return code[ids], pa.array(there.astype(ids.dtype))

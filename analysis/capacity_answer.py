@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .capacity import ADDITIVE, batches_of, pool_curves, with_shares
-from .slots import Batches, least_factor
+from .capacity import ADDITIVE, pool_curves, with_shares
+from .capacity_keys import document_lengths
+from .slots import batch_sizes, least_factor
 from .trace import Trace
 
 SHUFFLES, FEWER = 20, 5
@@ -24,10 +25,15 @@ KEYS = ("site", "layer", "stack", "factor")
 
 def shuffles_for(trace: Trace, scope: str, size: int | None) -> tuple[int, ...]:
     """The seeds to average over: SHUFFLES; in a run of more than CHEAP assignments FEWER where batches are few, else one."""
-    if sum(trace.n_tokens(x.stream) * x.top_k for x in trace.layers) <= CHEAP:
+    if not is_long(trace):
         return tuple(range(SHUFFLES))
-    least = min(len(batches_of(trace, stream, scope, size).sizes) for stream in {x.stream for x in trace.layers})
+    least = min(len(batch_sizes(document_lengths(trace, stream), scope, size)) for stream in {x.stream for x in trace.layers})
     return tuple(range(FEWER if least < FEW else 1))
+
+
+def is_long(trace: Trace) -> bool:
+    """Whether the run has more than CHEAP assignments: then not all is asked of all layers."""
+    return sum(trace.n_tokens(x.stream) * x.top_k for x in trace.layers) > CHEAP
 
 
 def mean_curves(curves: pa.Table) -> pa.Table:
@@ -99,15 +105,15 @@ def needs_in_words(curves: pa.Table, titles: Mapping[int, str], target: float = 
     return f"{said}; at every layer: CF {needs[worst]:g} ({titles[worst]} needs most){_idle(pooled, needs[worst])}"
 
 
-def batches_in_words(batches: Batches, documents: int, scope: str, size: int | None) -> str:
-    """How many batches there are, and of what: "5 batches of 16 documents, the last of 11"."""
-    n = len(batches.sizes)
+def batches_in_words(sizes: np.ndarray, documents: int, scope: str, size: int | None) -> str:
+    """How many batches there are (``sizes`` [batches] tokens), and of what: "5 batches of 16 documents, the last of 11"."""
+    n = len(sizes)
     if n < 2:
-        what = {"documents": f"all {documents:,} documents", "tokens": f"all {len(batches.order):,} tokens"}.get(scope, "the whole run")
+        what = {"documents": f"all {documents:,} documents", "tokens": f"all {sizes.sum():,} tokens"}.get(scope, "the whole run")
         return f"{n} batch, {what if documents != 1 else 'one document'}"
     if size is None:
         return f"{n:,} batches of one document"
-    last = documents - (n - 1) * size if scope == "documents" else int(batches.sizes[-1])
+    last = documents - (n - 1) * size if scope == "documents" else int(sizes[-1])
     return f"{n:,} batches of {size:,} {scope if size > 1 else scope[:-1]}" + (f", the last of {last:,}" if last != size else "")
 
 

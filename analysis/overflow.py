@@ -26,7 +26,7 @@ class Curve:
     """One site over capacity factors, float64 [factors]; arrays int64 [factors] unless said otherwise.
 
     ``assignments``, ``tokens`` and ``gate_mass`` are the totals; ``lost`` is float64, the gate weight of dropped
-    assignments; ``slots`` over all experts and batches.
+    assignments; ``slots`` over all experts and batches; fully, partly and top1 count tokens, as in Overflow.by.
     """
 
     factors: np.ndarray
@@ -35,48 +35,36 @@ class Curve:
     gate_mass: float
     dropped: np.ndarray
     fully_dropped: np.ndarray
+    partly_dropped: np.ndarray
+    top1_dropped: np.ndarray
     lost: np.ndarray
     slots: np.ndarray
 
     def table(self) -> pa.Table:
-        """One row per factor: factor, tokens, assignments, dropped, kept, fully_dropped, slots, idle, gate_mass, gate_mass_lost."""
+        """``columns`` as a table, one row per factor."""
+        return pa.table(self.columns())
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """[factors]: factor, the columns of Overflow.by, then kept, slots, idle."""
         n, kept = len(self.factors), self.assignments - self.dropped
-        return pa.table(
-            {"factor": self.factors, "tokens": np.full(n, self.tokens), "assignments": np.full(n, self.assignments),
-             "dropped": self.dropped, "kept": kept, "fully_dropped": self.fully_dropped, "slots": self.slots,
-             "idle": self.slots - kept, "gate_mass": np.full(n, self.gate_mass), "gate_mass_lost": self.lost}
-        )  # fmt: skip
+        return {
+            "factor": self.factors, "tokens": np.full(n, self.tokens), "assignments": np.full(n, self.assignments),
+            "dropped": self.dropped, "fully_dropped": self.fully_dropped, "partly_dropped": self.partly_dropped,
+            "top1_dropped": self.top1_dropped, "gate_mass": np.full(n, self.gate_mass), "gate_mass_lost": self.lost,
+            "kept": kept, "slots": self.slots, "idle": self.slots - kept,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Overflow:
-    """One site at one setting.
+class SlotUse:
+    """One site at one setting, by the loads of its experts alone.
 
-    experts   int [tokens, k]; chosen experts that need a slot, -1 = none.
-    weights   float32 [tokens, k]; gate weights. Where ``weights_known`` is False some were not recorded, and mass is NaN.
-    kept      bool [tokens, k]; True where the assignment is executed, by whichever expert.
     capacity  int64 [batches, E]; slots per expert (alike over E except under "dropless").
     loads     int64 [batches, E]; assignments chosen per expert.
-    moved     int [tokens, k] or None; under "reroute" the expert that executes each assignment, -1 = none.
     """
 
-    experts: np.ndarray
-    weights: np.ndarray
-    kept: np.ndarray
     capacity: np.ndarray
     loads: np.ndarray
-    moved: np.ndarray | None = None
-    weights_known: bool = True
-
-    @property
-    def dropped(self) -> np.ndarray:
-        """bool [tokens, k]: chosen, but executed by no expert."""
-        return (self.experts != NO_EXPERT) & ~self.kept
-
-    @property
-    def rerouted(self) -> int:
-        """Assignments executed by another expert than the one chosen."""
-        return 0 if self.moved is None else int(((self.moved != self.experts) & (self.moved != NO_EXPERT)).sum())
 
     @property
     def capacity_range(self) -> tuple[int, int]:
@@ -96,9 +84,44 @@ class Overflow:
     @property
     def dropped_load(self) -> np.ndarray:
         """int64 [E]: assignments that chose each expert and are executed by none."""
-        if self.moved is None:
-            return self.loads.sum(0) - self.kept_load
-        return np.bincount(self.experts[self.dropped], minlength=self.loads.shape[1])
+        return self.loads.sum(0) - self.kept_load
+
+    @cached_property
+    def kept_load(self) -> np.ndarray:
+        """int64 [E]: assignments each expert executes."""
+        return np.asarray(np.minimum(self.loads, self.capacity).sum(0))
+
+
+@dataclass(frozen=True)
+class Overflow(SlotUse):
+    """One site at one setting, assignment by assignment.
+
+    experts   int [tokens, k]; chosen experts that need a slot, -1 = none.
+    weights   float32 [tokens, k]; gate weights. Where ``weights_known`` is False some were not recorded, and mass is NaN.
+    kept      bool [tokens, k]; True where the assignment is executed, by whichever expert.
+    moved     int [tokens, k] or None; under "reroute" the expert that executes each assignment, -1 = none.
+    """
+
+    experts: np.ndarray
+    weights: np.ndarray
+    kept: np.ndarray
+    moved: np.ndarray | None = None
+    weights_known: bool = True
+
+    @property
+    def dropped(self) -> np.ndarray:
+        """bool [tokens, k]: chosen, but executed by no expert."""
+        return (self.experts != NO_EXPERT) & ~self.kept
+
+    @property
+    def rerouted(self) -> int:
+        """Assignments executed by another expert than the one chosen."""
+        return 0 if self.moved is None else int(((self.moved != self.experts) & (self.moved != NO_EXPERT)).sum())
+
+    @property
+    def dropped_load(self) -> np.ndarray:
+        """int64 [E]: assignments that chose each expert and are executed by none."""
+        return super().dropped_load if self.moved is None else np.bincount(self.experts[self.dropped], minlength=self.loads.shape[1])
 
     @cached_property
     def kept_load(self) -> np.ndarray:
@@ -139,6 +162,31 @@ class Overflow:
         return {"gate_mass": known[:, 0], "gate_mass_lost": known[:, 1]}
 
 
+@dataclass(frozen=True)
+class SiteLoads:
+    """One site's batches by their loads alone: loads int64 [batches, E], sizes int64 [batches] tokens, k choices per token.
+
+    All of it is exact for every policy but "reroute" and "dropless".
+    """
+
+    loads: np.ndarray
+    sizes: np.ndarray
+    top_k: int
+
+    def at(self, factor: float, rule: CapacityRule = PRESETS["megatron"]) -> SlotUse:
+        """The answer at one factor."""
+        each = capacities(self.sizes, self.loads.shape[1], self.top_k, np.array([factor]), rule, self.loads.max(1, initial=0))
+        return SlotUse(np.broadcast_to(each, self.loads.shape), self.loads)
+
+    def curve(self, factors: Sequence[float] | np.ndarray = FACTORS, rule: CapacityRule = PRESETS["megatron"]) -> dict[str, np.ndarray]:
+        """[factors]: factor, tokens, assignments, dropped, kept, slots, idle."""
+        dropped, slots = curve_of_loads(self.loads, self.sizes, self.top_k, factors, rule)
+        n, assignments = len(slots), int(self.loads.sum())
+        kept = assignments - dropped
+        return {"factor": np.asarray(factors, np.float64), "tokens": np.full(n, int(self.sizes.sum())), "assignments": np.full(n, assignments),
+                "dropped": dropped, "kept": kept, "slots": slots, "idle": slots - kept}  # fmt: skip
+
+
 def curve_of_loads(loads: np.ndarray, sizes: np.ndarray, top_k: int, factors: Sequence[float] | np.ndarray = FACTORS,
                    rule: CapacityRule = PRESETS["megatron"]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(dropped, slots) int64 [factors] from loads alone, int [batches, E] for batches of ``sizes`` [batches] tokens.
@@ -149,9 +197,10 @@ def curve_of_loads(loads: np.ndarray, sizes: np.ndarray, top_k: int, factors: Se
     loads, sizes = np.asarray(loads), np.asarray(sizes)
     if loads.ndim != 2 or len(loads) != len(sizes):
         raise CapacityError(f"loads {loads.shape} must be [batches, E] for {len(sizes)} batches")
+    from .queues import excess  # pays for numba
+
     slots = capacities(sizes, loads.shape[1], top_k, np.asarray(factors, np.float64), rule, loads.max(1, initial=0))
-    dropped = [np.maximum(loads - slots[:, [f]], 0).sum() for f in range(slots.shape[1])]
-    return np.array(dropped, np.int64), loads.shape[1] * slots.sum(0)
+    return np.asarray(excess(np.ascontiguousarray(loads, np.int64), slots)), loads.shape[1] * slots.sum(0)
 
 
 def chance_curve(sizes: np.ndarray, n_experts: int, top_k: int, factors: Sequence[float] | np.ndarray = FACTORS,

@@ -26,7 +26,7 @@ from types import MappingProxyType
 import numpy as np
 import pyarrow as pa
 
-from .overflow import COUNTED, FACTORS, Curve, Overflow, checked_keys
+from .overflow import COUNTED, FACTORS, Curve, Overflow, checked_keys, curve_of_loads
 from .slots import PRESETS, Batches, CapacityError, CapacityRule, batch_loads, capacities, make_batches
 from .trace import NO_EXPERT
 
@@ -99,25 +99,13 @@ class Queues:
         return pa.table({"key": np.repeat(np.arange(n_keys), len(factors)), "factor": np.tile(factors, n_keys), **columns,
                          "gate_mass": sums[:, :, 0].ravel(), "gate_mass_lost": sums[:, :, 1].ravel()})  # fmt: skip
 
-    def totals(self, factors: Sequence[float] | np.ndarray = FACTORS, rule: CapacityRule = PRESETS["megatron"]) -> pa.Table:
-        """Overflow.total at every factor in one pass: one row per factor, with kept, slots and idle."""
-        factors = np.asarray(factors, np.float64)
-        table = self.curve_by(np.zeros(len(self.experts), np.int32), 1, factors, rule).drop_columns("key")
-        most = self.loads.max(1, initial=0) if rule.zero == "max load" else None
-        each = capacities(self.batches.sizes, self.loads.shape[1], self.experts.shape[1], factors, rule, most)
-        slots = self.loads.shape[1] * each.sum(0)
-        kept = table["assignments"].to_numpy() - table["dropped"].to_numpy()
-        for name, values in (("kept", kept), ("slots", slots), ("idle", slots - kept)):
-            table = table.append_column(name, pa.array(values))
-        return table
-
     def _slots(self, factor: float, rule: CapacityRule) -> np.ndarray:
         sizes, k = self.batches.sizes, self.experts.shape[1]
         return capacities(sizes, self.loads.shape[1], k, np.array([factor]), rule, self.loads.max(1, initial=0))[:, 0]
 
     def _answer(self, kept: np.ndarray, capacity: np.ndarray, moved: np.ndarray | None = None) -> Overflow:
         kept = kept if self.special is None else kept | self.special
-        return Overflow(self.experts, self.weights, kept, capacity, self.loads, moved, self.weights_known)
+        return Overflow(capacity, self.loads, self.experts, self.weights, kept, moved, self.weights_known)
 
     def _rerouted(self, each: np.ndarray, capacity: np.ndarray) -> Overflow:
         from . import outcomes
@@ -142,29 +130,46 @@ def rank_site(experts: np.ndarray, weights: np.ndarray | None, n_experts: int, b
     """
     from . import queues
 
-    if weights is None and policy in ("probability", "batch_priority"):
-        raise MissingScores(f"policy {policy!r} orders by gate weights, which this run did not store")
-    if not weights_known and (policy in ("probability", "batch_priority") or (policy == "choice" and experts.shape[1] > 1)):
-        raise MissingScores(f"policy {policy!r} orders by gate weights, and those of natively dropped assignments were not recorded")
-    if weights is None:  # any that fall will do: their order is known, and no sum of them is answered
-        weights, weights_known = np.broadcast_to(np.arange(experts.shape[-1], 0, -1), experts.shape), False
-    experts, weights = _checked(experts, weights, batches, policy)
+    experts, weights, special, priority, known = _served_by(experts, weights, n_experts, batches, policy, n_special, seed, weights_known)
     if weights.size and not (np.isfinite(weights.min()) and np.isfinite(weights.max())):  # NaN passes through min
         raise CapacityError(BAD_WEIGHT)
-    if experts.size and experts.max() >= n_experts + n_special:
-        raise CapacityError(f"expert id {experts.max()} is outside {NO_EXPERT}..{n_experts + n_special - 1}")
-    slotless = experts >= n_experts
-    special = slotless if slotless.any() else None
-    experts = experts if special is None else np.where(slotless, experts.dtype.type(NO_EXPERT), experts)
     if policy == "reroute":
         if preference is None or preference.ndim != 2 or len(preference) != len(experts) or preference.shape[1] < n_experts:
             raise MissingScores("reroute needs the router's probabilities of all experts: capture the run with them")
         preference = np.ascontiguousarray(preference[:, :n_experts], np.float32)
-    priority = _random_priority(weights.shape, seed) if policy == "random" else weights
     ranks, loads, bad = queues.rank_all(experts, priority.view(np.uint32), batches.order, batches.starts, n_experts, _KERNEL[policy])
     if bad:
-        raise CapacityError(f"an expert id is below {NO_EXPERT}")
-    return Queues(experts, weights, ranks, loads, batches, policy, priority, special, preference, weights_known)
+        raise _bad_id(experts, n_experts)
+    return Queues(experts, weights, ranks, loads, batches, policy, priority, special, preference, known)
+
+
+def site_curve(experts: np.ndarray, weights: np.ndarray | None, n_experts: int, batches: Batches, policy: str = "position",
+               factors: Sequence[float] | np.ndarray = FACTORS, rule: CapacityRule = PRESETS["megatron"], *, n_special: int = 0,
+               seed: int | Sequence[int] = 0, weights_known: bool = True) -> Curve:  # fmt: skip
+    """``rank_site(...).curve(factors, rule)`` without ranks in memory: other arguments, and errors, as there."""
+    _check_thresholds(policy)
+    experts, weights, _, priority, known = _served_by(experts, weights, n_experts, batches, policy, n_special, seed, weights_known)
+    return drop_curve(experts, weights, n_experts, batches, factors, policy, rule, priority=priority, weights_known=known)
+
+
+def _served_by(experts: np.ndarray, weights: np.ndarray | None, n_experts: int, batches: Batches, policy: str, n_special: int,
+               seed: int | Sequence[int], known: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray, bool]:  # fmt: skip
+    """(experts that need a slot, weights, special or None, priority, whether the weights are known), checked, as in Queues."""
+    if weights is None and policy in ("probability", "batch_priority"):
+        raise MissingScores(f"policy {policy!r} orders by gate weights, which this run did not store")
+    if not known and (policy in ("probability", "batch_priority") or (policy == "choice" and experts.shape[1] > 1)):
+        raise MissingScores(f"policy {policy!r} orders by gate weights, and those of natively dropped assignments were not recorded")
+    if weights is None:  # any that fall will do: their order is known, and no sum of them is answered
+        weights, known = np.broadcast_to(np.arange(experts.shape[-1], 0, -1), experts.shape), False
+    experts, weights = _checked(experts, weights, batches, policy)
+    special = None
+    if n_special:
+        if experts.size and experts.max() >= n_experts + n_special:
+            raise _bad_id(experts, n_experts + n_special)
+        special = experts >= n_experts
+        experts = np.where(special, experts.dtype.type(NO_EXPERT), experts)
+        special = special if special.any() else None
+    return experts, weights, special, _random_priority(weights.shape, seed) if policy == "random" else weights, known
 
 
 def drop_curve(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches: Batches, factors: Sequence[float] | np.ndarray = FACTORS,
@@ -185,15 +190,16 @@ def drop_curve(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches
         most = (batch_loads(experts, n_experts, batches) if loads is None else loads).max(1, initial=0)
     slots, places, row_of, count = _thresholds(batches, n_experts, k, factors, rule, most)
     bits = (weights if priority is None or policy != "random" else priority).view(np.uint32)
-    dropped, fully, lost, totals, bad = queues.curve(
+    (dropped, fully, some, first), lost, totals, bad = queues.curve(
         experts, weights, bits, batches.order, batches.starts, n_experts, _KERNEL[policy], np.take_along_axis(slots, places, 1), places,
         row_of)  # fmt: skip
     if bad:
-        raise CapacityError(f"an expert id is outside {NO_EXPERT}..{n_experts - 1}")
+        raise _bad_id(experts, n_experts)
     if not np.isfinite(totals[1]):  # a sum of finite float32 is finite
         raise CapacityError(BAD_WEIGHT)
     mass, lost = (totals[1], lost) if weights_known else (float("nan"), np.full_like(lost, np.nan))
-    return Curve(factors, int(totals[0]), len(experts), float(mass), dropped, fully, lost, n_experts * (count[:, None] * slots).sum(0))
+    return Curve(factors, int(totals[0]), len(experts), float(mass), dropped, fully, some - fully, first, lost,
+                 n_experts * (count[:, None] * slots).sum(0))  # fmt: skip
 
 
 def warm_up() -> None:
@@ -204,6 +210,7 @@ def warm_up() -> None:
     over = ranked.at(1.0)
     over.by_expert(), over.total()
     drop_curve(experts, ranked.weights, 2, batches)
+    curve_of_loads(ranked.loads, batches.sizes, 1)
 
 
 def _checked(experts: np.ndarray, weights: np.ndarray, batches: Batches, policy: str) -> tuple[np.ndarray, np.ndarray]:
@@ -217,6 +224,11 @@ def _checked(experts: np.ndarray, weights: np.ndarray, batches: Batches, policy:
         raise CapacityError(f"expert id {experts.max()} is out of range")
     narrow = np.int16 if experts.dtype in (np.int8, np.uint8, np.int16) else np.int32
     return np.ascontiguousarray(experts, narrow), np.ascontiguousarray(weights, np.float32)
+
+
+def _bad_id(experts: np.ndarray, classes: int) -> CapacityError:
+    worst = experts.max() if experts.max() >= classes else experts.min()
+    return CapacityError(f"expert id {worst} is outside {NO_EXPERT}..{classes - 1}")
 
 
 def _check_thresholds(policy: str) -> None:

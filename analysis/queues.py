@@ -293,103 +293,133 @@ def loads_of(experts, order, starts, n_experts):
 
 
 @compiled
-def by_rank(weights, rows, ranks, tokens, mass):
-    """Add a batch to tokens[r], tokens whose best rank is r, and mass[r], gate weight served at rank r."""
+def excess(loads, slots):
+    """int64 [factors]: sum over batches and experts of what loads int64 [batches, E] have above slots int64 [batches, factors]."""
+    out = np.zeros(slots.shape[1], np.int64)
+    for b in range(loads.shape[0]):
+        mine = loads[b]
+        most = mine.max() if len(mine) else 0
+        for f in range(slots.shape[1]):
+            limit, over = slots[b, f], 0
+            if limit < most:
+                for e in range(len(mine)):
+                    over += max(mine[e] - limit, 0)
+                out[f] += over
+    return out
+
+
+@compiled
+def by_rank(weights, rows, ranks, stood, mass):
+    """Add a batch to ``stood`` int64 [3, ranks], tokens by their best rank, worst rank and that of their first choice, and to mass[r], gate
+    weight served at rank r. The first choice has the largest weight; ties go to the lower slot."""
     for i in range(len(rows)):
-        best = NOBODY
+        best, worst, first, most = NOBODY, np.int32(-1), np.int32(0), np.float32(-np.inf)
         for s in range(weights.shape[1]):
-            r = ranks[i, s]
+            r, w = ranks[i, s], weights[rows[i], s]
             if r >= 0:
-                mass[r] += weights[rows[i], s]
-                best = min(best, r)
-        if best != NOBODY:
-            tokens[best] += 1
+                mass[r] += w
+                best, worst = min(best, r), max(worst, r)
+                if w > most:
+                    most, first = w, r
+        if worst >= 0:
+            stood[0, best] += 1
+            stood[1, worst] += 1
+            stood[2, first] += 1
 
 
 @compiled
-def stand(e, weight, best, counts, mass):
-    """One assignment joins expert e's queue, where no expert (-1 as uint64) joins none: (best rank so far, bad id)."""
-    if e < np.uint64(len(counts)):
-        r = np.uint32(counts[e])
-        counts[e] = r + np.uint32(1)
-        mass[r] += weight
-        return min(best, r), False
-    return best, np.int64(e) != -1
-
-
-@compiled
-def rows_by_rank(experts, weights, start, stop, counts, tokens, mass):
+def rows_by_rank(experts, weights, start, stop, counts, stood, mass):
     """serve_position and by_rank of rows start..stop-1 in one pass that stores no rank. True for a bad id.
 
     Two assignments at a time, both known to have an expert, are 1.15 times as fast as one. Unsigned indices need no test of the sign.
     """
-    n_experts, k, one = np.uint64(len(counts)), np.uint64(experts.shape[1]), np.uint64(1)
+    n_experts, k, one, none = np.uint64(len(counts)), np.uint64(experts.shape[1]), np.uint64(1), np.uint32(NOBODY)
     for i in range(np.uint64(start), np.uint64(stop)):
-        best, s, bad = np.uint32(NOBODY), np.uint64(0), False
-        while s + one < k:
-            e, f = np.uint64(np.int64(experts[i, s])), np.uint64(np.int64(experts[i, s + one]))
+        best, worst, first, most, s = none, np.uint32(0), np.uint32(0), np.float32(-np.inf), np.uint64(0)
+        while s < k:
+            e = np.uint64(np.int64(experts[i, s]))  # -1 becomes the largest number
+            f = np.uint64(np.int64(experts[i, s + one])) if s + one < k else ~np.uint64(0)
             if e < n_experts and f < n_experts:
                 r = np.uint32(counts[e])
                 counts[e] = r + np.uint32(1)
                 q = np.uint32(counts[f])
                 counts[f] = q + np.uint32(1)
-                mass[r] += weights[i, s]
-                mass[q] += weights[i, s + one]
-                best = min(best, min(r, q))
+                w, v = weights[i, s], weights[i, s + one]
+                mass[r] += w
+                mass[q] += v
+                best, worst = min(best, min(r, q)), max(worst, max(r, q))
+                first, most = (r, w) if w > most else (first, most)
+                first, most = (q, v) if v > most else (first, most)
             else:
-                best, bad = stand(e, weights[i, s], best, counts, mass)
-                best, worse = stand(f, weights[i, s + one], best, counts, mass)
-                if bad or worse:
-                    return True
+                for j in range(2):
+                    g = f if j else e
+                    if g < n_experts:
+                        r, w = np.uint32(counts[g]), weights[i, s + np.uint64(j)]
+                        counts[g] = r + np.uint32(1)
+                        mass[r] += w
+                        best, worst = min(best, r), max(worst, r)
+                        first, most = (r, w) if w > most else (first, most)
+                    elif np.int64(g) != -1:
+                        return True
             s += np.uint64(2)
-        if s < k:
-            best, bad = stand(np.uint64(np.int64(experts[i, s])), weights[i, s], best, counts, mass)
-            if bad:
-                return True
-        if best != np.uint32(NOBODY):
-            tokens[best] += 1
+        if best != none:
+            stood[0, best] += 1
+            stood[1, worst] += 1
+            stood[2, first] += 1
     return False
 
 
 @compiled
-def position_by_rank(experts, weights, order, start, stop, counts, tokens, mass):
+def position_by_rank(experts, weights, order, start, stop, counts, stood, mass):
     """rows_by_rank over order[start:stop], as many consecutive rows at a time as there are: documents are. True for a bad id."""
     while start < stop:
         end, ahead = start + 1, order[start] - start
         while end < stop and order[end] - end == ahead:
             end += 1
-        if rows_by_rank(experts, weights, start + ahead, end + ahead, counts, tokens, mass):
+        if rows_by_rank(experts, weights, start + ahead, end + ahead, counts, stood, mass):
             return True
         start = end
     return False
 
 
 @compiled
-def sorted_by_rank(experts, bits, rows, cuts, counts, best, ends, packed, scratch, tokens, mass):
+def sorted_by_rank(experts, bits, rows, cuts, counts, token, ends, packed, scratch, stood, mass):
     """serve_sorted and by_rank without ranks, and with no more order than the cuts need.
 
     Ascending ``cuts``: a rank is only told against them, so sums of tokens and mass over ranks from a cut on are exact.
-    best int32 [n] is scratch. True for a bad id.
+    token int32 [4, n] is scratch: each token's best and worst rank, slot of the first choice, and its rank. True for a bad id.
     """
-    low_bits, places = slot_bits(experts.shape[1]), np.empty(CELLS, np.uint32)
+    low_bits, places, n = slot_bits(experts.shape[1]), np.empty(CELLS, np.uint32), len(rows)
     if part_by_expert(experts, bits, rows, low_bits, counts, ends, packed):
         return True
-    best[: len(rows)] = NOBODY
+    best, worst, choice, first = token
+    for i in range(n):
+        best[i], worst[i], choice[i], least = NOBODY, -1, 0, ~np.uint64(0)
+        for s in range(experts.shape[1]):
+            key = key_of(bits[rows[i], s])
+            if experts[rows[i], s] >= 0 and key < least:
+                choice[i], least = s, key
     for e in range(len(counts)):
         sort_at_cuts(packed, ends[e] - counts[e], ends[e], scratch, places, cuts)
         for r in range(counts[e]):
-            i = (scratch[r] & np.uint64(0xFFFFFFFF)) >> low_bits
-            best[i] = min(best[i], np.int32(r))
+            at = scratch[r] & np.uint64(0xFFFFFFFF)
+            i = at >> low_bits
+            best[i], worst[i] = min(best[i], np.int32(r)), max(worst[i], np.int32(r))
+            if at & ((np.uint64(1) << low_bits) - np.uint64(1)) == np.uint64(choice[i]):
+                first[i] = r
             mass[r] += weight_of(scratch[r] >> np.uint64(32))
-    for i in range(len(rows)):
-        if best[i] != NOBODY:
-            tokens[best[i]] += 1
+    for i in range(n):
+        if worst[i] >= 0:
+            stood[0, best[i]] += 1
+            stood[1, worst[i]] += 1
+            stood[2, first[i]] += 1
     return False
 
 
 @compiled
-def above_each(slots, places, counts, alive, tokens, mass, dropped, fully, lost):
-    """Add to dropped, fully, lost [factors] what one batch has at ranks >= slots; clear the tallies.
+def above_each(slots, places, counts, alive, stood, mass, above, lost):
+    """Add to above int64 [4, factors] (assignments; tokens by best and worst rank and first choice) and lost [factors] what one batch has
+    at ranks >= slots; clear the tallies.
 
     slots [factors] ascend; places [factors] say which factor each belongs to. Returns (assignments, gate mass).
     """
@@ -398,54 +428,58 @@ def above_each(slots, places, counts, alive, tokens, mass, dropped, fully, lost)
         alive[counts[e]] += 1
         assignments += counts[e]
         top = max(top, counts[e])
-    r, waiting, n_dropped, n_fully, sum_lost = np.int64(top), 0, 0, 0, 0.0
+    r, waiting, over, best, worst, first, sum_lost = np.int64(top), 0, 0, 0, 0, 0, 0.0
     for f in range(len(slots) - 1, -1, -1):
         while r > slots[f]:
             waiting += alive[r]  # experts with a load above rank r - 1
             r -= 1
-            n_dropped += waiting
-            n_fully += tokens[r]
+            over += waiting
+            best += stood[0, r]
+            worst += stood[1, r]
+            first += stood[2, r]
             sum_lost += mass[r]
-        dropped[places[f]] += n_dropped
-        fully[places[f]] += n_fully
-        lost[places[f]] += sum_lost
+        at = places[f]
+        above[0, at] += over
+        above[1, at] += best
+        above[2, at] += worst
+        above[3, at] += first
+        lost[at] += sum_lost
     total = sum_lost
     for j in range(r - 1, -1, -1):
         total += mass[j]
     alive[: top + 1] = 0
-    tokens[:top] = 0
+    stood[:, :top] = 0
     mass[:top] = 0
     return assignments, total
 
 
 @compiled
 def curve(experts, weights, bits, order, starts, n_experts, policy, slots, places, row_of):
-    """(dropped, fully int64 [factors], lost float64 [factors], (assignments, gate mass), bad id).
+    """(above int64 [4, factors] and lost float64 [factors] as in above_each, (assignments, gate mass), bad id).
 
     slots int64 [rows, factors], ascending in each row, where places [rows, factors] say which factor each belongs to;
     row_of int32 [batches] names a batch's row.
     """
-    dropped, fully = np.zeros(slots.shape[1], np.int64), np.zeros(slots.shape[1], np.int64)
-    lost, counts = np.zeros(slots.shape[1]), np.zeros(n_experts, np.int32)
+    above, lost = np.zeros((4, slots.shape[1]), np.int64), np.zeros(slots.shape[1])
     ranks, work = workspace(starts, experts.shape[1], n_experts, policy)
     longest = ranks.size + 1  # of a queue, should every token name one expert in every slot
-    alive, tokens, mass = np.zeros(longest, np.int64), np.zeros(longest, np.int64), np.zeros(longest)
+    counts, token = np.zeros(n_experts, np.int32), np.empty((4, len(ranks) if policy == SORTED else 0), np.int32)
+    alive, stood, mass = np.zeros(longest, np.int64), np.zeros((3, longest), np.int64), np.zeros(longest)
     assignments, total = 0, 0.0
     for b in range(len(starts) - 1):
         rows = order[starts[b] : starts[b + 1]]
         counts[:] = 0
         if policy == POSITION:
-            bad = position_by_rank(experts, weights, order, starts[b], starts[b + 1], counts, tokens, mass)
+            bad = position_by_rank(experts, weights, order, starts[b], starts[b + 1], counts, stood, mass)
         elif policy == SORTED:
             _, ends, packed, scratch = work
-            cuts = slots[row_of[b]]
-            bad = sorted_by_rank(experts, bits, rows, cuts, counts, ranks.ravel(), ends, packed, scratch, tokens, mass)
+            bad = sorted_by_rank(experts, bits, rows, slots[row_of[b]], counts, token, ends, packed, scratch, stood, mass)
         else:
             bad = serve(experts, bits, rows, policy, counts, ranks, work)
             if not bad:
-                by_rank(weights, rows, ranks, tokens, mass)
+                by_rank(weights, rows, ranks, stood, mass)
         if bad:
-            return dropped, fully, lost, (assignments, total), True
-        n, sum_mass = above_each(slots[row_of[b]], places[row_of[b]], counts, alive, tokens, mass, dropped, fully, lost)
+            return above, lost, (assignments, total), True
+        n, sum_mass = above_each(slots[row_of[b]], places[row_of[b]], counts, alive, stood, mass, above, lost)
         assignments, total = assignments + n, total + sum_mass
-    return dropped, fully, lost, (assignments, total), False
+    return above, lost, (assignments, total), False

@@ -170,28 +170,53 @@ def make_batches(lengths: Sequence[int] | np.ndarray, scope: str = "document", s
              documents, the last batch shorter; "run" all at once.
     mixed    a seed that shuffles the documents first, as training does; None keeps the recorded order.
     """
+    starts, lengths = np.append(0, np.cumsum(batch_sizes(lengths, scope, size, mixed))), np.asarray(lengths, np.int64)
+    order = np.arange(starts[-1], dtype=np.int64)
+    if mixed is not None:
+        served = _served(len(lengths), mixed)
+        first, lengths = (np.cumsum(lengths) - lengths)[served], lengths[served]
+        order += np.repeat(first - (np.cumsum(lengths) - lengths), lengths)
+    return Batches(order, starts)
+
+
+def batch_sizes(lengths: Sequence[int] | np.ndarray, scope: str = "document", size: int | None = None,
+                mixed: int | None = None) -> np.ndarray:  # fmt: skip
+    """int64 [batches]: tokens of each batch of ``make_batches``, whose arguments these are; takes no time per token."""
+    lengths, step = _checked_batches(lengths, scope, size)
+    if scope == "tokens":
+        n = int(lengths.sum())
+        return np.diff(np.append(np.arange(0, n, step), n))
+    served, first = document_batches(lengths, scope, size, mixed)
+    return np.add.reduceat(lengths[served], first) if len(first) else np.zeros(0, np.int64)
+
+
+def document_batches(lengths: Sequence[int] | np.ndarray, scope: str = "document", size: int | None = None,
+                     mixed: int | None = None) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(int64 [documents], the documents as they are served; int64 [batches], which of these each batch starts with).
+
+    Arguments of ``make_batches``; raises CapacityError for "tokens", whose batches cut documents.
+    """
+    lengths, step = _checked_batches(lengths, scope, size)
+    if scope == "tokens":
+        raise CapacityError("batches of tokens are not made of whole documents")
+    served = _served(len(lengths), mixed)
+    first = np.arange(0, len(served), {"document": 1, "documents": step}.get(scope, max(len(served), 1)))
+    return served, first[np.add.reduceat(lengths[served], first) > 0] if len(first) else first
+
+
+def _checked_batches(lengths: Sequence[int] | np.ndarray, scope: str, size: int | None) -> tuple[np.ndarray, int]:
     if scope not in SCOPES:
         raise CapacityError(f"no scope {scope!r}: choose one of {', '.join(SCOPES)}")
-    step = size or 0
-    if scope in ("documents", "tokens") and step < 1:
+    if scope in ("documents", "tokens") and (size or 0) < 1:
         raise CapacityError(f"a batch of {size} {scope} has no meaning: give size, at least 1")
     lengths = np.asarray(lengths, np.int64)
     if (lengths < 0).any():
         raise CapacityError("a document cannot have a negative number of tokens")
-    ends = np.cumsum(lengths)
-    order = np.arange(int(lengths.sum()), dtype=np.int64)
-    if mixed is not None:
-        shuffled = np.random.default_rng(mixed).permutation(len(lengths))
-        lengths, first = lengths[shuffled], (ends - lengths)[shuffled]
-        order += np.repeat(first - (np.cumsum(lengths) - lengths), lengths)
-        ends = np.cumsum(lengths)
-    if scope == "document":
-        cuts = ends
-    elif scope == "documents":
-        cuts = ends[np.minimum(np.arange(step, len(ends) + step, step), len(ends)) - 1] if len(ends) else ends
-    else:
-        cuts = np.arange(0, len(order), step if scope == "tokens" else max(len(order), 1))
-    return Batches(order, np.unique(np.concatenate([[0], cuts, [len(order)]])))
+    return lengths, size or 0
+
+
+def _served(documents: int, mixed: int | None) -> np.ndarray:
+    return np.arange(documents) if mixed is None else np.random.default_rng(mixed).permutation(documents)
 
 
 def batch_loads(experts: np.ndarray, n_experts: int, batches: Batches) -> np.ndarray:

@@ -15,10 +15,10 @@ import pytest
 
 from analysis import apply_capacity, expert_capacity, open_run
 from analysis.balance import maxvio
-from analysis.capacity import capacity_curves, compare_policies, expert_shape, pool_curves, rank_trace, with_shares
+from analysis.capacity import capacity_curves, check_policy, compare_policies, expert_shape, pool_curves, rank_trace, with_shares
 from analysis.capture import capture
 from analysis.overflow import curve_of_loads
-from analysis.policies import drop_curve, rank_site
+from analysis.policies import MissingScores, drop_curve, rank_site
 from analysis.slots import CapacityError, ExpertShape, capacity_rule, make_batches
 from analysis.trace import SiteRouting, Trace, TraceError
 from tests import tiny
@@ -111,6 +111,42 @@ def test_policies_are_compared_and_what_cannot_be_answered_says_why() -> None:
     assert rows["probability"]["gate_mass_lost"] == min(rows[p]["gate_mass_lost"] for p in told if p != "dropless")
     with pytest.raises(CapacityError, match="no policy"):
         compare_policies(make_trace(PLAIN), policies=["luck"])
+
+
+@pytest.mark.parametrize("layers", TRACES.values(), ids=TRACES)
+def test_the_comparison_is_of_what_each_policy_alone_gives(layers: tuple) -> None:
+    trace, asked = make_trace(layers), {"scope": "documents", "size": 2, "mixed": 1, "seed": 3}
+    for row in compare_policies(trace, 0.75, **asked).to_pylist():
+        if row["unanswered"] is None:
+            alone = apply_capacity(trace, 0.75, row["policy"], **asked).summary()
+            assert {c: row[c] for c in alone} == pytest.approx(alone, rel=1e-12, nan_ok=True)
+
+
+def test_a_site_read_in_pieces_is_the_same_and_can_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, told = make_trace(PLAIN), []
+    whole = rank_trace(trace, "probability", "run", layers=[1]).queues[1]
+    monkeypatch.setattr("analysis.capacity.PIECE", 7)
+    pieces = rank_trace(trace, "probability", "run", layers=[1], tell=lambda done, total: told.append((done, total))).queues[1]
+    for name in ("experts", "weights", "ranks", "loads"):
+        assert np.array_equal(getattr(whole, name), getattr(pieces, name)), name
+    n = trace.n_tokens()
+    assert told == [(min(i, n), n) for i in range(7, n + 7, 7)]
+
+    def leave(done: int, total: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        rank_trace(trace, layers=[1], tell=leave)
+    native, alone = make_trace(TWO_STREAMS), rank_trace(make_trace(TWO_STREAMS), layers=[2]).queues[2]
+    assert np.array_equal(rank_trace(native, layers=[2], tell=leave).queues[2].ranks, alone.ranks)  # its chosen are apart: read at once
+
+
+def test_what_a_policy_lacks_is_told_by_one_token() -> None:
+    trace = make_trace(PLAIN)
+    for policy in ("position", "choice", "probability", "batch_priority", "random", "dropless"):
+        check_policy(trace, 0, policy)
+    with pytest.raises(MissingScores, match="capture the run with them"):
+        check_policy(trace, 0, "reroute")
 
 
 def test_layers_preset_rule_and_slots_can_be_chosen() -> None:

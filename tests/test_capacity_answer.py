@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pytest
 
 from analysis import open_run
-from analysis.capacity import batches_of, capacity_curves, pool_curves, rank_trace, shuffled_curves
+from analysis.capacity import capacity_curves, pool_curves, rank_trace, shuffled_curves
 from analysis.capacity_answer import (
     CHEAP,
     batches_in_words,
@@ -25,8 +25,9 @@ from analysis.capacity_answer import (
     tokens_in_words,
     typical_shuffle,
 )
+from analysis.capacity_keys import batches_of
 from analysis.overflow import FACTORS
-from analysis.slots import make_batches
+from analysis.slots import batch_sizes
 from analysis.trace import SiteRouting, Trace
 from tests.synthetic import TWO_STREAMS, make_part, make_trace, site
 
@@ -133,7 +134,7 @@ def test_the_factor_needed_is_told_for_all_layers_and_for_the_worst() -> None:
     ],
 )
 def test_batches_are_told_as_they_are(lengths: list[int], scope: str, size: int | None, said: str) -> None:
-    assert batches_in_words(make_batches(lengths, scope, size), len(lengths), scope, size) == said
+    assert batches_in_words(batch_sizes(lengths, scope, size), len(lengths), scope, size) == said
 
 
 def test_the_batches_of_a_stream_are_those_that_are_ranked(demo: Trace) -> None:

@@ -251,7 +251,7 @@ def queues_of(experts: object, weights: object, **more: object) -> Queues:
 
 @pytest.mark.parametrize(
     ("experts", "weights", "more", "message"),
-    [([[0], [4]], [[1], [1]], {}, "expert id 4"), ([[0], [-2]], [[1], [1]], {}, "below -1"), ([[0], [1]], [[1], [np.nan]], {}, "NaN"),
+    [([[0], [4]], [[1], [1]], {}, "expert id 4"), ([[0], [-2]], [[1], [1]], {}, "expert id -2"), ([[0], [1]], [[1], [np.nan]], {}, "NaN"),
      ([[0], [1]], [[1], [np.inf]], {}, "infinite"), ([[0], [1]], [[1]], {}, "tokens, k"), ([0, 1], [1, 1], {}, "tokens, k"),
      ([[0.0], [1.0]], [[1], [1]], {}, "integer"), ([[0]], [[1]], {}, "hold 2 tokens"), ([[0], [2**40]], [[1], [1]], {}, "out of range"),
      ([[0], [1]], [[1], [1]], {"policy": "lottery"}, "no policy"), ([[0], [1]], [[1], [1]], {"policy": "reroute"}, "probabilities"),

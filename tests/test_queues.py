@@ -61,7 +61,7 @@ def test_a_bad_id_is_reported_by_every_kernel(policy: int, bad: int, slot: int) 
     weights, order, starts = np.ones((3, 3), np.float32), np.arange(3), np.array([0, 3])
     bits, slots = weights.view(np.uint32), np.array([[1, 2]])
     assert queues.rank_all(experts, bits, order, starts, 3, policy)[2]
-    assert queues.curve(experts, weights, bits, order, starts, 3, policy, slots, np.array([[0, 1]]), np.zeros(1, np.int32))[4]
+    assert queues.curve(experts, weights, bits, order, starts, 3, policy, slots, np.array([[0, 1]]), np.zeros(1, np.int32))[3]
 
 
 def test_next_best_walks_down_the_preferences() -> None:

@@ -17,8 +17,10 @@ from analysis.slots import (
     CapacityError,
     ExpertShape,
     batch_loads,
+    batch_sizes,
     capacities,
     capacity_rule,
+    document_batches,
     expert_capacity,
     least_factor,
     make_batches,
@@ -275,3 +277,19 @@ def test_least_factor() -> None:
 def test_the_doctest() -> None:
     assert expert_capacity(tokens=6, n_experts=3, top_k=1, factor=1.0, preset="megatron") == 2
     assert capacity_rule("mesh", minimum=0).minimum == 0
+
+
+@given(lengths=st.lists(st.integers(0, 9), max_size=12), scope=st.sampled_from(["document", "documents", "tokens", "run"]), size=st.integers(1, 5),
+       mixed=st.none() | st.integers(0, 9))  # fmt: skip
+def test_sizes_and_documents_of_batches_are_those_that_are_made(lengths: list[int], scope: str, size: int, mixed: int | None) -> None:
+    batches = make_batches(lengths, scope, size, mixed)
+    assert batch_sizes(lengths, scope, size, mixed).tolist() == batches.sizes.tolist() and (batches.sizes > 0).all()
+    if scope == "tokens":
+        with pytest.raises(CapacityError, match="whole documents"):
+            document_batches(lengths, scope, size, mixed)
+        return
+    served, first = document_batches(lengths, scope, size, mixed)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    for b, mine in enumerate(np.split(served, first)[1:]):
+        rows = batches.order[batches.starts[b] : batches.starts[b + 1]]
+        assert owner[rows].tolist() == np.repeat(mine, np.array(lengths)[mine]).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
-from analysis.capacity import AppliedCapacity, RankedTrace, compare_policies
+from analysis.capacity import AppliedCapacity, pool_curves, slot_costs
 from analysis.capacity_answer import (
+    CHEAP,
     FEW,
     SHUFFLES,
     batches_in_words,
@@ -32,7 +34,7 @@ from app import charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
 from app.figures import show_figure
-from app.rankings import Averages, averages, curves, groups, ranked, seeds_for
+from app.rankings import Averages, averages, by_expert, checked, compared, curves, loads, losses, ranked, seeds_for, sizes_of, told_by_loads
 from app.selection import answered, choice, current_trace, document_picker, folded_choices, recording_id, section
 from app.strip_data import HUES, hues
 
@@ -45,9 +47,12 @@ WHOLE = {"assignments": "assignments", "gate": "gate_mass", "first": "tokens"}
 SHARES = {"dropped_share": "assignments dropped", "gate_mass_lost_share": "gate weight lost", "top1_dropped_share": "first choices lost",
           "fully_dropped_share": "tokens that lose all experts", "slot_use": "slots in use"}  # fmt: skip
 SHOWN_TOKENS = 1_024
+ALONE = "Lost gate weight, first choices and tokens are told of {} alone, below."
+LONG = (f"The run has more than {CHEAP:,} assignments: what depends on the loads of experts alone comes from its statistics by document, of all"
+        " layers; what depends on who is served first, from every decision of one. ")  # fmt: skip
 
 
-def who_pays(trace: Trace, applied: AppliedCapacity, site: int, total: dict[str, float]) -> dict[str, tuple[str, pa.Table]]:
+def who_pays(trace: Trace, applied: Callable[[], AppliedCapacity], site: int, total: dict[str, float]) -> dict[str, tuple[str, pa.Table]]:
     """Charts and tables of the groups that lose, against the layer's share; returns the tables for the downloads."""
     labelled, layer = pc.count(trace.documents["label"]).as_py() > 0, trace.layers[site]
     with st.container(horizontal=True):
@@ -58,20 +63,20 @@ def who_pays(trace: Trace, applied: AppliedCapacity, site: int, total: dict[str,
     unit, part = LOST[lost]
     share = "dropped_share" if lost == "assignments" else f"{part}_share"
     if asked == "text":
-        struck_text(trace, applied, site)
+        struck_text(trace, applied(), site)
         return {}
     if np.isnan(total[share]):
         whose = "single tokens" if trace.weights_kept == "none" else f"natively dropped assignments at {layer.title}"
         text.show_note(f"The {unit} of {whose} was not recorded: its loss cannot be told.")
         return {}
     if asked == "token":
-        return {"by token": ("one row per token id", token_table(trace, applied.by_token(), total[share], lost))}
+        return {"by token": ("one row per token id", token_table(trace, applied().by_token(), total[share], lost))}
     by = "label" if asked == "label" else "first_position"
     if exact:
-        rows = groups(trace, run, site, policy, scope, size, shown, preset, by)
+        rows = losses(trace, run, site, policy, scope, size, shown, preset, by)
         rows = rows.filter(pc.equal(rows["factor"], factor))
     else:
-        rows = applied.by_label() if asked == "label" else applied.by_position()
+        rows = applied().by_label() if asked == "label" else applied().by_position()
     if asked == "label":
         rows = rows.sort_by([(share, "descending")])
     keys = rows[by].to_pylist()
@@ -206,29 +211,44 @@ policy = PRESETS[preset].policy if policy == "preset" else policy
 shuffles: tuple[int | None, ...] = {"mixed": seeds, "recorded": (None,), "": (None,)}.get(order) or (int(order),)
 
 
-def answer(policy: str) -> tuple[Averages, RankedTrace]:
-    """(what does not change while the slider moves, the site and shuffle shown in detail, ranked) under a policy."""
+by_loads = told_by_loads(trace, run, scope)
+
+
+def answer(policy: str) -> Averages:
+    """What does not change while the slider moves, under a policy that this run can answer."""
     one = None if shown_layer == "all" else next(x.index for x in trace.layers if x.title == shown_layer)
-    known = averages(curves(trace, run, policy, scope, size, shuffles, preset), run, policy, scope, size, shuffles, preset, one)
-    return known, ranked(trace, run, known.site, policy, scope, size, known.shown)
+    known = averages(curves(trace, run, policy, scope, size, shuffles, preset, by_loads), run, policy, scope, size, shuffles, preset, one)
+    checked(trace, run, known.site, policy)
+    return known
 
 
 try:
-    known, queues = answer(policy)
+    known = answer(policy)
 except MissingScores as error:
     text.show_error(f"{str(error)[:1].upper()}{str(error)[1:]}. First come, first served (position) is shown instead.")
     policy = "position"
-    known, queues = answer(policy)
+    known = answer(policy)
 every, mine, means, pooled, site, shown = known.every, known.mine, known.means, known.pooled, known.site, known.shown
 now = pooled.filter(pc.equal(pooled["factor"], factor)).to_pylist()[0]
 exact = policy not in ("reroute", "dropless")
-applied = queues.at(factor, preset)
-over, layer, whole = applied.sites[site], trace.layers[site], shown_layer == "all" and len(trace.layers) > 1
+layer, whole = trace.layers[site], shown_layer == "all" and len(trace.layers) > 1
+
+
+@cache
+def applied() -> AppliedCapacity:
+    """The layer shown, assignment by assignment; asked for only where loads do not tell."""
+    return ranked(trace, run, site, policy, scope, size, shown).at(factor, preset)
+
+
 at_hand = pc.and_(pc.equal(every["site"], site), pc.equal(every["factor"], factor))
 if shown is not None:
     at_hand = pc.and_(at_hand, pc.equal(every["shuffle"], shown))
-total = (every.filter(at_hand) if exact else applied.by_layer()).to_pylist()[0]
-batches, documents = queues.queues[site].batches, pc.sum(pc.equal(trace.documents["stack"], layer.stream)).as_py()
+total = (every.filter(at_hand) if exact else applied().by_layer()).to_pylist()[0]
+batches, documents = (
+    sizes_of(trace, run, layer.stream, scope, size, shown),
+    pc.sum(pc.equal(trace.documents["stack"], layer.stream)).as_py(),
+)
+below = by_loads and exact  # what depends on who is served first is told of one layer
 served = f"served first: {policy.replace('_', ' ')}; "
 formed = batches_in_words(batches, documents, scope, size)
 setting = f"Capacity as in {PRESETS[preset].title}; {served}{formed}."
@@ -243,11 +263,12 @@ if exact:
     text.show_text(f"{needs_in_words(means, named)}.")
 n = [f"n = {told['assignments']:,.0f} assignments", range_in_words(shuffle_shares(mine, factor)) if exact else "",
      "one shuffle, since the run is long and its batches are many" if order == "mixed" and len(shuffles) == 1 else "",
-     f"only {text.counted(len(batches.sizes), 'batch', 'batches')}, so another text can differ much"
-     if len(batches.sizes) < FEW else ""]  # fmt: skip
+     f"only {text.counted(len(batches), 'batch', 'batches')}, so another text can differ much"
+     if len(batches) < FEW else ""]  # fmt: skip
 text.show_note(
-    f"{price_in_words(told)} {'; '.join(filter(None, n))}.".strip(),
-    (f"By chance: what uniform routing in the same batches would drop. {tokens_in_words(now, len(named))}. " if exact else "")
+    f"{ALONE.format(layer.title) if below else price_in_words(told)} {'; '.join(filter(None, n))}.".strip(),
+    ("By chance: what uniform routing in the same batches would drop. " if exact else "")
+    + (LONG if below else f"{tokens_in_words(now, len(named))}. " if exact else "")
     + f"{trace.n_tokens(layer.stream):,} tokens in {formed}. Capacity: {PRESETS[preset].source}."
     + (" Every figure is the mean over the shuffles." if len(shuffles) > 1 and exact else ""),
 )
@@ -284,6 +305,7 @@ if lesson.open:
     with lesson:
         explain()
 text.show_heading(f"Expert by expert at {layer.title}" + (", the layer that drops most at CF 1" if whole else ""))
+over = loads(trace, run, site, scope, size, shown).at(factor, PRESETS[preset]) if below else applied().sites[site]
 least, largest = over.capacity_range
 show_figure(
     trace, charts.slot_bars(over.kept_load, over.dropped_load, over.idle, over.slots), f"slots-{layer.title}-{policy}-cf-{factor:g}",
@@ -291,29 +313,37 @@ show_figure(
     definition=f"Assignments and slots of {layer.title} at capacity factor {factor:g}, with"
     f" {f'{least:,} to {largest:,}' if least < largest else f'{largest:,}'} slots per expert and batch. An expert can drop in one batch and"
     " idle in another.",
-    n=f"{total['assignments']:,} assignments in {text.counted(len(batches.sizes), 'batch', 'batches')}{of_shuffle}", how=f"{setting} {which}".strip(),
+    n=f"{total['assignments']:,} assignments in {text.counted(len(batches), 'batch', 'batches')}{of_shuffle}", how=f"{setting} {which}".strip(),
 )  # fmt: skip
 text.show_heading(f"Who pays at {layer.title}?")
-here = means.filter(pc.equal(means["factor"], factor)) if exact else applied.by_layer()
+here = means.filter(pc.equal(means["factor"], factor)) if exact else applied().by_layer()
+without, alone = " (without what depends on who is served first)" if below else "", {}
+if below:
+    rows = pool_curves(losses(trace, run, site, policy, scope, size, shown, preset, "label"))
+    total |= rows.filter(pc.equal(rows["factor"], factor)).to_pylist()[0]
+    alone = {"layer shown": ("one row per capacity factor, of the layer shown", rows)}
+    said = f"{drops_in_words(total, factor, f' at {layer.title}' + of_shuffle.replace(' of', ' in'))}. {price_in_words(total)}"
+    text.show_note(f"{said.strip()} {tokens_in_words(total, 1)}.", f"{setting} {which}".strip())
 tables: dict[str, tuple[str, pa.Table | Callable[[], pa.Table]]] = {
-    "curves": ("one row per layer, shuffle and capacity factor", every), "by layer": ("one row per layer", here),
-    "by expert": ("one row per expert of the layer shown", applied.by_expert), **who_pays(trace, applied, site, total)}  # fmt: skip
+    "curves": (f"one row per layer, shuffle and capacity factor{without}", every), "by layer": (f"one row per layer{without}", here), **alone,
+    "by expert": ("one row per expert of the layer shown", partial(by_expert, trace, site, policy, scope, size, shown, factor, preset)),
+    **who_pays(trace, applied, site, total)}  # fmt: skip
 
 compare = section("compare", "The same capacity under other policies: those that drop, drop as much, but not the same tokens")
 if compare.open:
     with compare:
-        rows = compare_policies(trace, factor, scope, size=size, mixed=shown, preset=preset, layers=[site])
+        rows = compared(trace, run, site, factor, scope, size, shown, preset)
         tables["policies"] = "one row per drop policy at the layer shown", rows
         show_policies(rows)
 cost = section("cost", "What the slots cost")
 if cost.open:
     with cost:
         try:
-            costs = applied.cost(devices=8)
+            costs = slot_costs(trace, {site: over}, devices=8)
             tables["cost"] = "one row per layer: slots, FLOPs and all-to-all bytes, and the part of each that is padding", costs
             row = costs.to_pylist()[0]
             text.show_text(
-                f"At {layer.title}, over {text.counted(len(batches.sizes), 'batch', 'batches')}{of_shuffle}: {row['slots']:,} slots are computed for"
+                f"At {layer.title}, over {text.counted(len(batches), 'batch', 'batches')}{of_shuffle}: {row['slots']:,} slots are computed for"
                 f" {total['kept']:,} assignments. {row['padding_flops'] / 1e9:,.3f} of {row['flops'] / 1e9:,.3f} GFLOP and, spread over 8 devices,"
                 f" {row['padding_bytes'] / 1e6:,.3f} of {row['all_to_all_bytes'] / 1e6:,.3f} MB of all-to-all are padding."
             )

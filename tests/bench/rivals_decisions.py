@@ -7,20 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from analysis.capacity import batches_of, capacity_curves
+from analysis.capacity import capacity_curves
+from analysis.capacity_loads import load_curves
 from analysis.counting import compiled
 from analysis.overflow import FACTORS, curve_of_loads
-from analysis.slots import PRESETS, batch_loads, capacities
+from analysis.slots import PRESETS, capacities
 from analysis.trace import SiteRouting
 from tests.bench.rivals import Run, collected, dense, ids
 
-BATCH = 2_048  # tokens that share expert capacity
+BATCH, DOCUMENTS = 2_048, 16  # tokens, or documents, that share expert capacity
 
 
-# capacity drops: int64 [76 factors], assignments of one site dropped in batches of BATCH tokens; loads alone tell
+# capacity drops: int64 [76 factors], assignments of one site dropped in batches of DOCUMENTS documents as recorded, as the Capacity page asks
+# of a long run; loads alone tell, and the product has those of documents
 def drops_product(run: Run) -> np.ndarray:
-    layer, batches = run.trace.layers[run.site], batches_of(run.trace, "decoder", "tokens", BATCH)
-    return curve_of_loads(batch_loads(run.trace.experts(run.site), layer.n_experts, batches), batches.sizes, layer.top_k)[0]
+    ((_, table),) = load_curves(run.trace, (None,), FACTORS, "documents", size=DOCUMENTS, layers=[run.site])
+    return np.asarray(table["dropped"].to_numpy())
 
 
 def _dropped(run: Run, loads: np.ndarray) -> np.ndarray:
@@ -28,15 +30,15 @@ def _dropped(run: Run, loads: np.ndarray) -> np.ndarray:
     return curve_of_loads(loads, tokens, run.shape[1])[0]
 
 
-def _batches(run: Run) -> int:
-    return -(-run.trace.n_tokens("decoder") // BATCH)
+def _batches_of_documents(run: Run) -> int:
+    return -(-len(run.trace.documents) // DOCUMENTS)
 
 
 def drops_floor(run: Run) -> np.ndarray:
     e, k, _ = run.shape
-    counts = np.zeros(_batches(run) * e, np.int64)
-    for _, (row, *columns) in run.groups(["row", *ids(k)], run.site):
-        base, first = row // BATCH * e, int(row[0]) // BATCH * e
+    counts = np.zeros(_batches_of_documents(run) * e, np.int64)
+    for _, (document, *columns) in run.groups(["document", *ids(k)], run.site):
+        base, first = document // DOCUMENTS * e, int(document[0]) // DOCUMENTS * e
         found = np.bincount(np.concatenate([base + c for c in columns]) - first)
         counts[first : first + len(found)] += found
     return _dropped(run, counts.reshape(-1, e))
@@ -44,8 +46,10 @@ def drops_floor(run: Run) -> np.ndarray:
 
 def drops_duckdb(run: Run) -> np.ndarray:
     e, k, _ = run.shape
-    each = " UNION ALL ".join(f"SELECT row // {BATCH} b, {c} e, count(*) n FROM r WHERE site = {run.site} GROUP BY ALL" for c in ids(k))
-    return _dropped(run, dense((_batches(run), e), *run.sql(f"SELECT b, e, sum(n)::BIGINT FROM ({each}) GROUP BY ALL")))
+    batch = f"document // {DOCUMENTS}"
+    each = " UNION ALL ".join(f"SELECT {batch} b, {c} e, count(*) n FROM r WHERE site = {run.site} GROUP BY ALL" for c in ids(k))
+    found = run.sql(f"SELECT b, e, sum(n)::BIGINT FROM ({each}) GROUP BY ALL")
+    return _dropped(run, dense((_batches_of_documents(run), e), *found))
 
 
 def drops_polars(run: Run) -> np.ndarray:
@@ -53,8 +57,13 @@ def drops_polars(run: Run) -> np.ndarray:
 
     e, k, _ = run.shape
     table = run.polars("routing").filter(pl.col("site") == run.site)
-    each = [table.group_by((pl.col("row") // BATCH).alias("b"), pl.col(c).alias("e")).len() for c in ids(k)]
-    return _dropped(run, dense((_batches(run), e), *collected(pl.concat(each).group_by("b", "e").agg(pl.col("len").sum()))))
+    each = [table.group_by((pl.col("document") // DOCUMENTS).alias("b"), pl.col(c).alias("e")).len() for c in ids(k)]
+    found = collected(pl.concat(each).group_by("b", "e").agg(pl.col("len").sum()))
+    return _dropped(run, dense((_batches_of_documents(run), e), *found))
+
+
+def _batches(run: Run) -> int:
+    return -(-run.trace.n_tokens("decoder") // BATCH)
 
 
 # capacity curve: float64 [76 factors, 3], assignments dropped, tokens that lose all, gate mass lost, rounded to float32: at 10^9 decisions

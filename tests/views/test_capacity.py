@@ -1,10 +1,12 @@
 """The Capacity page."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import streamlit as st
 
 from analysis.store import open_run
 from app.text import plain, visible_token
@@ -118,3 +120,44 @@ def test_tokens_that_pay_are_named_by_their_own_text(runs: Path) -> None:
     tokens = open_run(ROOT / "data" / "demo-run").tokens
     text_of = dict(zip(tokens["token_id"].to_pylist(), tokens["token"].to_pylist(), strict=True))
     assert [visible_token(text_of[i]) for i in told["token id"]] == told["token"].tolist() and told["lost"].is_monotonic_decreasing
+
+
+@pytest.fixture
+def long_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every run counts as long; nothing is known of it from before, nor kept."""
+    monkeypatch.setattr("analysis.capacity_answer.CHEAP", 1)
+    st.cache_resource.clear()
+    st.cache_data.clear()
+    yield
+    st.cache_resource.clear()
+    st.cache_data.clear()
+
+
+def test_of_a_long_run_what_loads_tell_is_of_all_layers_and_the_rest_of_one(
+    runs: Path, long_runs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from analysis.capacity import apply_capacity
+
+    monkeypatch.setattr("app.rankings.shuffled_curves", None)  # no layer but the one shown is ranked
+    test, run = shown("capacity", "demo-run"), open_run(ROOT / "data" / "demo-run")
+    test.query_params.update({"documents": "2", "mix": "recorded", "cf": "1"})
+    test.run()
+    assert not test.exception
+    layers = apply_capacity(run, 1.0, "probability", "documents", size=2)
+    assert any(
+        plain(f"CF 1 drops {layers.summary()['dropped_share']:.1%} of assignments over all layers") in m.value for m in test.markdown
+    )
+    told = [c.value for c in test.caption]
+    worst = max(layers.by_layer().to_pylist(), key=lambda r: r["dropped_share"])
+    at = f"layer {worst['layer']}"
+    assert any(plain(f"Lost gate weight, first choices and tokens are told of {at} alone, below.") in c for c in told)
+    said = f"Lost with them: {worst['gate_mass_lost_share']:.1%} of the gate weight and {worst['top1_dropped_share']:.1%} of first choices."
+    assert any(plain(said) in c for c in told)
+    assert "layer shown" in test.selectbox(key="table").options
+    for policy in ("reroute", "dropless", "choice"):
+        test.query_params["policy"] = policy
+        test.run()
+        assert not test.exception
+    test.query_params.update({"policy": "probability", "scope": "tokens"})
+    test.run()
+    assert test.exception  # batches of tokens need every decision of every layer
