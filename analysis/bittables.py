@@ -6,6 +6,7 @@ Where a table would be slower than looking at every row (many experts of which f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numba
@@ -85,26 +86,44 @@ def count_runs_by_bits(bits: np.ndarray, starts: np.ndarray, by_run: np.ndarray)
 
 def count_pairs(here: np.ndarray, after: np.ndarray, table: np.ndarray) -> None:
     """Add every pair of slots of each row, here [n, k] x after [n, k2], to table [slots here, slots after], but for slot 0."""
-    _add_pairs(here, after, False, table)
+    for found in _scattered(here, after, False, table.shape):
+        np.add(table[1:, 1:], found[1:, 1:], out=table[1:, 1:], casting="unsafe")
 
 
-def count_own_pairs(slots: np.ndarray, table: np.ndarray) -> None:
-    """The same of a site with itself, of which the cells off the diagonal are meant; in half the time."""
-    _add_pairs(slots, slots, True, table)
+def pairs_of(here: np.ndarray, after: np.ndarray, n_slots: int, next_slots: int) -> np.ndarray:
+    """The same of rows that were counted nowhere yet: unsigned [slots here - 1, slots after - 1], by expert."""
+    tables = _scattered(here, after, False, (n_slots, next_slots))
+    found = next(tables, np.zeros((n_slots, next_slots), np.uint16))
+    return sum(tables, found.astype(np.uint32) if len(here) > _ROWS else found)[1:, 1:]
 
 
-def _add_pairs(here: np.ndarray, after: np.ndarray, once: bool, table: np.ndarray) -> None:
-    """``once``: each pair of slots is looked at once, and both of its cells are added to."""
+def own_pairs(slots: np.ndarray, n_slots: int) -> np.ndarray:
+    """uint32 [slots - 1, slots - 1], by expert: in how many rows both were chosen, above the diagonal; in half the time."""
+    pairs = np.zeros((n_slots - 1, n_slots - 1), np.uint32)
+    for found in _scattered(slots, slots, True, (n_slots, n_slots)):
+        _fold(found, pairs)
+    return pairs
+
+
+def _scattered(here: np.ndarray, after: np.ndarray, once: bool, shape: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Tables of slots x slots, of _ROWS rows each; ``once``: each pair of slots is looked at once, and one of its cells is added to."""
     k, k2 = here.shape[1], after.shape[1]
     for start in range(0, len(here), _ROWS):
         mine, later = here[start : start + _ROWS], after[start : start + _ROWS]
-        small = np.zeros(table.shape, np.uint16)  # four times as much of it stays in the cache
+        small = np.zeros(shape, np.uint16)  # four times as much of it stays in the cache
         _scatter(mine, later, once, small)
         if small.sum(dtype=np.int64) != len(mine) * (k * (k - 1) // 2 if once else k * k2):
-            small = np.zeros(table.shape, np.uint32)  # a cell ran over: rows with an expert more than once, or many without one
+            small = np.zeros(shape, np.uint32)  # a cell ran over: rows with an expert more than once, or many without one
             _scatter(mine, later, once, small)
-        for found in (small, small.T) if once else (small,):
-            np.add(table[1:, 1:], found[1:, 1:], out=table[1:, 1:], casting="unsafe")
+        yield small
+
+
+@compiled
+def _fold(table: np.ndarray, pairs: np.ndarray) -> None:
+    """Add both cells of each pair of slots to the one of its experts that is above the diagonal."""
+    for a in range(1, table.shape[0]):
+        for b in range(a + 1, table.shape[1]):
+            pairs[a - 1, b - 1] += np.uint32(table[a, b]) + np.uint32(table[b, a])
 
 
 @compiled

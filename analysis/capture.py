@@ -20,6 +20,7 @@ from torch import nn
 
 from .assembling import Document, Piece, assembled
 from .forwards import Started, forward, generate
+from .layout import part_tokens as default_part_tokens
 from .memory import PartsInMemory
 from .models import model_card
 from .places import Place
@@ -31,7 +32,6 @@ from .tokens import Pieces, encode
 from .trace import LayerInfo, Part, Trace, check_part, gate_weights, token_digest
 from .writing import RunWriter
 
-PART_TOKENS = 65_536
 T = TypeVar("T")
 
 
@@ -76,7 +76,7 @@ def capture_parts(
     labels: Iterable[str | None] | None = None,
     names: Iterable[str] | None = None,
     batch_size: int = 8,
-    part_tokens: int = PART_TOKENS,
+    part_tokens: int | None = None,
     max_tokens: int | None = None,
     probabilities: bool = False,
     weights: str = "exact",
@@ -89,7 +89,7 @@ def capture_parts(
     progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Iterator[Part]:
-    """Yield Parts of about ``part_tokens`` tokens; memory does not grow with the corpus.
+    """Yield Parts of about ``part_tokens`` tokens, by default as many as layout.part_tokens says; memory does not grow with the corpus.
 
     Documents keep their order and are never split. ``texts`` may be a generator. ``new_tokens`` continues each
     document greedily with a KV cache; the last generated token is never fed back, so it has no routing and no row.
@@ -121,6 +121,7 @@ def capture_parts(
             return forward(model, recorder, batch, probabilities)
 
     layers, rows, began = [s.info for s in sites], dict(first_rows or {}), time.monotonic()
+    part_tokens = part_tokens or default_part_tokens(layers)
     done = Progress(len(committed), len(texts) if isinstance(texts, Sequence) else None, 0, 0.0)
     index, pieces, pieces_of = first_part, list[Piece](), pieces_of or Pieces.of(tokenizer)
     for found in _overlapped(_started(start, documents, part_tokens, batch_size)):
@@ -197,7 +198,7 @@ def plan_documents(model: Any, tokenizer: Any, texts: Iterable[str], *, labels: 
     ]
 
 
-def plan_parts(documents: Iterable[PlannedDocument], part_tokens: int = PART_TOKENS) -> list[PlannedPart]:
+def plan_parts(documents: Iterable[PlannedDocument], part_tokens: int) -> list[PlannedPart]:
     """The parts that ``capture_parts`` will yield for these documents, without a forward; not for ``new_tokens``."""
     plan: list[PlannedPart] = []
     first, rows, waiting = 0, dict[str, int](), iter(documents)
@@ -225,6 +226,7 @@ def capture(
     ``out`` is the folder of the run: an interrupted capture into it is resumed. None keeps the trace in memory.
     """
     card = model_card(model, tokenizer, model_path or getattr(model, "name_or_path", None) or None)
+    options = {**options, "part_tokens": options.get("part_tokens") or default_part_tokens(card.layers)}
     # What decides the recorded numbers; a resumed run must have the same.
     kept = {k: v for k, v in options.items() if k not in ("progress", "cancelled")}
     if out is None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .layout import PART_TOKENS, part_tokens
 from .places import Place, RunError
 from .stats import Statistics, merge_statistics
 from .store import count_part, open_run, read_manifest
@@ -136,19 +137,20 @@ def capture_on_cluster(
     opens, with the credentials of each node: parts go there from the nodes. An interrupted capture is resumed, whoever started it. Raises
     ClusterError and what ``capture`` raises; generation is refused: row numbers must be known beforehand.
     """
-    from .capture import PART_TOKENS, plan_parts
+    from .capture import plan_parts
 
     if options.get("new_tokens"):
         raise ClusterError("a cluster records given text: how many tokens a model adds is not known beforehand; leave out new tokens")
     place, model = Place.of(out), model.resolve()
     run = str(place.folder or place.address)
-    part_tokens = options.get("part_tokens", PART_TOKENS)
     with _connected(cluster.address) as ray:
         crew = _Crew(ray, cluster, model, loading or {})
         try:
-            crew.grow(1 + sum(len(t.encode()) for t in texts) // part_tokens)  # a text has seldom more tokens than bytes
+            most = sum(len(t.encode()) for t in texts)  # a text has seldom more tokens than bytes
+            crew.grow(1 + most // (options.get("part_tokens") or PART_TOKENS))
             card, documents = crew.plan(list(texts), labels, names, options.get("max_tokens"))
-            plan = plan_parts(documents, part_tokens)
+            options["part_tokens"] = options.get("part_tokens") or part_tokens(card.layers)
+            plan = plan_parts(documents, options["part_tokens"])
             with RunWriter.open(run, card, options) as writer:
                 done = writer.refresh()
                 _check_stored(writer, plan, done)

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from .files import write_arrays
+
 PAIRS = ("coactivation", "first_flow", "flow")  # [experts, experts]; of co-activation, what is above the diagonal
 JOINED, ALONE = 2**14, 2**16  # rows of a row group that holds several blocks, and one
 _WIDTHS = (1, 2, 4, 8)  # bytes of a count
@@ -147,8 +149,8 @@ class CoreCounts:
                      for x, n in zip(self.blocks, narrow, strict=True)]  # fmt: skip
         counts = {f"counts-{n}": _joined([x.ravel() for x in narrow if x.itemsize == n], np.dtype(f"u{n}")) for n in _WIDTHS}
         totals = _joined([x.total.ravel() for x in self.blocks if x.total is not None], np.dtype(np.float64))
-        with path.open("wb") as file:
-            np.savez(file, blocks=np.frombuffer(json.dumps(described).encode(), np.uint8), totals=totals, **counts)  # type: ignore[arg-type]  # numpy's stub takes every keyword for its option
+        blocks = np.frombuffer(json.dumps(described).encode(), np.uint8)
+        write_arrays(path, [("blocks", blocks), ("totals", totals), *counts.items()])
 
     @classmethod
     def read(cls, path: Path, schema: pa.Schema) -> CoreCounts:

@@ -32,7 +32,7 @@ def compiled(function: _Kernel, **options: Any) -> _Kernel:
 
 
 @intrinsic
-def _lowest_bit(context: Any, word: Any) -> Any:
+def lowest_bit(context: Any, word: Any) -> Any:
     """The place of the lowest bit set in a uint64 that is not 0, one instruction."""
     return types.uint64(types.uint64), lambda context, builder, signature, args: builder.cttz(args[0], cgutils.true_bit)
 
@@ -140,14 +140,15 @@ def add_rows(counts: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
 
 @compiled
 def nonzero(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows, columns, both int32; int64 counts) of the cells of counts [rows, columns] that are not 0, in order."""
+    """(int32 [rows], where each row ends in what follows; columns uint16; their counts) of the cells of counts [rows, columns] that are not 0."""
     room = counts.size + 1  # each cell is written, and kept where it was counted: a branch would be guessed wrong half the time
-    rows, columns, found, m = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int64), 0
+    ends, columns, found, m = np.empty(counts.shape[0], np.int32), np.empty(room, np.uint16), np.empty(room, counts.dtype), 0
     for a in range(counts.shape[0]):
         for b in range(counts.shape[1]):
-            rows[m], columns[m], found[m] = a, b, counts[a, b]
+            columns[m], found[m] = b, counts[a, b]
             m += counts[a, b] != 0
-    return rows[:m].copy(), columns[:m].copy(), found[:m].copy()
+        ends[a] = m
+    return ends, columns[:m].copy(), found[:m].copy()
 
 
 @compiled
@@ -212,7 +213,7 @@ def count_keys(order: np.ndarray, starts: np.ndarray, slots: np.ndarray, words: 
                 word = seen[q]
                 seen[q] = 0
                 while word:
-                    s = _lowest_bit(word) + _U(64 * q)
+                    s = lowest_bit(word) + _U(64 * q)
                     experts[m], counts_of[m] = s - _U(1), counts[s]
                     counts[s] = 0
                     word &= word - _U(1)
@@ -258,11 +259,11 @@ def _count_few(order: np.ndarray, start: int, stop: int, words: np.ndarray, expe
     word = ones | twos | fours
     if stop - start == 1:
         while word:
-            experts[m], counts_of[m] = _lowest_bit(word), 1
+            experts[m], counts_of[m] = lowest_bit(word), 1
             word &= word - _U(1)
             m += 1
     while word:
-        e = _lowest_bit(word)
+        e = lowest_bit(word)
         experts[m], counts_of[m] = e, (ones >> e & _U(1)) + _U(2) * (twos >> e & _U(1)) + _U(4) * (fours >> e & _U(1))
         word &= word - _U(1)
         m += 1

@@ -26,8 +26,17 @@ from .memory import kept_routing
 from .trace import NO_EXPERT, LayerInfo, Part, SiteRouting, SiteScores, id_dtype
 
 GROUP_ROWS = 16_384  # a document of 1,000 tokens costs a quarter of what it does in groups of 65,536, for 1 % more bytes
+PART_TOKENS = 65_536  # of a part, unless they make more decisions than
+PART_DECISIONS = 2**24  # so that the memory a part takes is the same for every model
+_DISTINCT = ("name", "digest")  # of each document: a dictionary of them would be the column over again, a tenth larger, and slower to read
 _SAMPLE = 1_024  # rows of a site that tell whether its ids are worth a codec
 _KEYS = tuple(pa.field(n, t, nullable=False) for n, t in (("row", pa.int64()), ("site", pa.uint16()), ("document", pa.int32())))
+
+
+def part_tokens(layers: Sequence[LayerInfo]) -> int:
+    """Tokens after which a part ends where nothing else is asked for: whole row groups, fewer for a deep model, one at least."""
+    groups = PART_DECISIONS // (sum(x.top_k for x in layers) * GROUP_ROWS)
+    return min(max(groups, 1) * GROUP_ROWS, PART_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ def write_table(table: pa.Table, path: Path) -> None:
     floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
     numbers = [f.name for f in table.schema if pa.types.is_integer(f.type)]
     pq.write_table(table, path, compression="zstd", compression_level=1, write_page_checksum=True, write_batch_size=GROUP_ROWS,
-                   use_dictionary=[n for n in table.schema.names if n not in floats + numbers], write_statistics=numbers,
+                   use_dictionary=[n for n in table.schema.names if n not in (*floats, *numbers, *_DISTINCT)], write_statistics=numbers,
                    column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT") | dict.fromkeys(numbers, "DELTA_BINARY_PACKED"))  # fmt: skip
 
 
@@ -90,6 +99,12 @@ def write_routing(part: Part, layers: Sequence[LayerInfo], path: Path) -> None:
 
     bare = [n for n, _ in columns if n[0] != "w"] if _balanced(part, layers) else []
     _write_groups(tables(), schema, path, [n for n, _ in columns], split, bare)
+
+
+def _group_rows(n: int) -> int:
+    """Rows of the row groups of n rows, all alike: a part ends with a document, and up to an eighth of a group more is no group of its own."""
+    groups = max(-(-8 * n // (9 * GROUP_ROWS)), 1)
+    return max(-(-n // groups), 1)
 
 
 def _missing(ids: np.ndarray) -> bool:
@@ -265,6 +280,6 @@ def _write_groups(tables: Iterator[pa.Table], schema: pa.Schema, path: Path, val
     levels = {n: -1 if n in split else 1 for n, codec in codecs.items() if codec == "zstd"}
     with pq.ParquetWriter(path, schema, compression=codecs, compression_level=levels, write_page_checksum=True, column_encoding=encodings,
                           use_dictionary=[n for n in schema.names if n not in encodings], write_statistics=keys,
-                          write_batch_size=GROUP_ROWS) as writer:  # fmt: skip
+                          write_batch_size=2 * GROUP_ROWS) as writer:  # fmt: skip
         for table in tables:
-            writer.write_table(table, row_group_size=GROUP_ROWS)
+            writer.write_table(table, row_group_size=_group_rows(len(table)))

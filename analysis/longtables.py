@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .corecounts import CoreCounts
-from .keycounts import KeyCounts
+from .keycounts import PartCounts
 
 GROUP_ROWS = 65_536
 
@@ -99,21 +99,6 @@ class LongTable:
             raise ValueError(f"row groups {span.groups} hold {len(found)} rows instead of {span.rows}")
         return found
 
-    def extents(self, column: str) -> list[tuple[Any, Any] | None]:
-        """Least and greatest value of a column in each row group; None for a group without rows."""
-        with self._reading():
-            return self._extents(column)
-
-    def opened(self) -> pq.ParquetFile:
-        """The file, to be closed by the caller, for ``group``."""
-        with self._reading():
-            return self._open()
-
-    def group(self, file: pq.ParquetFile, number: int) -> pa.Table:
-        """One row group of the ``opened`` file."""
-        with self._reading():
-            return file.read_row_group(number, columns=self.schema.names, use_threads=False)
-
     @property
     def num_rows(self) -> int:
         """Rows, as the footer says."""
@@ -188,12 +173,12 @@ class LongTable:
             return file.read_row_groups(list(groups), columns=names, use_threads=len(groups) > 1).select(names)
 
 
-def whole(rows: pa.Table | LongTable | KeyCounts | CoreCounts) -> pa.Table:
+def whole(rows: pa.Table | LongTable | PartCounts | CoreCounts) -> pa.Table:
     """All rows, of a table in memory or on disk, or of a part's counts."""
     return rows if isinstance(rows, pa.Table) else rows.table()
 
 
-def where(rows: pa.Table | LongTable | KeyCounts | CoreCounts, column: str, value: str | int, total: int | None = None) -> pa.Table:
+def where(rows: pa.Table | LongTable | PartCounts | CoreCounts, column: str, value: str | int, total: int | None = None) -> pa.Table:
     """The rows with ``value`` in ``column``, of a table in memory or on disk, or of a part's counts; ``total`` is what to check those on disk by."""
     return _where(rows, column, value) if isinstance(rows, pa.Table) else rows.where(column, value, total)
 
@@ -213,15 +198,6 @@ def _where(table: pa.Table, column: str, value: str | int) -> pa.Table:
     return table.filter(pc.equal(table[column], value))
 
 
-def by_site(table: pa.Table) -> Iterator[pa.Table]:
-    """The rows of each site that has some, of a table sorted by it."""
-    site = table["site"].to_numpy()
-    bounds = [0, *(np.flatnonzero(np.diff(site)) + 1), len(site)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        if start < stop:
-            yield table.slice(start, stop - start)
-
-
 def write_long(tables: Iterable[pa.Table], schema: pa.Schema, path: Path, differences: Sequence[str] = ()) -> None:
     """Tables one below the other in a Parquet file, each in row groups of its own; zstd, page checksums.
 
@@ -234,7 +210,7 @@ def write_long(tables: Iterable[pa.Table], schema: pa.Schema, path: Path, differ
     encodings = dict.fromkeys(numbers, "BYTE_STREAM_SPLIT") | dict.fromkeys(differences, "DELTA_BINARY_PACKED")
     codecs = {n: "none" if n in differences else "zstd" for n in schema.names}
     with pq.ParquetWriter(path, stored, compression=codecs, compression_level={n: 1 for n in codecs if codecs[n] == "zstd"},
-                          write_page_checksum=True, use_dictionary=[n for n in schema.names if n not in numbers],
+                          write_page_checksum=True, write_batch_size=GROUP_ROWS, use_dictionary=[n for n in schema.names if n not in numbers],
                           column_encoding=encodings,
                           write_statistics=[n for n in schema.names if n in ("statistic", "site", "token_id", "document")]) as writer:  # fmt: skip
         for table in tables:

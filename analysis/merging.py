@@ -1,4 +1,4 @@
-"""Adds up long tables of counts, part after part, in memory that grows with the sum and not with the number of parts, or not at all.
+"""Adds up long tables of counts, part after part, in memory that grows with the sum and not with the number of parts; ``keysums`` in files.
 
 A table's columns are the keys of a *block*, then a and b, then its values. What is added is kept as sorted pieces, block by block; when
 the pieces of a table outgrow its sum, each block is added up in dense windows over (a, b). A cell is summed from left to right in the
@@ -7,11 +7,8 @@ order of the tables, wherever that happens, so the result is the same to the las
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,11 @@ import pyarrow.compute as pc
 
 from .corecounts import CoreCounts, CoreSum
 from .counting import compiled
-from .densesums import DenseSum
-from .keycounts import KeyCounts
-from .longtables import LongTable, by_site, where, whole, write_long
+from .keycounts import PartCounts
+from .keysums import KeySum
+from .longtables import LongTable, whole, write_long
 
 PENDING_ROWS = 2**19  # kept before they are added up: 12 MB
-SPILL_ROWS = 2**20  # of a sum, before it is written to disk
-SWEEP_ROWS = 2**20  # read from disk before they are added up
-FAN_IN = 64  # runs added up at once
 WINDOW_CELLS = 2**18  # what the processor's cache holds
 LARGEST_SPAN = 2**24  # of token ids; wider ones are no vocabulary, and are sorted
 Key = tuple[Any, ...]
@@ -117,128 +111,30 @@ class ShortSum:
 
 
 class LongSum:
-    """The sum of tables of counts by (site, ``key``, expert): in memory while it is small or there is no folder, else in sorted runs there.
+    """The sum of counts by (site, key, expert): in memory, or, with a folder, of parts' counts in files, which memory does not grow with."""
 
-    What outgrows SPILL_ROWS is added up in an array where its keys lie close enough together, and only what finds no place there is
-    sorted. Memory holds that array, SPILL_ROWS, and a row group of each of FAN_IN runs. Tables that lie on disk already are runs themselves.
-    """
-
-    def __init__(self, schema: pa.Schema, key: str, folder: Path | None) -> None:
+    def __init__(self, schema: pa.Schema, folder: Path | None) -> None:
+        (key,) = {*schema.names} - {"site", "expert", "count"}
         self._schema, self._key, self._folder = schema, key, folder
-        self._sorted = pa.schema([schema.field(n) for n in ("site", key, "expert", "count")])
-        self._memory = RunningSum(self._sorted, 1)
-        self._dense: DenseSum | None = None
-        self._runs: list[LongTable] = []
-        self._written = 0
+        self._memory = RunningSum(pa.schema([schema.field(n) for n in ("site", key, "expert", "count")]), 1)
+        self._files = None if folder is None else KeySum(schema, folder)
 
-    def add(self, rows: pa.Table | LongTable | KeyCounts) -> None:
-        """Add a table, in memory in any order, on disk sorted by site, key and expert; or a part's counts."""
-        if self._folder is not None and isinstance(rows, LongTable):
-            self._runs.append(rows)
-            return
-        if self._folder is not None and isinstance(rows, KeyCounts) and self._dense is None and rows.num_rows > SPILL_ROWS:
-            self._dense = DenseSum.around(rows)
-            if self._dense is None:
-                self._runs.append(self._run(rows.tables()))
-                return
-        given = rows if isinstance(rows, KeyCounts) and self._dense is not None else whole(rows)
-        self._memory.add(given if self._dense is None else self._dense.add(given))
-        if self._folder is not None and self._memory.rows > SPILL_ROWS:
-            self._make_room()
+    def add(self, rows: pa.Table | LongTable | PartCounts) -> None:
+        """Add a part's counts, or, where there is no folder, a table in any order."""
+        if self._files is None:
+            self._memory.add(whole(rows))
+        elif isinstance(rows, PartCounts):
+            self._files.add(rows)
+        else:
+            raise TypeError(f"counts by {self._key} are added up in files as parts count them, not as a table")
 
     def total(self) -> pa.Table | LongTable:
-        """The sum, sorted by site, key and expert: a file in the folder, or a table where everything was in memory."""
-        if not self._runs and self._dense is None:
+        """The sum, sorted by site, key and expert: a table, or a file in the folder."""
+        if self._files is None or self._folder is None:
             return self._memory.table().select(self._schema.names)
-        if not self._runs:
-            return self._run(self._held())
-        if self._dense is not None or self._memory.rows:
-            self._spill()
-        while len(self._runs) > FAN_IN:
-            self._runs = [*self._runs[FAN_IN:], self._run(_sums(self._runs[:FAN_IN], self._sorted))]
-        return self._run(_sums(self._runs, self._sorted))
-
-    def _make_room(self) -> None:
-        """Move what is in memory to an array, or to disk, with the array that had no place for it."""
-        if self._dense is not None:
-            self._spill()
-            return
-        rows = self._memory.table()
-        self._memory, self._dense = RunningSum(self._sorted, 1), DenseSum.around(rows)
-        self._memory.add(rows if self._dense is None else self._dense.add(rows))
-        if self._memory.rows > SPILL_ROWS:
-            self._spill()
-
-    def _spill(self) -> None:
-        self._runs.append(self._run(self._held()))
-        self._memory, self._dense = RunningSum(self._sorted, 1), None
-
-    def _held(self) -> Iterator[pa.Table]:
-        """The sum of what is in the array and what is sorted, site by site."""
-        dense, sparse = self._dense, self._memory.table()
-        if dense is None or not len(sparse):
-            yield from by_site(sparse) if dense is None else dense.blocks()
-            return
-        for site in range(max(dense.sites, pc.max(sparse["site"]).as_py() + 1)):
-            more = where(sparse, "site", site)
-            if dense.has_place_for(site, more):
-                if len(table := dense.site(site, more)):
-                    yield table
-                continue
-            both = RunningSum(self._sorted, 1)
-            both.add(dense.site(site))
-            both.add(more)
-            yield from both.blocks()
-
-    def _run(self, tables: Iterable[pa.Table]) -> LongTable:
-        assert self._folder is not None
-        path = self._folder / f"{self._key}-{self._written}.parquet"
-        self._written += 1
-        write_long(tables, self._schema, path)
+        path = self._folder / f"{self._key}.parquet"
+        write_long(self._files.tables(), self._schema, path)
         return LongTable(path, self._schema)
-
-
-def _sums(runs: Sequence[LongTable], schema: pa.Schema) -> Iterator[pa.Table]:
-    """The sum of sorted runs, site by site and from the lowest key up, in tables of about SWEEP_ROWS rows before they were added up.
-
-    Row groups are read in the order of their lowest key: once one begins at a key, everything below it has been read.
-    """
-    names, key = schema.names, schema.names[1]
-    groups = []
-    for n, run in enumerate(runs):
-        found = enumerate(zip(run.extents("site"), run.extents(key), strict=True))
-        groups += [(site, keys[0], n, g) for g, (sites, keys) in found if sites and keys for site in range(sites[0], sites[1] + 1)]
-    with ExitStack() as stack:
-        files = [stack.enter_context(run.opened()) for run in runs]
-        for site, mine in groupby(sorted(groups), key=itemgetter(0)):
-            held: list[Piece] = []
-            rows = kept = 0
-            for _, low, n, g in mine:
-                if rows > kept + SWEEP_ROWS:
-                    done, held = _cut(held, low)
-                    if done:
-                        yield _table_of(schema, (site,), _sum_of(done), False)
-                    rows = kept = sum(len(x.a) for x in held)
-                piece = _piece(where(runs[n].group(files[n], g), "site", site), names)
-                if len(piece.a):
-                    held.append(piece)
-                    rows += len(piece.a)
-            if held:
-                yield _table_of(schema, (site,), _sum_of(held), False)
-
-
-def _piece(table: pa.Table, names: Sequence[str]) -> Piece:
-    """Rows of one site, sorted by the other keys."""
-    a, b, count = (table[n].to_numpy() for n in names[1:])
-    return Piece(a, b, count, np.zeros(0), int(b.min(initial=0)), int(b.max(initial=0)))
-
-
-def _cut(pieces: Sequence[Piece], low: int) -> tuple[list[Piece], list[Piece]]:
-    """The rows of the pieces with a below ``low``, and the others; no empty pieces."""
-    at = [int(np.searchsorted(p.a, low)) for p in pieces]
-    below = [replace(p, a=p.a[:i], b=p.b[:i], count=p.count[:i]) for p, i in zip(pieces, at, strict=True) if i]
-    others = [replace(p, a=p.a[i:], b=p.b[i:], count=p.count[i:]) for p, i in zip(pieces, at, strict=True) if i < len(p.a)]
-    return below, others
 
 
 def _table_of(schema: pa.Schema, key: Key, piece: Piece, nullable: bool) -> pa.Table:

@@ -31,19 +31,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from .corecounts import PAIRS, CoreCounts, pair_cells
-from .keycounts import KeyCounts
+from .keycounts import KeyCounts, PartCounts
 from .longtables import LongTable, where, whole
 from .trace import LayerInfo, Part, SiteRouting
-
-if TYPE_CHECKING:
-    from .tally import Sparse
 
 BINS = 64
 NAMES = frozenset(
@@ -70,12 +66,12 @@ class Statistics:
     """Counts and sums of a trace; ``classes[site]`` is the number of ids at a site, ``following[site]`` its successor.
 
     The rows are in memory, or on disk and read when asked for; those by token and by document are sorted by site, key and expert. Core
-    rows of parts and their sums, and those by token of one part, are as they were counted.
+    rows of parts and their sums, and those by token and by document of one part, are as they were counted.
     """
 
     core_rows: pa.Table | LongTable | CoreCounts
-    token_rows: pa.Table | LongTable | KeyCounts
-    document_rows: pa.Table | LongTable
+    token_rows: pa.Table | LongTable | PartCounts
+    document_rows: pa.Table | LongTable | PartCounts
     classes: tuple[int, ...]
     following: tuple[int | None, ...]
 
@@ -274,7 +270,7 @@ class Statistics:
         experts, counts = (rows[n].to_numpy().astype(np.int64, copy=False) for n in ("expert", "count"))
         return ids[starts].astype(np.int64), np.diff(np.append(starts, len(ids))), experts, counts
 
-    def _of_site(self, rows: pa.Table | LongTable | KeyCounts, site: int) -> pa.Table:
+    def _of_site(self, rows: pa.Table | LongTable | PartCounts, site: int) -> pa.Table:
         """Every assignment has a token id and a document, so that their counts add up to the load."""
         return where(rows, "site", site, int(self.load(site).sum()))
 
@@ -299,7 +295,7 @@ def part_statistics(part: Part, layers: Sequence[LayerInfo]) -> Statistics:
     from .tally import part_counts  # pays for numba, which opening a stored run must not
 
     blocks, tokens, documents = part_counts(part, layers, BINS)
-    by_document = pa.concat_tables([_by_document(x) for x in documents])
+    by_document = KeyCounts(BY_DOCUMENT, tuple(documents))
     classes = tuple(x.n_classes for x in layers)
     return Statistics(CoreCounts.of(CORE, blocks), KeyCounts(BY_TOKEN, tuple(tokens)), by_document, classes, following_sites(layers))
 
@@ -307,12 +303,12 @@ def part_statistics(part: Part, layers: Sequence[LayerInfo]) -> Statistics:
 def merge_statistics(parts: Iterable[Statistics], folder: Path | None = None) -> Statistics:
     """Sum of statistics of the same model, taken one by one: memory holds the sum, not the parts.
 
-    With a ``folder``, the counts by token id and by document, which grow with the text, are added up in files there once they are long,
-    or lie on disk already, and the sum reads them there. Raises ValueError for no parts, or for models that differ.
+    With a ``folder``, the counts by token id and by document, which grow with the text, are added up in files, and the sum reads them
+    there. Raises ValueError for no parts, or for models that differ.
     """
     from .merging import LongSum, ShortSum
 
-    core, tokens, documents = ShortSum(CORE), LongSum(BY_TOKEN, "token_id", folder), LongSum(BY_DOCUMENT, "document", folder)
+    core, tokens, documents = ShortSum(CORE), LongSum(BY_TOKEN, folder), LongSum(BY_DOCUMENT, folder)
     sites = set()
     for part in parts:
         sites.add((part.classes, part.following))
@@ -325,12 +321,6 @@ def merge_statistics(parts: Iterable[Statistics], folder: Path | None = None) ->
     if len(sites) != 1:
         raise ValueError("statistics of no parts, or of models with other sites, cannot be merged")
     return Statistics(core.total(), tokens.total(), documents.total(), *sites.pop())
-
-
-def _by_document(counts: Sparse) -> pa.Table:
-    site = np.full(len(counts.key), counts.site, np.int16)
-    values = zip((counts.key, site, counts.expert, counts.count), BY_DOCUMENT.types, strict=True)
-    return pa.table([pa.array(v, t) for v, t in values], schema=BY_DOCUMENT)
 
 
 def first_choices(routing: SiteRouting) -> np.ndarray:

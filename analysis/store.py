@@ -247,7 +247,8 @@ def _long(place: Place, name: str, schema: pa.Schema) -> LongTable:
 
 def _check_sizes(place: Place, listed: Mapping[str, Mapping[str, Any]]) -> None:
     """RunError unless every file is there and as large as the manifest says."""
-    there = place.sizes() if place.folder is None else {n: _size(f"{place.folder}/{n}") for n in listed}
+    folder = place.folder
+    there = place.sizes() if folder is None else {n: _size(f"{folder}/{n}") for n in listed}
     for name, file in listed.items():
         if there.get(name) != file["bytes"]:
             raise RunError(f"{place.name}/{name} is missing or has the wrong size: restore it, or capture the run again")

@@ -19,16 +19,6 @@ from .trace import LayerInfo, Part, SiteRouting, SiteScores
 
 
 @dataclass(frozen=True)
-class Sparse:
-    """Counts per document (the key) and expert of one site, sorted."""
-
-    site: int
-    key: np.ndarray
-    expert: np.ndarray
-    count: np.ndarray
-
-
-@dataclass(frozen=True)
 class StreamRows:
     """What the sites of one stream share.
 
@@ -75,8 +65,8 @@ class SiteRows:
         return np.zeros((0, self.experts.shape[1]), np.uint16) if len(self.words) else self.slots
 
 
-def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[list[Block], list[SiteCounts], list[Sparse]]:
-    """(blocks, counts per token id, counts per document) of a part; the sparse counts are in the order of sites."""
+def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[list[Block], list[SiteCounts], list[SiteCounts]]:
+    """(blocks, counts per token id, counts per document) of a part; the latter two are in the order of sites."""
     rows = {s: stream_rows(part.stream_tokens(s)) for s in {x.stream for x in layers}}
     blocks, tokens, documents = list(_loss_blocks(part.tokens)), [], []
     before: dict[str, SiteRows] = {}
@@ -94,7 +84,7 @@ def part_counts(part: Part, layers: Sequence[LayerInfo], bins: int) -> tuple[lis
             blocks += _flow_blocks(earlier, site, layers[earlier.site].n_classes, layer.n_classes)
         before[layer.stream] = site
         tokens.append(_by_token(site, layer.n_classes, mine, room))
-        documents.append(_by_document(i, by_run, *mine.documents))
+        documents.append(_by_document(by_run, *mine.documents))
     return blocks, tokens, documents
 
 
@@ -152,7 +142,7 @@ def _site_blocks(site: int, width: int, routing: SiteRouting, rows: StreamRows) 
         Block("chosen", site, chosen),
         Block("position", site, position[:, 1:]),
         Block("dropped", site, np.array(dropped)),
-        Block("coactivation", site, np.triu(_pairs(mine, mine, n_slots, n_slots)[1:, 1:], 1)).narrow(),
+        Block("coactivation", site, _pairs(mine, mine, width, width)).narrow(),
         Block("repetition", site, np.array(repeats), every=True),
         *_label_blocks(site, by_run, rows),
     ]
@@ -189,24 +179,21 @@ def _score_blocks(site: int, width: int, scores: SiteScores, bins: int) -> Itera
 
 
 def _flow_blocks(here: SiteRows, after: SiteRows, width: int, next_width: int) -> Iterator[Block]:
-    yield Block("flow", here.site, _pairs(here, after, width + 1, next_width + 1)[1:, 1:]).narrow()
-    first = np.zeros((width + 1, next_width + 1), np.uint32)
-    bittables.count_pairs(here.first[:, None], after.first[:, None], first)
-    yield Block("first_flow", here.site, first[1:, 1:]).narrow()
+    yield Block("flow", here.site, _pairs(here, after, width, next_width)).narrow()
+    yield Block("first_flow", here.site, bittables.pairs_of(here.first[:, None], after.first[:, None], width + 1, next_width + 1)).narrow()
 
 
-def _pairs(here: SiteRows, after: SiteRows, n_slots: int, next_slots: int) -> np.ndarray:
-    """[slots, next slots]: in how many rows both were chosen; nothing is said of slot 0, nor below the diagonal of a site with itself."""
+def _pairs(here: SiteRows, after: SiteRows, width: int, next_width: int) -> np.ndarray:
+    """[width, next width]: in how many rows both were chosen; of a site with itself above the diagonal."""
     if here.bits is None or after.bits is None:
-        table = np.zeros((n_slots, next_slots), np.uint32)
-        if here is after:
-            bittables.count_own_pairs(here.slots, table)
-        else:
-            bittables.count_pairs(here.slots, after.slots, table)
-    else:
-        table = np.zeros((n_slots, next_slots), np.int64)
-        bittables.count_pairs_by_bits(here.bits, after.bits, table)
-    return table
+        return (
+            bittables.own_pairs(here.slots, width + 1)
+            if here is after
+            else bittables.pairs_of(here.slots, after.slots, width + 1, next_width + 1)
+        )
+    table = np.zeros((width + 1, next_width + 1), np.int64)
+    bittables.count_pairs_by_bits(here.bits, after.bits, table)
+    return np.triu(table[1:, 1:], 1) if here is after else table[1:, 1:]
 
 
 def _by_token(site: SiteRows, width: int, rows: StreamRows, room: tuple[np.ndarray, np.ndarray]) -> SiteCounts:
@@ -216,11 +203,10 @@ def _by_token(site: SiteRows, width: int, rows: StreamRows, room: tuple[np.ndarr
     return SiteCounts(rows.token_ids, ends, room[0][:n].copy(), counts)
 
 
-def _by_document(site: int, by_run: np.ndarray, documents: np.ndarray, index: np.ndarray) -> Sparse:
-    counts = np.zeros((len(documents), by_run.shape[1]), np.int64)
+def _by_document(by_run: np.ndarray, documents: np.ndarray, index: np.ndarray) -> SiteCounts:
+    counts = np.zeros((len(documents), by_run.shape[1]), np.int32)
     counting.add_rows(by_run, index, counts)
-    rows, experts, found = counting.nonzero(counts)
-    return Sparse(site, documents[rows], experts, found)
+    return SiteCounts(documents, *counting.nonzero(counts))
 
 
 def _loss_blocks(tokens: pa.Table) -> Iterator[Block]:

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from .corecounts import CoreCounts
 from .files import stamp, sweep, write_atomically, write_json
-from .keycounts import KeyCounts
+from .keycounts import KeyCounts, PartCounts, StoredCounts
 from .layout import write_routing, write_scores, write_table
-from .longtables import LongTable, by_site, write_long
+from .longtables import LongTable, write_long
 from .places import Place, RunError
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, following_sites, merge_statistics, part_statistics
 from .store import MANIFEST, STATISTICS, open_run, valid_run_name
@@ -29,7 +29,7 @@ from .trace import SCHEMA_VERSION, LayerInfo, ModelCard, Part, Trace
 
 CAPTURE = "progress/capture.json"  # what is being captured, there before any part
 _DOCUMENTS = "documents-{}.parquet"  # of a part
-_PROGRESS = ("core-{}.npz", "tokens-{}.npz", "by_documents-{}.parquet")  # the statistics of a part, as STATISTICS those of the run
+_PROGRESS = ("core-{}.npz", "by_token-{}.npz", "by_document-{}.npz")  # the statistics of a part, as STATISTICS those of the run
 
 
 class RunWriter:
@@ -146,20 +146,18 @@ class RunWriter:
         """The statistics of each part, read when it is its turn."""
         classes, following = tuple(x.n_classes for x in self.card.layers), following_sites(self.card.layers)
         for i in range(self.parts):
-            core, tokens, by_document = (self._progress(name, i) for name in _PROGRESS)
-            yield Statistics(
-                CoreCounts.read(core, CORE), KeyCounts.read(tokens, BY_TOKEN), LongTable(by_document, BY_DOCUMENT), classes, following
-            )
+            core, tokens, documents = (self._progress(name, i) for name in _PROGRESS)
+            counts = StoredCounts(tokens, BY_TOKEN), StoredCounts(documents, BY_DOCUMENT)
+            yield Statistics(CoreCounts.read(core, CORE), *counts, classes, following)
 
 
-def _store(rows: pa.Table | LongTable | KeyCounts | CoreCounts, path: Path) -> None:
-    """Statistics as one file: that where they lie already, a part's counts as such, or counts in row groups of one site."""
+def _store(rows: pa.Table | LongTable | PartCounts | CoreCounts, path: Path) -> None:
+    """Statistics as one file: that where they lie already, or a part's counts as such."""
     if isinstance(rows, LongTable):
         os.replace(rows.path, path)
-    elif isinstance(rows, KeyCounts | CoreCounts):
-        rows.write(path)
     else:
-        write_long(by_site(rows), rows.schema, path)
+        assert isinstance(rows, KeyCounts | CoreCounts)
+        rows.write(path)
 
 
 def write_part(place: Place, part: Part, layers: Sequence[LayerInfo]) -> dict[str, Any]:
@@ -224,7 +222,10 @@ def _check_same_capture(place: Place, folder: Path, card: ModelCard, options: Ma
     started = json.loads((folder / CAPTURE).read_text(encoding="utf-8"))
     for what in mine:
         if started.get(what) != mine[what]:
-            raise RunError(f"the interrupted capture in this folder used other {what}: use the same, or delete the run")
+            then, now = started.get("options", {}), mine["options"]
+            which = ", ".join(sorted(n for n in {*then, *now} if then.get(n) != now.get(n)))
+            named = f" ({which})" if what == "options" else ""
+            raise RunError(f"the interrupted capture in this folder used other {what}{named}: use the same, or delete the run")
 
 
 def _part_records(place: Place, folder: Path) -> dict[int, dict[str, Any]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from analysis.counting import compiled
+from analysis.layout import part_tokens as default_part_tokens
 from analysis.memory import PartsInMemory
 from analysis.stats import merge_statistics, part_statistics
 from analysis.trace import (
@@ -101,11 +102,11 @@ def make_parts(layers: Sequence[LayerInfo], n: int = 3, seed: int = 0) -> list[P
 
 
 LABELS = ("prose", "news", "code", "mathematics", "dialogue", "law", "medicine", "poetry")
-VOCABULARY, PART_TOKENS = 50_000, 65_536
+VOCABULARY = 50_000
 TEXTS = tuple((f" word{i}", f"part{i}", f" name{i}", f"{i}", "," * (1 + i % 7))[i % 5] for i in range(VOCABULARY))
 
 
-def zipf_parts(layers: Sequence[LayerInfo], tokens: int, seed: int = 0, part_tokens: int = PART_TOKENS) -> Iterator[Part]:
+def zipf_parts(layers: Sequence[LayerInfo], tokens: int, seed: int = 0, part_tokens: int | None = None) -> Iterator[Part]:
     """Parts of ``tokens`` tokens in all that look like text: what benches run on. The number of experts must be a power of two.
 
     Documents of LABELS in turn, of log-normal length (median 400, 16 to 4,096; the second of each part has 1,000, the last is cut).
@@ -113,6 +114,7 @@ def zipf_parts(layers: Sequence[LayerInfo], tokens: int, seed: int = 0, part_tok
     token id has 3k candidates, of which k are drawn without return, the first ones most often; slots by falling weight,
     weights exact in bfloat16.
     """
+    part_tokens = part_tokens or default_part_tokens(layers)
     order = np.random.default_rng([seed, 2]).permuted(np.tile(np.arange(VOCABULARY, dtype=np.int32), (len(LABELS), 1)), axis=1)
     share = 1 / np.arange(1, VOCABULARY + 1) ** 1.05
     edges = np.cumsum(share / share.sum())

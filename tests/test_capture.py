@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from analysis import layout
 from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture, capture_parts, plan_documents, plan_parts, recording
-from analysis.store import verify_run
+from analysis.routers import find_sites
+from analysis.store import RunError, read_manifest, verify_run
 from analysis.tokens import Pieces
 from analysis.trace import NO_EXPERT
 from analysis.writing import RunWriter
@@ -254,6 +256,27 @@ def test_planned_parts_captured_apart_are_those_of_one_capture(family: str) -> N
         assert all(np.array_equal(a.experts, b.experts) for a, b in zip(again.routing, part.routing, strict=True))
     with pytest.raises(PromptTooLong, match="document 2 has 3 tokens"):
         plan_documents(model, TOKENIZER, ["a", "abc"], max_tokens=2)
+
+
+def test_a_capture_says_how_long_its_parts_are_and_is_resumed_with_the_same_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing given, the model decides; one begun by a program that did not say, or decided otherwise, is refused by name, never mixed."""
+    model, seen = tiny.build("olmoe"), list[Any]()
+    monkeypatch.setattr(layout, "GROUP_ROWS", 4)
+    monkeypatch.setattr(layout, "PART_DECISIONS", 8 * sum(s.info.top_k for s in find_sites(model)))
+    assert [len(p.tokens) for p in capture_parts(model, TOKENIZER, ["aaaa"] * 5)] == [8, 8, 4]
+    given: dict[str, Any] = {"out": tmp_path / "run", "batch_size": 1, "progress": seen.append}
+    with pytest.raises(CaptureCancelled):
+        capture(model, TOKENIZER, ["aaaa"] * 5, **given, cancelled=lambda: len(seen) == 3)
+    began = tmp_path / "run/progress/capture.json"
+    said = began.read_text()
+    began.write_text(said.replace('"part_tokens": 8', '"new_tokens": 0'))
+    for part_tokens in (None, 4):
+        with pytest.raises(RunError, match=r"other options \((new_tokens, )?part_tokens\): use the same"):
+            capture(model, TOKENIZER, ["aaaa"] * 5, **given, part_tokens=part_tokens)
+        began.write_text(said)
+    trace = capture(model, TOKENIZER, ["aaaa"] * 5, **given)
+    assert trace.options["part_tokens"] == 8 and [p["rows"]["decoder"] for p in read_manifest(tmp_path / "run")["parts"]] == [8, 8, 4]
+    assert differences(capture(model, TOKENIZER, ["aaaa"] * 5, batch_size=1), trace) == []
 
 
 def test_new_tokens_that_fill_the_context_leave_no_room_for_a_text() -> None:

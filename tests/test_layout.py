@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from analysis import layout
 from analysis.files import stamp
-from analysis.layout import GROUP_ROWS
+from analysis.layout import GROUP_ROWS, part_tokens
 from analysis.store import RunError, open_run
 from analysis.trace import TOKENS, LayerInfo, SiteRouting, Trace, TraceError
 
@@ -91,10 +92,11 @@ def test_a_range_reads_the_row_groups_that_hold_it_alone(tmp_path: Path, monkeyp
     part = make_part(TWO_STREAMS, [5 * GROUP_ROWS // 2])
     trace = stored(tmp_path / "run", TWO_STREAMS, [part])
     n, groups = 5 * GROUP_ROWS // 2, []
+    size = -(-n // 3)
     read = pq.ParquetFile.read_row_groups
     monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda self, i, **more: (groups.append(i), read(self, i, **more))[1])
     for start, stop, expected in (
-        (0, 9, [3]), (GROUP_ROWS - 1, GROUP_ROWS, [3]), (GROUP_ROWS, GROUP_ROWS + 1, [4]), (GROUP_ROWS - 5, GROUP_ROWS + 5, [3, 4]),
+        (0, 9, [3]), (size - 1, size, [3]), (size, size + 1, [4]), (size - 5, size + 5, [3, 4]),
         (n - 3, n, [5]), (0, n, [3, 4, 5]), (7, 7, []),
     ):  # fmt: skip
         groups.clear()
@@ -147,3 +149,21 @@ def test_real_routing_takes_at_most_two_bytes_per_decision(tmp_path: Path, real:
     per_decision = size / (n_tokens * 6 * len(layers))
     print(f"{per_decision:.3f} bytes per decision")
     assert per_decision <= 2.0
+
+
+@pytest.mark.parametrize(("layers", "expected"), [
+    ((site(0, 64, 8),) * 16, 65_536), ((site(0, 8, 2),) * 32, 65_536), ((site(0, 256, 8),) * 40, 49_152), ((site(0, 256, 8),) * 58, 32_768),
+    ((site(0, 512, 22),) * 100, 16_384)])  # fmt: skip
+def test_a_part_has_about_as_many_decisions_whatever_the_model(layers: tuple[LayerInfo, ...], expected: int) -> None:
+    """Whole row groups; a part of the deepest model is no less than one, as every document would be read from many files."""
+    assert part_tokens(layers) == expected and expected % GROUP_ROWS == 0
+
+
+@pytest.mark.parametrize("kind", ["routing", "scores"])
+def test_what_a_part_has_more_than_whole_row_groups_is_no_group_of_its_own(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "GROUP_ROWS", 16)
+    for n, rows in ((1, [1]), (16, [16]), (18, [18]), (19, [10, 9]), (35, [18, 17]), (48, [16] * 3)):
+        {"routing": layout.write_routing, "scores": layout.write_scores}[kind](make_part(PLAIN, [n]), PLAIN, tmp_path / "part")
+        assert [rows for _, rows in layout.Footer.of(tmp_path / "part").sites[1]] == rows

@@ -299,7 +299,6 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(
 ) -> None:
     """The interrupt arrives while the second part is written; repeating the command gives the uninterrupted run."""
     import sys
-    from functools import partial
 
     from analysis import capture as whole
     from analysis.models import load_model
@@ -311,7 +310,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(
     command = ["capture", "--model", model, "--out", str(tmp_path / "r"), "--batch-size", "1"]
     command += [x for t in texts for x in ("--text", t)]
     module = sys.modules["analysis.capture"]
-    monkeypatch.setattr(module, "capture_parts", partial(module.capture_parts, part_tokens=30))
+    monkeypatch.setattr(module, "default_part_tokens", lambda layers: 30)
     write = RunWriter.write
 
     def interrupted(self: RunWriter, part: object) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis import longtables, merging
-from analysis.keycounts import KeyCounts, SiteCounts
-from analysis.longtables import LongTable, by_site, write_long
+from analysis import keysums, merging
+from analysis.keycounts import KeyCounts, SiteCounts, StoredCounts
+from analysis.longtables import LongTable, whole, write_long
 from analysis.merging import LongSum, RunningSum
 from analysis.stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, merge_statistics, part_statistics
 
@@ -77,7 +77,7 @@ def test_a_chunk_without_rows_adds_nothing(name: str) -> None:
 
 def test_nothing_added_is_an_empty_table() -> None:
     assert RunningSum(CORE, 3).table().equals(CORE.empty_table())
-    assert LongSum(BY_DOCUMENT, "document", None).total().equals(BY_DOCUMENT.empty_table())
+    assert LongSum(BY_DOCUMENT, None).total().equals(BY_DOCUMENT.empty_table())
 
 
 def test_documents_that_two_parts_share_are_added_up() -> None:
@@ -86,29 +86,6 @@ def test_documents_that_two_parts_share_are_added_up() -> None:
     merged = merge_statistics([three, two, one, two]).by_document
     keys = ["site", "document", "expert"]
     assert merged.combine_chunks().equals(summed_by_sorting([x.by_document for x in (one, two, two, three)], BY_DOCUMENT, keys))
-
-
-@pytest.mark.parametrize("span", [40, 2**31 - 1], ids=["vocabulary", "ids far apart"])
-@pytest.mark.parametrize("name", ["by_token", "by_document"])
-def test_sums_on_disk_are_those_in_memory(name: str, span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spilled at every table, swept a few rows at a time, three runs at once, rows that one key fills a row group with: the same table."""
-    schema, key = {"by_token": (BY_TOKEN, "token_id"), "by_document": (BY_DOCUMENT, "document")}[name]
-    for what, most in (("PENDING_ROWS", 50), ("SPILL_ROWS", 100), ("SWEEP_ROWS", 20), ("FAN_IN", 3)):
-        monkeypatch.setattr(merging, what, most)
-    monkeypatch.setattr(longtables, "GROUP_ROWS", 7)
-    tables = [made(schema, n, n, s) for n, s in ((200, span), (0, 1), (1, 9), (500, span), (90, 3), (300, span), (301, 2), (40, span))]
-    spilled, read = LongSum(schema, key, tmp_path / "a"), LongSum(schema, key, tmp_path / "b")
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-    keys = ["site", key, "expert"]
-    for i, table in enumerate(tables):
-        spilled.add(table)
-        write_long(by_site(summed_by_sorting([table], schema, keys)), schema, tmp_path / f"{i}.parquet")
-        read.add(LongTable(tmp_path / f"{i}.parquet", schema))
-    for total in (spilled.total(), read.total()):
-        assert isinstance(total, LongTable)
-        assert total.table().combine_chunks().equals(summed_by_sorting(tables, schema, keys))
-        assert {a == b for a, b in total.extents("site")} == {True}
 
 
 def test_parts_are_taken_one_by_one() -> None:
@@ -127,72 +104,68 @@ def test_parts_are_taken_one_by_one() -> None:
     assert alive == [0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("shift", [0, 10**6], ids=["vocabulary", "documents"])
-@pytest.mark.parametrize("name", ["by_token", "by_document"])
-def test_sums_in_an_array_are_those_of_a_group_by(name: str, shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells that overflow 8 bits, keys below and above those of the first table, counts of 0, an expert and a site not seen before."""
-    schema, key = {"by_token": (BY_TOKEN, "token_id"), "by_document": (BY_DOCUMENT, "document")}[name]
-    monkeypatch.setattr(merging, "SPILL_ROWS", 300)
-    tables = []
-    for n, span, most in ((500, 40, 9), (400, 40, 130), (60, 40, 300), (50, 200, 9), (50, 44, 9), (9, 2**31 - 1 - shift, 9), (400, 40, 90)):
-        table, rng = made(schema, n, n + most, span), np.random.default_rng(n)
-        new = {key: pa.array(table[key].to_numpy() + shift, pa.int32()), "count": pa.array(rng.integers(0, most, n))}
-        if n == 60:
-            new |= {"expert": pa.array(rng.integers(0, 30, n), pa.int32()), "site": pa.array(rng.integers(0, 20, n), pa.int16())}
-        tables.append(pa.table([new.get(x, table[x]) for x in schema.names], schema=schema))
-    total = LongSum(schema, key, tmp_path)
-    arrays = []
-    for table in tables:
-        total.add(table)
-        arrays.append(total._dense is not None)
-    found, keys = total.total(), ["site", key, "expert"]
-    assert any(arrays) and isinstance(found, LongTable)
-    assert found.table().combine_chunks().equals(summed_by_sorting(tables, schema, keys))
-    assert {a == b for a, b in found.extents("site")} == {True}
-
-
-def counted(tables: list[pa.Table], sites: int) -> KeyCounts:
-    """Their sum by token id as a part's counts."""
-    table = summed_by_sorting(tables, BY_TOKEN, BY_TOKEN.names[:3])
-    found = []
+def counted(schema: pa.Schema, table: pa.Table, sites: int) -> KeyCounts:
+    """A table's rows as a part's counts; the first two sites have the same keys, and are the same."""
+    (key,) = {*schema.names} - {"site", "expert", "count"}
+    table = summed_by_sorting([table], schema, ["site", key, "expert"])
+    found = list[SiteCounts]()
     for i in range(sites):
-        site, keys, experts, counts = (c.to_numpy() for c in table.filter(pa.compute.equal(table["site"], i)).columns)
+        mine = table.filter(pa.compute.equal(table["site"], max(i - 1, 0)))
+        keys, experts, counts = (mine[n].to_numpy() for n in (key, "expert", "count"))
         first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])) if len(keys) else np.zeros(0, int)
         ends = np.append(first[1:], len(keys)) if len(keys) else np.zeros(0, int)
-        found.append(SiteCounts(keys[first], ends.astype(np.int64), experts.astype(np.uint16), counts.astype(np.int32)))
-    return KeyCounts(BY_TOKEN, tuple(found))
+        own = found[0].keys if i == 1 else keys[first]
+        found.append(
+            SiteCounts(own, ends.astype(np.int64), experts.astype(np.uint16), counts.astype(np.min_scalar_type(counts.max(initial=0))))
+        )
+    return KeyCounts(schema, tuple(found))
 
 
-@pytest.mark.parametrize("span", [40, 2**31 - 1], ids=["vocabulary", "ids far apart"])
-def test_the_counts_of_parts_add_up_to_those_of_a_group_by(span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stored and read again; cells that overflow 8 bits, keys and experts that find no place, a part with a site more, one that counted nothing, a table between."""
-    monkeypatch.setattr(merging, "SPILL_ROWS", 300)
-    tables = []
-    for n, wide, most in ((900, span, 9), (700, 40, 300), (3, 40, 9), (0, 40, 9), (800, 200, 70_000), (900, span, 200)):
-        table, rng = made(BY_TOKEN, n, n + most, wide), np.random.default_rng(n)
+@pytest.mark.parametrize("span", [40, 2**31 - 1], ids=["close", "far apart"])
+@pytest.mark.parametrize("schema", [BY_TOKEN, BY_DOCUMENT], ids=["by token", "by document"])
+def test_the_counts_of_parts_add_up_to_those_of_a_group_by(
+    schema: pa.Schema, span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored or not, two files at once, keys of one part alone and of all, a part with a site more, with many experts, one that counted nothing.
+    No more files are left than are added up at once, and none is deleted that was there."""
+    monkeypatch.setattr(keysums, "FAN_IN", 2)
+    monkeypatch.setattr(keysums, "WINDOW_KEYS", 30)
+    (tmp_path / "parts").mkdir()
+    total, memory, parts = LongSum(schema, tmp_path), LongSum(schema, None), list[KeyCounts]()
+    for n, wide, most, sites in (
+        (900, span, 9, 4),
+        (700, 40, 300, 4),
+        (3, 40, 9, 4),
+        (0, 40, 9, 4),
+        (800, 200, 70_000, 5),
+        (900, span, 2**40, 4),
+    ):
+        table, rng = made(schema, n, n + most, wide), np.random.default_rng(n)
         changed = {"count": pa.array(rng.integers(1, most, n))}
-        changed |= {"site": pa.array(np.full(n, 3), pa.int16())} if n == 800 else {}
-        changed |= {"expert": pa.array(np.arange(14, 14 + n), pa.int32())} if n == 3 else {}
-        tables.append(pa.table([changed.get(x, table[x]) for x in BY_TOKEN.names], schema=BY_TOKEN))
-    total, arrays = LongSum(BY_TOKEN, "token_id", tmp_path), []
-    for i, table in enumerate(tables):
-        part = counted([table], 4)
-        assert part.table().combine_chunks().equals(summed_by_sorting([table], BY_TOKEN, BY_TOKEN.names[:3]))
-        part.write(tmp_path / f"{i}.npz")
-        total.add(KeyCounts.read(tmp_path / f"{i}.npz", BY_TOKEN) if i != 1 else table)
-        arrays.append(total._dense is not None)
-    found = total.total()
-    assert isinstance(found, LongTable) and any(arrays) and arrays[0] == (span == 40)
-    assert found.table().combine_chunks().equals(summed_by_sorting(tables, BY_TOKEN, BY_TOKEN.names[:3]))
-    assert {a == b for a, b in found.extents("site")} == {True}
+        changed |= {"expert": pa.array(rng.integers(0, 300, n), pa.int32())} if n == 800 else {}
+        parts.append(counted(schema, pa.table([changed.get(x, table[x]) for x in schema.names], schema=schema), sites))
+        stored = StoredCounts(tmp_path / "parts" / f"{n}-{most}.npz", schema)
+        parts[-1].write(stored.path)
+        assert stored.table().equals(parts[-1].table()) and stored.num_rows == parts[-1].num_rows
+        assert stored.where("site", 1).equals(parts[-1].where("site", 1)) and stored.where("site", 9).equals(schema.empty_table())
+        total.add(stored if n % 9 else parts[-1])
+        assert len(list(tmp_path.glob("*.npz"))) <= 2
+        memory.add(parts[-1])
+    assert len(list((tmp_path / "parts").iterdir())) == len(parts)  # a capture's own, which it may be resumed from
+    found, keys = total.total(), ["site", *({*schema.names} - {"site", "expert", "count"}), "expert"]
+    assert isinstance(found, LongTable) and {a == b for a, b in found._extents("site")} == {True}
+    expected = summed_by_sorting([x.table() for x in parts], schema, keys)
+    assert found.table().combine_chunks().equals(expected) and whole(memory.total()).combine_chunks().equals(expected)
+    with pytest.raises(TypeError, match="not as a table"):
+        total.add(expected)
 
 
 def test_a_changed_byte_in_the_counts_of_a_part_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.npz"
-    counted([made(BY_TOKEN, 500, 1, 40)], 3).write(path)
-    change_byte(path, "counts")
-    with pytest.raises(zipfile.BadZipFile, match="counts"):
-        KeyCounts.read(path, BY_TOKEN)
+    stored = StoredCounts(tmp_path / "tokens.npz", BY_TOKEN)
+    counted(BY_TOKEN, made(BY_TOKEN, 500, 1, 40), 3).write(stored.path)
+    change_byte(stored.path, "site-1")
+    with pytest.raises(zipfile.BadZipFile, match="site-1"):
+        stored.read()
 
 
 def test_rows_of_one_text_are_found_in_every_row_group_that_holds_some(tmp_path: Path) -> None:
