@@ -41,8 +41,8 @@ except RunError as error:  # a file of the run that only this view needs is miss
     show_error(str(error))
 except StopException:  # a page that has said all it can still gives its figures and stands in the URL
     figures.take_figures()
-    publish()
+    publish(page.url_path)
     raise
 figures.take_figures()
-publish()
+publish(page.url_path)
 jobs.warm_up()

@@ -48,6 +48,7 @@ def unfold(page: Page, name: str) -> None:
 def choose(page: Page, label: str, wanted: str) -> None:
     """Pick from a list by typing what it shows."""
     box = page.get_by_role("combobox", name=label, exact=True)
+    box.wait_for()  # before the page's first run, too, nothing runs
     rest(page)
     if box.input_value() == wanted:
         return

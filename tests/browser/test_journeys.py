@@ -273,6 +273,8 @@ def test_an_interpretability_researcher_follows_a_token_of_their_own_text(page: 
 
     page.get_by_role("link", name="Expert", exact=True).click()
     box = page.get_by_role("textbox", name="Go to", exact=True)
+    box.wait_for()
+    rest(page)
     box.fill(f"L{layer.layer} E{expert}")
     box.press("Enter")
     card = expert_card(run, layer.index, expert)

@@ -344,6 +344,7 @@ def test_a_cell_of_a_load_map_leads_to_its_expert(page: Page, address: str, view
     assert area is not None
     page.mouse.click(area["x"] + area["width"] * 2.5 / 16, area["y"] + area["height"] * 1.5 / 6)  # expert 2 of layer 1
     expect(page.get_by_role("heading", name="Layer 1, expert 2:")).to_be_visible()
+    rest(page)  # the address follows when all is counted
     assert "layer=layer+1" in page.url and "expert=2" in page.url
 
 
