@@ -108,4 +108,4 @@ def share_bars(
     line = {"type": "line", "x0": 0, "x1": 1, "xref": "x domain", "y0": mean, "y1": mean, "yref": "y", "line": {"color": "#888", "dash": "dot"},
             "name": "whole layer", "showlegend": True}  # fmt: skip  # a word at the line would lie on a bar
     return sized(figure, 300, legend=ABOVE, showlegend=True, shapes=[line], xaxis={"title": what, "type": "category"},
-                  yaxis={"title": f"share of {unit} lost", "tickformat": ".0%", "rangemode": "tozero"})  # fmt: skip
+                  yaxis={"title": f"share of {unit} lost", "tickformat": "~%", "rangemode": "tozero"})  # fmt: skip

@@ -194,7 +194,7 @@ def layer_lines(rows: Sequence[str], lines: Sequence[tuple[str, np.ndarray, np.n
                            hovertemplate="%{x}: %{y:.1%} " + name + "<extra></extra>")  # fmt: skip
     figure.update_layout(legend=ABOVE)
     figure.update_xaxes(type="category")
-    figure.update_yaxes(title=what, tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(title=what, tickformat="~%", rangemode="tozero")
     return sized(figure, 320)
 
 
