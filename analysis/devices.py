@@ -25,11 +25,6 @@ def device_loads(load: np.ndarray, devices: int) -> np.ndarray:
     return load.reshape(*load.shape[:-1], devices, experts // devices).sum(-1)
 
 
-def chance_longest_queue(tokens: int, n_experts: int, n_classes: int, top_k: int, devices: int) -> float:
-    """``chance_longest_queues`` of one number of tokens."""
-    return float(chance_longest_queues(np.array([tokens]), n_experts, n_classes, top_k, devices)[0])
-
-
 def chance_longest_queues(tokens: np.ndarray, n_experts: int, n_classes: int, top_k: int, devices: int) -> np.ndarray:
     """float64 [n]: upper bound of the expected load of the busiest device over the mean, when each of ``tokens`` int64 [n] picks ``top_k``
     of ``n_classes`` uniformly.
@@ -72,7 +67,7 @@ def queue_batches(trace: Trace, site: int, devices: int, batch_tokens: int = 1, 
     """Longest device queue of every batch of ``stability.batch_loads``: batch (from 1), n (tokens), queue, experts, chance.
 
     queue is the load of the busiest device over the mean of the devices, 1 to D; its inverse is EPLB's balancedness. experts is the same of
-    single experts, 1 to E; chance ``chance_longest_queue`` of so many tokens. Raises ValueError as ``device_loads``.
+    single experts, 1 to E; chance ``chance_longest_queues`` of so many tokens. Raises ValueError as ``device_loads``.
     """
     layer = trace.layers[site]
     n, loads = batch_loads(trace, site, batch_tokens, mixed)

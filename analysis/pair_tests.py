@@ -180,13 +180,8 @@ class UnitPairs:
     spread: np.ndarray
 
 
-def unit_pairs(trace: Trace, site: int, after: int, lengths: np.ndarray, progress: Progress | None = None) -> UnitPairs:
-    """Pairs of experts here and at ``after`` in documents of these lengths; one pass."""
-    return count_units(trace, [(site, after)], lengths, progress)[0]
-
-
 def count_units(trace: Trace, pairs: Sequence[tuple[int, int]], lengths: np.ndarray, progress: Progress | None = None) -> list[UnitPairs]:
-    """``unit_pairs`` of each (site, after) of one stream; every site's decisions are decoded once for all, and pairs are counted side by side."""
+    """Pairs of experts at each (site, after) of one stream, in documents of these lengths; every site's decisions are decoded once for all, and pairs are counted side by side."""
     sites, n = sorted({site for pair in pairs for site in pair}), int(lengths.sum())
     counts = [_Counting(trace.layers[a], trace.layers[b], lengths) for a, b in pairs]
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(len(counts)) as pool:  # the next block is read while one is counted

@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 
 from analysis import balance
-from analysis.devices import chance_longest_queue, chance_longest_queues, device_counts, device_loads, queue_batches, queue_table
+from analysis.devices import chance_longest_queues, device_counts, device_loads, queue_batches, queue_table
 from analysis.stability import maxvio_batches
 from analysis.trace import SiteRouting
 from tests.synthetic import PLAIN, SPECIAL, make_part, make_trace, site
+
+
+def of_one(tokens: int, *settings: int) -> float:
+    """The chance of one number of tokens, asked alone."""
+    return float(chance_longest_queues(np.array([tokens]), *settings)[0])
 
 
 def test_placement_is_in_order_of_number() -> None:
@@ -100,22 +105,22 @@ def test_chance_is_the_union_bound_of_the_exact_distribution(tokens: int, classe
     for _ in range(tokens):
         mass = np.convolve(mass, one)
     bound = sum(min(1.0, devices * mass[t + 1 :].sum()) for t in range(len(mass))) / (tokens * k * held / classes)
-    assert chance_longest_queue(tokens, experts, classes, k, devices) == pytest.approx(bound, abs=1e-10)
+    assert of_one(tokens, experts, classes, k, devices) == pytest.approx(bound, abs=1e-10)
 
 
 def test_chance_of_many_numbers_of_tokens_is_that_of_each() -> None:
     """In whatever order, of windows of several sizes, more of one size than are looked at in one go."""
     tokens = np.random.default_rng(0).permutation(np.concatenate([np.arange(600), [1_000, 70_000, 5_000_000], np.arange(300)]))
     for settings in ((64, 64, 8, 8), (12, 15, 5, 3), (64, 64, 8, 1)):
-        each = [chance_longest_queue(int(n), *settings) for n in tokens]
+        each = [of_one(int(n), *settings) for n in tokens]
         np.testing.assert_allclose(chance_longest_queues(tokens, *settings), each, rtol=1e-12)
 
 
 def test_chance_of_single_experts_is_that_of_balance_and_of_one_device_is_none() -> None:
     for tokens in (1, 50, 1_024, 1_000_000, 10**8):
-        assert chance_longest_queue(tokens, 64, 64, 8, 64) == pytest.approx(balance.chance_max_over_mean(tokens, 64, 8), rel=1e-6)
-        assert chance_longest_queue(tokens, 64, 64, 8, 1) == 1 == chance_longest_queue(tokens, 8, 8, 8, 4)
-    assert math.isnan(chance_longest_queue(0, 64, 64, 8, 8))
+        assert of_one(tokens, 64, 64, 8, 64) == pytest.approx(balance.chance_max_over_mean(tokens, 64, 8), rel=1e-6)
+        assert of_one(tokens, 64, 64, 8, 1) == 1 == of_one(tokens, 8, 8, 8, 4)
+    assert math.isnan(of_one(0, 64, 64, 8, 8))
 
 
 @pytest.mark.parametrize("devices", [2, 4, 16])
@@ -126,6 +131,6 @@ def test_simulated_uniform_routing_stays_below_chance_and_little_below(devices: 
         chosen = np.argsort(rng.random((200, 16)), axis=1)[:, :3]
         load = device_loads(np.bincount(chosen.ravel(), minlength=16), devices)
         longest.append(load.max() / load.mean())
-    chance, error = chance_longest_queue(200, 16, 16, 3, devices), np.std(longest) / 20
+    chance, error = of_one(200, 16, 16, 3, devices), np.std(longest) / 20
     assert 0.95 * chance < np.mean(longest) - 3 * error < chance  # of two devices it is the mean itself
     assert devices == 2 or np.mean(longest) + 3 * error < chance

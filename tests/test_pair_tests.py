@@ -18,8 +18,8 @@ from analysis.pair_tests import (
     TOO_MANY,
     PairTest,
     coactivation_test,
+    count_units,
     flow_test,
-    unit_pairs,
 )
 from analysis.significance import ALPHA, benjamini_hochberg, count_p
 from analysis.trace import SiteRouting, Trace
@@ -76,7 +76,7 @@ def test_pairs_of_units_are_those_of_the_decisions(layers: tuple, monkeypatch: p
         after = trace.stats.following[layer.index]
         for other in {layer.index} | ({after} - {None}):
             rows = [r for r in trace.documents.to_pylist() if r["stack"] == layer.stream and r["n_tokens"]]
-            found = unit_pairs(trace, layer.index, other, np.array([r["n_tokens"] for r in rows]))
+            found = count_units(trace, [(layer.index, other)], np.array([r["n_tokens"] for r in rows]))[0]
             assert len(found.tables) == len(rows)
             expected = np.zeros(found.expected.shape)
             for unit, row in enumerate(rows):
@@ -116,9 +116,9 @@ def test_pairs_of_several_sites_are_tested_in_one_pass(monkeypatch: pytest.Monke
 
 def test_many_documents_are_joined_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     trace, lengths = planted(), np.full(40, 60)
-    whole = unit_pairs(trace, 0, 1, lengths)
+    whole = count_units(trace, [(0, 1)], lengths)[0]
     monkeypatch.setattr(pair_tests, "TABLE_BYTES", 4 * 6 * 6 * 8)
-    joined = unit_pairs(trace, 0, 1, lengths)
+    joined = count_units(trace, [(0, 1)], lengths)[0]
     assert len(joined.tables) == 8 and np.array_equal(joined.tables, whole.tables.reshape(8, 5, 6, 6).sum(1))
     np.testing.assert_allclose(joined.excess, whole.excess.reshape(8, 5, 6, 6).sum(1), atol=1e-4)  # of single documents' loads
     np.testing.assert_allclose([joined.expected, joined.spread], [whole.expected, whole.spread])
@@ -154,7 +154,7 @@ def test_against_slow_loops(kind: str) -> None:
     lengths = [30, 20, 40, 25, 35, 30, 20]
     trace = routed(drawn(3, lengths), lengths, 6)
     found = TESTS[kind](trace, 0)
-    tables = unit_pairs(trace, 0, 0 if kind == "pairs" else 1, np.array(lengths)).tables
+    tables = count_units(trace, [(0, 0 if kind == "pairs" else 1)], np.array(lengths))[0].tables
     weights = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), 1000)
     for e, f in combinations(range(6), 2):
         observed, expected, spread = tables[:, e, f], [], 0.0
