@@ -7,10 +7,11 @@ TABLE_BYTES in all. Effects are those of ``paths``; knows nothing of screens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import ceil, log2
 
 import numpy as np
@@ -110,7 +111,9 @@ def pair_tests(trace: Trace, asked: Sequence[tuple[str, int]], progress: Progres
         lengths = documents_of(trace, trace.layers[some[0][1]].stream)[1]
         tell = progress and partial(_of_passes, progress, done, len(passes))
         counted = count_units(trace, [(a, b) for a, b in after if b is not None], lengths, tell)
-        found |= {x: _tested(found[x], units, seed) for x, units in zip(some, counted, strict=True)}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # nearly all of it runs without Python's lock
+            tested = pool.map(partial(_tested, seed=seed), [found[x] for x in some], counted)
+            found |= zip(some, tested, strict=True)
     return [found[x] for x in asked]
 
 
@@ -185,8 +188,8 @@ def count_units(trace: Trace, pairs: Sequence[tuple[int, int]], lengths: np.ndar
     sites, n = sorted({site for pair in pairs for site in pair}), int(lengths.sum())
     counts = [_Counting(trace.layers[a], trace.layers[b], lengths) for a, b in pairs]
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(len(counts)) as pool:  # the next block is read while one is counted
-        for start, stop, slots in ahead(_slots(trace, [trace.layers[site] for site in sites]), reader):
-            list(pool.map(partial(_Counting.add, start=start, stop=stop, slots=slots), counts))
+        for start, stop, rows in ahead(_rows(trace, [trace.layers[site] for site in sites]), reader):
+            list(pool.map(partial(_Counting.add, start=start, stop=stop, rows=rows), counts))
             if progress is not None:
                 progress(stop, n)
     return [x.found() for x in counts]
@@ -205,44 +208,83 @@ class _Counting:
         sizes = (shape[0], here.top_k + 1) if here == there else (shape[0], shape[0], shape[1], shape[1], 1)
         self.held = tuple(np.zeros(n, np.int64) for n in sizes)
 
-    def add(self, start: int, stop: int, slots: Mapping[int, np.ndarray]) -> None:
-        """Count rows ``start`` to ``stop``, the next ones; ``slots`` by site."""
-        from .bittables import count_pairs  # pays for numba
-        from .chance_pairs import add_chance_flow, add_chance_pairs
-
+    def add(self, start: int, stop: int, rows: Mapping[int, _Rows]) -> None:
+        """Count rows ``start`` to ``stop``, the next ones; ``rows`` by site."""
         last, ends, chance = self.last, self.ends, self.chance
+        here, after = rows[self.here.index], rows[self.there.index]
+        count = self._count_bits if len(here.words) and len(after.words) else self._count_slots
         for unit in range(int(np.searchsorted(last, start, "right")), int(np.searchsorted(last, stop - 1, "right")) + 1):
             first, end = max(int(last[unit - 1]) if unit else 0, start), min(int(last[unit]), stop)
-            here, after = (slots[x.index][first - start : end - start] for x in (self.here, self.there))
-            count_pairs(here, after, self.tables[unit])
             whole = ends[np.searchsorted(ends, first, "right") : np.searchsorted(ends, end, "right")] - first
-            if self.here == self.there:
-                add_chance_pairs(here, whole, self.held, chance, self.spread)
-            else:
-                add_chance_flow(here, after, whole, self.held, chance, self.spread)
+            count(here, after, slice(first - start, end - start), whole, self.tables[unit])
             if end == last[unit]:
                 lean = self.tables[unit] - chance
                 self.excess[unit] = np.where(np.abs(lean) > 1e-6 * (1 + chance), lean, 0)  # what only the fit left is no lean
                 self.expected += chance
                 chance[:] = 0
 
+    def _count_slots(self, here: _Rows, after: _Rows, at: slice, whole: np.ndarray, table: np.ndarray) -> None:
+        """Rows ``at`` of both, in which documents end at ``whole``, added to ``table`` and to what is by chance."""
+        from .bittables import count_pairs  # pays for numba
+        from .chance_pairs import add_chance_flow, add_chance_pairs
+
+        mine, later = here.slots[at], after.slots[at]
+        count_pairs(mine, later, table)
+        if self.here == self.there:
+            add_chance_pairs(mine, whole, self.held, self.chance, self.spread)
+        else:
+            add_chance_flow(mine, later, whole, self.held, self.chance, self.spread)
+
+    def _count_bits(self, here: _Rows, after: _Rows, at: slice, whole: np.ndarray, table: np.ndarray) -> None:
+        """The same of rows that all have k different experts, of which a document's loads are all that chance asks for."""
+        from .bittables import bits_of, count_pairs_by_bits, count_runs_by_bits  # pay for numba
+        from .chance_pairs import add_chance_flow_of, add_chance_pairs_of
+
+        starts, bits, loads = np.concatenate([[0], whole, [at.stop - at.start]]), [], []
+        for layer, rows in ((self.here, here), (self.there, after)):
+            bits.append(bits_of(rows.words[at], layer.n_classes + 1, layer.top_k))
+            loads.append(np.zeros((len(starts) - 1, layer.n_classes + 1), np.int32))
+            count_runs_by_bits(bits[-1], starts, loads[-1])
+        count_pairs_by_bits(*bits, table)
+        if self.here == self.there:
+            add_chance_pairs_of(loads[0], starts, self.held, self.chance, self.spread)
+        else:
+            each = self.here.top_k, self.there.top_k
+            add_chance_flow_of(*loads, each, starts, self.held, self.chance, self.spread)
+
     def found(self) -> UnitPairs:
         """What was counted of all rows."""
         return UnitPairs(self.tables[:, 1:, 1:], self.excess[:, 1:, 1:], self.expected[1:, 1:], self.spread[1:, 1:])
 
 
-def _slots(trace: Trace, layers: Sequence[LayerInfo]) -> Iterator[tuple[int, int, dict[int, np.ndarray]]]:
-    """(start, stop, slots [rows, k] by site) of a stream's rows, block by block."""
-    from .counting import check_ids, slots_of
+@dataclass(frozen=True)
+class _Rows:
+    """Checked ids [n, k] of a site, and uint64 [n] the experts of each row as bits: none unless pairs are counted faster by them."""
+
+    experts: np.ndarray
+    words: np.ndarray
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        from .counting import slots_of  # pays for numba
+
+        return slots_of(self.experts)
+
+
+def _rows(trace: Trace, layers: Sequence[LayerInfo]) -> Iterator[tuple[int, int, dict[int, _Rows]]]:
+    """(start, stop, rows by site) of a stream, block by block."""
+    from .bittables import words_of, worth_bits  # pay for numba
+    from .counting import check_ids
 
     n = trace.n_tokens(layers[0].stream)
     for start in range(0, n, ROWS):
-        stop, slots = min(start + ROWS, n), {}
+        stop, rows = min(start + ROWS, n), {}
         for layer in layers:
             experts = trace.experts(layer.index, start, stop)
             check_ids(experts, layer.n_classes)
-            slots[layer.index] = slots_of(experts)
-        yield start, stop, slots
+            worth = worth_bits(layer.n_classes + 1, layer.top_k)
+            rows[layer.index] = _Rows(experts, words_of(experts) if worth else np.zeros(0, np.uint64))
+        yield start, stop, rows
 
 
 def _fitting(cells: int) -> int:
