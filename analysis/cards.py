@@ -123,14 +123,16 @@ class ExpertCard(ExpertLoad):
     missing: tuple[str, ...]
 
 
-def site_evidence(trace: Trace, site: int, pairs: bool = True, use: bool = True, progress: Progress | None = None) -> SiteEvidence:
+def site_evidence(trace: Trace, site: int, pairs: bool = True, use: bool = True, progress: Progress | None = None,
+                  labels: Preferences | None = None) -> SiteEvidence:  # fmt: skip
     """All tests and tables of one site; without ``pairs`` those of other experts are None, which read it and its neighbours once more.
 
-    Without ``use``, ``token_use`` is None: for ``with_use``, which reads it once more. ``progress`` is told (tokens read, in all).
+    Without ``use``, ``token_use`` is None: for ``with_use``, which reads it once more. ``progress`` is told (tokens read, in all). ``labels``:
+    ``by_label``, where at hand.
     """
     before = site_before(trace, site)
     with ThreadPoolExecutor(1) as pool:  # each spends most of its time without Python's lock
-        tested = pool.submit(by_label, trace, site)
+        tested = pool.submit(lambda: labels or by_label(trace, site))
         classes, crossed, tokens, token_use = _read(trace, site, use, progress)
     labels = tested.result()
     missing = [] if labels.groups else ["labels: the run has none"]
@@ -150,12 +152,12 @@ def site_evidence(trace: Trace, site: int, pairs: bool = True, use: bool = True,
     return replace(found, partners=made["partners"], into=made.get("into"), onward=made.get("onward"))
 
 
-def with_use(trace: Trace, evidence: SiteEvidence) -> SiteEvidence:
-    """``evidence`` with its ``token_use``, where that can be known; one pass."""
+def with_use(trace: Trace, evidence: SiteEvidence, progress: Progress | None = None) -> SiteEvidence:
+    """``evidence`` with its ``token_use``, where that can be known; one pass. ``progress`` is told (tokens read, in all)."""
     if evidence.tokens is None or evidence.token_use is not None:
         return evidence
     ids = leading_ids(evidence.tokens, range(evidence.tokens.classes))
-    return replace(evidence, token_use=document_use(trace, evidence.tokens, ids))
+    return replace(evidence, token_use=document_use(trace, evidence.tokens, ids, progress=progress))
 
 
 def company(trace: Trace, site: int) -> dict[str, tuple[str, int]]:
@@ -203,7 +205,7 @@ def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | N
     known = site_evidence(trace, site) if evidence is None else evidence
     used = load.assignments
     return ExpertCard(
-        **vars(load), description=describe(known, expert), labels=_uses(known.labels, expert), classes=_uses(known.classes, expert),
+        **vars(load), description=describe(known, expert), labels=group_uses(known.labels, expert), classes=group_uses(known.classes, expert),
         tokens=top_tokens(trace, known.tokens, expert, use=known.token_use) if known.tokens is not None else (),
         partners=neighbours(known.partners, expert, used), sources=neighbours(known.into, expert, used, column=True),
         targets=neighbours(known.onward, expert, used), missing=known.missing,
@@ -294,7 +296,8 @@ def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: tuple[st
     return effects(site, "label and class", tuple(f"{a} {b}" for a in labels for b in classes), sizes, counts[0, :, 1:])
 
 
-def _uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:
+def group_uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:
+    """The groups at one expert, by falling lift; none where nothing was looked at."""
     if found is None:
         return ()
     order = np.argsort(-np.nan_to_num(found.lift[:, expert]), kind="stable")

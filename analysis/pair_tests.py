@@ -237,20 +237,19 @@ class _Counting:
 
     def _count_bits(self, here: _Rows, after: _Rows, at: slice, whole: np.ndarray, table: np.ndarray) -> None:
         """The same of rows that all have k different experts, of which a document's loads are all that chance asks for."""
-        from .bittables import bits_of, count_pairs_by_bits, count_runs_by_bits  # pay for numba
+        from .bittables import count_pairs_by_bits  # pays for numba
         from .chance_pairs import add_chance_flow_of, add_chance_pairs_of
 
-        starts, bits, loads = np.concatenate([[0], whole, [at.stop - at.start]]), [], []
-        for layer, rows in ((self.here, here), (self.there, after)):
-            bits.append(bits_of(rows.words[at], layer.n_classes + 1, layer.top_k))
-            loads.append(np.zeros((len(starts) - 1, layer.n_classes + 1), np.int32))
-            count_runs_by_bits(bits[-1], starts, loads[-1])
-        count_pairs_by_bits(*bits, table)
+        starts = np.concatenate([[0], whole, [at.stop - at.start]])
+        bits, loads = here.counted(at, starts)
         if self.here == self.there:
-            add_chance_pairs_of(loads[0], starts, self.held, self.chance, self.spread)
+            count_pairs_by_bits(bits, bits.view(), table)  # both halves
+            add_chance_pairs_of(loads, starts, self.held, self.chance, self.spread)
         else:
+            later, loads_after = after.counted(at, starts)
+            count_pairs_by_bits(bits, later, table)
             each = self.here.top_k, self.there.top_k
-            add_chance_flow_of(*loads, each, starts, self.held, self.chance, self.spread)
+            add_chance_flow_of(loads, loads_after, each, starts, self.held, self.chance, self.spread)
 
     def found(self) -> UnitPairs:
         """What was counted of all rows."""
@@ -261,14 +260,26 @@ class _Counting:
 class _Rows:
     """Checked ids [n, k] of a site, and uint64 [n] the experts of each row as bits: none unless pairs are counted faster by them."""
 
+    layer: LayerInfo
     experts: np.ndarray
     words: np.ndarray
 
     @cached_property
     def slots(self) -> np.ndarray:
+        """For those who look at every row."""
         from .counting import slots_of  # pays for numba
 
         return slots_of(self.experts)
+
+    def counted(self, at: slice, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(table of bits, int32 [runs, slots] assignments) of rows ``at``, in which runs begin at ``starts``, and the end of the last."""
+        from .bittables import bits_of, count_runs_by_bits  # pay for numba
+
+        bits, loads = bits_of(self.words[at], n := self.layer.n_classes + 1, self.layer.top_k), np.zeros((len(starts) - 1, n), np.int32)
+        if bits is None:
+            raise ValueError(f"no words of {self.layer.title}")
+        count_runs_by_bits(bits, starts, loads)
+        return bits, loads
 
 
 def _rows(trace: Trace, layers: Sequence[LayerInfo]) -> Iterator[tuple[int, int, dict[int, _Rows]]]:
@@ -283,7 +294,7 @@ def _rows(trace: Trace, layers: Sequence[LayerInfo]) -> Iterator[tuple[int, int,
             experts = trace.experts(layer.index, start, stop)
             check_ids(experts, layer.n_classes)
             worth = worth_bits(layer.n_classes + 1, layer.top_k)
-            rows[layer.index] = _Rows(experts, words_of(experts) if worth else np.zeros(0, np.uint64))
+            rows[layer.index] = _Rows(layer, experts, words_of(experts) if worth else np.zeros(0, np.uint64))
         yield start, stop, rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -66,14 +66,15 @@ class DocumentUse:
     tests: TokenTests
 
 
-def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None, least: int = LEAST) -> DocumentUse | None:
+def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None, least: int = LEAST,
+                 progress: Callable[[int, int], None] | None = None) -> DocumentUse | None:  # fmt: skip
     """In how many documents ``ids`` (ascending, of counts.ids; default all) lean to experts: the fewer, the less memory.
 
-    One pass over the site; None for a run without decisions or tokens.
+    One pass over the site; None for a run without decisions or tokens. ``progress`` is told (tokens read, in all).
     """
     if trace.source is None or trace.load_tokens is None:
         return None
-    return one_pass(trace, counts.site, use_reading(trace, counts, ids, least))[0]
+    return one_pass(trace, counts.site, use_reading(trace, counts, ids, least), progress=progress)[0]
 
 
 def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None, least: int = LEAST,
