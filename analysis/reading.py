@@ -91,3 +91,9 @@ def owners(trace: Trace, stream: str) -> np.ndarray:
     """int64 [tokens of the stream]: which of ``documents_of`` each token is of."""
     lengths = documents_of(trace, stream)[1]
     return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def block_owners(edges: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """int64 [stop - start]: ``owners`` of rows ``start`` to ``stop`` alone, where document d is the rows edges[d] to edges[d + 1]."""
+    first, last = np.searchsorted(edges, (start, stop - 1), "right") - 1
+    return np.repeat(np.arange(first, last + 1), np.diff(np.clip(edges[first : last + 2], start, stop)))

@@ -74,13 +74,14 @@ def benjamini_hochberg(p: np.ndarray, family: int | None = None) -> np.ndarray:
     """
     q = np.full(p.shape, np.nan)
     known = np.isfinite(p)
-    values = p[known]
+    low = p < 1  # the others, often most, have q = 1 and come last
+    values, many = p[low], int(known.sum()) if family is None else family
     order = np.argsort(values)[::-1]
-    n = len(values)
-    ranked = np.minimum.accumulate(values[order] * (n if family is None else family) / np.arange(n, 0, -1))
-    out = np.empty(n)
+    ranked = np.minimum.accumulate(values[order] * many / np.arange(len(values), 0, -1))
+    out = np.empty(len(values))
     out[order] = np.minimum(ranked, 1)
-    q[known] = out
+    q[known] = 1
+    q[low] = out
     return q
 
 
@@ -276,11 +277,16 @@ def shares_p(total: np.ndarray, expected: np.ndarray, n: np.ndarray) -> np.ndarr
 
     exp(-n KL(total / n || expected / n)): Hoeffding 1963, whatever the shares' distributions. Arrays that broadcast to one shape; 1 for no share.
     """
+    total, expected, n = np.broadcast_arrays(total, expected, n)
+    out = np.ones(total.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
         found, rate = np.minimum(total / n, 1), np.minimum(expected / n, 1)
+        over = found > rate * (1 + _TIE)
+        found, rate = found[over], rate[over]
         used = np.where(found > 0, found * np.log(found / rate), 0)
         free = np.where(found < 1, (1 - found) * np.log((1 - found) / (1 - rate)), 0)
-        return np.where(found > rate * (1 + _TIE), np.exp(-n * (used + free)), 1.0)
+        out[over] = np.exp(-n[over] * (used + free))
+    return out
 
 
 def count_p(observed: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
