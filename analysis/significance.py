@@ -254,6 +254,8 @@ def _reached(signs: np.ndarray, scaled: np.ndarray, bar: np.ndarray) -> np.ndarr
 
     In single precision, and again in double where its error bound (Higham 2002, 3.5) leaves it open.
     """
+    from .shuffling import count_reached  # pays for numba
+
     slack = (len(scaled) + 4) * 2.0**-24 * np.abs(scaled).sum(0)
     least, most = (
         np.nextafter((bar - slack).astype(np.float32), np.float32(-1)),
@@ -261,14 +263,16 @@ def _reached(signs: np.ndarray, scaled: np.ndarray, bar: np.ndarray) -> np.ndarr
     )
     coarse, exceeded = scaled.astype(np.float32), np.zeros(len(bar), np.int64)
     for at in _chunks(len(signs), len(bar)):
-        null = np.abs(signs[at].astype(np.float32) @ coarse)
-        surely = null >= most
-        row, cell = np.nonzero((null >= least) > surely)
-        if len(row) > null.size // 256:  # many are equal: sums of few units
+        null, surely, perhaps = signs[at].astype(np.float32) @ coarse, np.zeros(len(bar), np.int64), np.zeros(len(bar), np.int64)
+        count_reached(null, least, most, surely, perhaps)
+        if perhaps.sum() - surely.sum() > null.size // 256:  # many are equal: sums of few units
             exceeded += (np.abs(signs[at] @ scaled) >= bar).sum(0)
             continue
-        exact = np.abs(np.einsum("nu,un->n", signs[at][row], scaled[:, cell]))
-        exceeded += surely.sum(0) + np.bincount(cell[exact >= bar[cell]], minlength=len(bar))
+        unsure = np.flatnonzero(perhaps > surely)
+        some = np.abs(null[:, unsure])
+        row, cell = np.nonzero((some >= least[unsure]) & (some < most[unsure]))
+        exact, cell = np.abs(np.einsum("nu,un->n", signs[at][row], scaled[:, unsure[cell]])), unsure[cell]
+        exceeded += surely + np.bincount(cell[exact >= bar[cell]], minlength=len(bar))
     return exceeded
 
 
