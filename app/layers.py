@@ -41,17 +41,18 @@ def each_layer(trace: Trace, known: dict[int, _Found], make: Callable[[Sequence[
     return [known[x.index] for x in trace.layers]
 
 
-def one_layer(site: int, known: dict[int, _Found], make: Callable[[Callable[[int, int], None]], _Found]) -> _Found:
-    """What was found of one site, which ``make`` makes if it is not ``known`` yet, telling (tokens read, tokens in all) as it goes on.
+def one_layer(site: int, known: dict[int, _Found], make: Callable[[Callable[..., None]], _Found]) -> _Found:
+    """What was found of one site, which ``make`` makes if it is not ``known`` yet, telling (tokens read, tokens in all) as it goes on, and
+    ``what`` of them is read if it is not the decisions.
 
     A person who leaves in the middle stops it at the next telling. Nothing is shown of what is done at the first one.
     """
     if site not in known:
         place = st.empty()
 
-        def tell(done: int, total: int) -> None:
+        def tell(done: int, total: int, what: str = "the layer's decisions") -> None:
             if done < total:
-                place.progress(done / total, text=f"Reading the layer's decisions: {done:,} of {total:,} tokens …")
+                place.progress(done / total, text=f"Reading {what}: {done:,} of {total:,} tokens …")
 
         try:
             known[site] = make(tell)

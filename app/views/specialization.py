@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from threading import Event
 
 import numpy as np
@@ -20,7 +21,7 @@ from analysis.pair_tests import coactivation_test, flow_test
 from analysis.paths import saturation
 from analysis.significance import ALPHA
 from analysis.specialization import Preferences, by_label, by_position, seriation
-from analysis.token_classes import by_class
+from analysis.token_classes import by_class, class_codes
 from analysis.token_use import TokenUse, leading_ids, top_tokens_of
 from analysis.trace import Trace
 from analysis.vocabulary import (
@@ -67,10 +68,23 @@ SHOWN = 8  # tokens per expert
 
 
 @st.cache_resource(max_entries=64, show_spinner="Testing every cell against shuffled labels …")
-def preferences(_trace: Trace, run: str, site: int, kind: str) -> Preferences:
-    """Effects and tests of one site; ``run`` names the trace with its date."""
-    made: dict[str, Callable[[Trace, int], Preferences]] = {"label": by_label, "class": by_class, "position": by_position}
-    return made[kind](_trace, site)
+def label_preferences(_trace: Trace, run: str, site: int) -> Preferences:
+    """Effects and tests of labels at one site, from statistics; ``run`` names the trace with its date."""
+    return by_label(_trace, site)
+
+
+def tested(kind: str) -> Callable[..., Preferences]:
+    """What gives effects and tests of one site by reading its decisions, and may be told of as ``one_layer`` has it. The texts of a stream's
+    tokens are read once for all sites asked for."""
+    codes: dict[str, np.ndarray] = {}
+
+    def of_classes(site: int, tell: Callable[..., None] | None = None) -> Preferences:
+        stream = trace.layers[site].stream
+        if stream not in codes:
+            codes[stream] = class_codes(trace, stream, tell and partial(tell, what="the texts of the tokens"))
+        return by_class(trace, site, codes[stream], tell)
+
+    return of_classes if kind == "class" else partial(by_position, trace)
 
 
 @st.cache_resource(max_entries=8, show_spinner="Measuring every layer …")
@@ -340,10 +354,11 @@ with st.container(horizontal=True, vertical_alignment="bottom"):
     kind = choice("by", "Look", offered, next(iter(offered)), draw=st.segmented_control, absent={"runs": NO_RUNS})
 tables: dict[str, tuple[str, pa.Table]] = {}
 if kind in ("label", "class", "position"):
-    found = preferences(trace, run, site, kind)
+    test = partial(label_preferences, trace, run) if kind == "label" else tested(kind)
+    found = test(site) if kind == "label" else one_layer(site, kept(run, ("preferences", kind)), partial(test, site))
     show_preferences(found, site)
     tables[KINDS[kind]] = f"one row per {kind} and expert", found.table()
-    tables |= show_every_layer(trace, run, found, lambda i: preferences(trace, run, i, kind))
+    tables |= show_every_layer(trace, run, found, test)
     if kind == "label":
         show_layers()
 elif kind == "token":
