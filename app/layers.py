@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import streamlit as st
 
 from analysis.trace import Trace
 
+EVERY = 0.1  # seconds: a block takes a tenth of that
 _Found = TypeVar("_Found")
 
 
@@ -45,14 +47,16 @@ def one_layer(site: int, known: dict[int, _Found], make: Callable[[Callable[...,
     """What was found of one site, which ``make`` makes if it is not ``known`` yet, telling (tokens read, tokens in all) as it goes on, and
     ``what`` of them is read if it is not the decisions.
 
-    A person who leaves in the middle stops it at the next telling. Nothing is shown of what is done at the first one.
+    A person who leaves in the middle stops it at the next telling. It is told EVERY so often, and not of what is done before.
     """
     if site not in known:
-        place = st.empty()
+        place, last = st.empty(), monotonic()
 
         def tell(done: int, total: int, what: str = "the layer's decisions") -> None:
-            if done < total:
+            nonlocal last
+            if done < total and monotonic() >= last + EVERY:
                 place.progress(done / total, text=f"Reading {what}: {done:,} of {total:,} tokens …")
+                last = monotonic()
 
         try:
             known[site] = make(tell)
