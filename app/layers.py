@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from analysis.trace import Trace
 
@@ -43,14 +44,17 @@ def each_layer(trace: Trace, known: dict[int, _Found], make: Callable[[Sequence[
     return [known[x.index] for x in trace.layers]
 
 
-def one_layer(site: int, known: dict[int, _Found], make: Callable[[Callable[..., None]], _Found]) -> _Found:
+def one_layer(
+    site: int, known: dict[int, _Found], make: Callable[[Callable[..., None]], _Found], place: DeltaGenerator | None = None
+) -> _Found:
     """What was found of one site, which ``make`` makes if it is not ``known`` yet, telling (tokens read, tokens in all) as it goes on, and
     ``what`` of them is read if it is not the decisions.
 
-    A person who leaves in the middle stops it at the next telling. It is told EVERY so often, and not of what is done before.
+    A person who leaves in the middle stops it at the next telling. It is told EVERY so often, and not of what is done before,
+    in the ``place`` of what comes, such as its headline, so that nothing below moves.
     """
     if site not in known:
-        place, last = st.empty(), monotonic()
+        place, last = st.empty() if place is None else place, monotonic()
 
         def tell(done: int, total: int, what: str = "the layer's decisions") -> None:
             nonlocal last

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from analysis.glossary import GLOSSARY
 from analysis.information import Information
@@ -94,12 +95,13 @@ def informations(_trace: Trace, run: str) -> list[tuple[Information, DocumentInt
         return list(pool.map(lambda x: label_information_and_interval(_trace, x.index), _trace.layers))
 
 
-def show_preferences(found: Preferences, site: int) -> None:
-    """Headline, heatmap and definitions of one kind of groups."""
+def show_preferences(found: Preferences, site: int, place: DeltaGenerator) -> None:
+    """Headline in its ``place``, heatmap and definitions of one kind of groups."""
     layer = trace.layers[site]
     rows = trace.documents.filter(pc.equal(trace.documents["stack"], layer.stream))
     documents = pc.count(rows["label"]).as_py() if found.kind == "label" else len(rows)
-    text.show_heading(captions.preferences_headline(found, layer))
+    with place:
+        text.show_heading(captions.preferences_headline(found, layer))
     if found.missing:
         st.page_link("views/runs.py", label="Record more text →")
     text.show_note(f"An expert's number means nothing without its layer: expert 3 of {layer.title} is unrelated to expert 3 of any other.",
@@ -289,13 +291,15 @@ def shown(use: TokenUse) -> str:
 
 def show_pairs(kind: str) -> pa.Table:
     """Lift of pairs of experts, in one layer or from one to the next, with the pairs that chance alone could give crossed out."""
-    test = coactivation_test if kind == "pairs" else flow_test
-    found = one_layer(site, kept(run, ("pair tests", kind)), lambda tell: test(trace, site, tell))
+    test, place = coactivation_test if kind == "pairs" else flow_test, st.empty()
+    found = one_layer(site, kept(run, ("pair tests", kind)), lambda tell: test(trace, site, tell), place)
     pairs, here, weak = found.counts, trace.layers[site].title, np.isfinite(found.counts.lift) & ~found.significant
     if not pairs.observed.shape[1]:
-        text.show_heading(f"{here.capitalize()} is the last routed layer: choose an earlier one to see where its tokens go on.")
+        with place:
+            text.show_heading(f"{here.capitalize()} is the last routed layer: choose an earlier one to see where its tokens go on.")
         return pa.table({"row": pa.array([], pa.int64())})
-    text.show_heading(captions.pairs_headline(found, here))
+    with place:
+        text.show_heading(captions.pairs_headline(found, here))
     show_figure(
         trace, charts.lift_map(pairs.lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer",
                                theme(), None if found.missing else weak),
@@ -355,8 +359,9 @@ with st.container(horizontal=True, vertical_alignment="bottom"):
 tables: dict[str, tuple[str, pa.Table]] = {}
 if kind in ("label", "class", "position"):
     test = partial(label_preferences, trace, run) if kind == "label" else tested(kind)
-    found = test(site) if kind == "label" else one_layer(site, kept(run, ("preferences", kind)), partial(test, site))
-    show_preferences(found, site)
+    place = st.empty()
+    found = test(site) if kind == "label" else one_layer(site, kept(run, ("preferences", kind)), partial(test, site), place)
+    show_preferences(found, site, place)
     tables[KINDS[kind]] = f"one row per {kind} and expert", found.table()
     tables |= show_every_layer(trace, run, found, test)
     if kind == "label":
