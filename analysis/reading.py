@@ -5,27 +5,67 @@ Memory is that of a block. Knows nothing of what is asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from .trace import LayerInfo, Trace, id_dtype
 
 ROWS = 65_536  # tokens read at a time
+SPAN = 16 * ROWS  # of a column of the tokens' table, whose row groups are whole parts: at most one in 16 is read twice
+READERS = 2  # threads: unpacking and checksums need no lock of Python's
+_Key = TypeVar("_Key")
 _Found = TypeVar("_Found")
 Reading = Generator[None, tuple[int, np.ndarray] | None, _Found]  # see ``one_pass``
 
 
-def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, executed experts [up to ``rows``, k], of ``id_dtype``) over a site's stream, in order; bounded memory."""
-    ids = id_dtype(layer.n_classes)  # one type whatever the source: kernels are compiled for it once
-    for start in range(0, trace.n_tokens(layer.stream), rows):
-        stop = min(start + rows, trace.n_tokens(layer.stream))
-        yield start, np.ascontiguousarray(trace.experts(layer.index, start, stop), ids)
+def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Generator[tuple[int, np.ndarray], None, None]:
+    """(first row, executed experts [up to ``rows``, k], of ``id_dtype``) over a site's stream, in order; bounded memory: the next READERS are
+    read while one is worked on."""
+    ids, n = id_dtype(layer.n_classes), trace.n_tokens(layer.stream)  # one type whatever the source: kernels are compiled for it once
+
+    def read(start: int) -> tuple[int, np.ndarray]:
+        return start, np.ascontiguousarray(trace.experts(layer.index, start, min(start + rows, n)), ids)
+
+    yield from in_turn(read, range(0, n, rows))
+
+
+def in_turn(make: Callable[[_Key], _Found], keys: Iterable[_Key]) -> Generator[_Found, None, None]:
+    """``make`` of every key, in order, by READERS threads that are as many keys ahead."""
+    made: deque[Future[_Found]] = deque()
+    with ThreadPoolExecutor(READERS) as readers:
+        for key in keys:
+            made.append(readers.submit(make, key))
+            if len(made) > READERS:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+
+
+def coded_tokens(trace: Trace, stream: str, column: str, code: Callable[[pa.Array], np.ndarray],
+                 progress: Callable[[int, int], None] | None = None) -> np.ndarray:  # fmt: skip
+    """int8 [tokens of the stream]: what ``code`` makes of ``column``, chunk by chunk as it is stored. ``progress`` is as for ``one_pass``."""
+    n = trace.n_tokens(stream)
+    codes = np.empty(n, np.int8)
+
+    def fill(start: int) -> int:
+        for chunk in trace.token_column(stream, column, start, min(start + SPAN, n)).chunks:
+            codes[start : start + len(chunk)] = code(chunk)
+            start += len(chunk)
+        return start
+
+    with closing(in_turn(fill, range(0, n, SPAN))) as filled:
+        for done in filled:
+            if progress is not None:
+                progress(done, n)
+    return codes
 
 
 def one_pass(trace: Trace, site: int, *readings: Reading[Any], progress: Callable[[int, int], None] | None = None) -> list[Any]:
@@ -35,9 +75,9 @@ def one_pass(trace: Trace, site: int, *readings: Reading[Any], progress: Callabl
     them work side by side. ``progress`` is told (tokens read, in all) by the caller's thread; what it raises ends the pass.
     """
     n = trace.n_tokens(trace.layers[site].stream)
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor() as pool:  # the memory of blocks is used again by one thread alone
+    with closing(blocks(trace, trace.layers[site])) as read, ThreadPoolExecutor() as pool:
         list(pool.map(next, readings))
-        for start, experts in ahead(blocks(trace, trace.layers[site]), reader):
+        for start, experts in read:
             list(pool.map(partial(_sent, (start, experts)), readings))
             if progress is not None:
                 progress(start + len(experts), n)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from threading import Event
 
 import numpy as np
@@ -21,7 +22,7 @@ from analysis.pair_tests import coactivation_test, flow_test
 from analysis.paths import saturation
 from analysis.significance import ALPHA
 from analysis.specialization import Preferences, by_label, by_position, seriation
-from analysis.token_classes import by_class
+from analysis.token_classes import by_class, class_codes
 from analysis.token_use import TokenUse, leading_ids, top_tokens_of
 from analysis.trace import Trace
 from analysis.vocabulary import (
@@ -69,10 +70,23 @@ EARLY = 1 << 20  # assignments of a layer from which on they are shown before th
 
 
 @st.cache_resource(max_entries=64, show_spinner="Testing every cell against shuffled labels …")
-def preferences(_trace: Trace, run: str, site: int, kind: str) -> Preferences:
-    """Effects and tests of one site; ``run`` names the trace with its date."""
-    made: dict[str, Callable[[Trace, int], Preferences]] = {"label": by_label, "class": by_class, "position": by_position}
-    return made[kind](_trace, site)
+def label_preferences(_trace: Trace, run: str, site: int) -> Preferences:
+    """Effects and tests of labels at one site, from statistics; ``run`` names the trace with its date."""
+    return by_label(_trace, site)
+
+
+def tested(kind: str) -> Callable[..., Preferences]:
+    """What gives effects and tests of one site by reading its decisions, and may be told of as ``one_layer`` has it. The texts of a stream's
+    tokens are read once for all sites asked for."""
+    codes: dict[str, np.ndarray] = {}
+
+    def of_classes(site: int, tell: Callable[..., None] | None = None) -> Preferences:
+        stream = trace.layers[site].stream
+        if stream not in codes:
+            codes[stream] = class_codes(trace, stream, tell and partial(tell, what="the texts of the tokens"))
+        return by_class(trace, site, codes[stream], tell)
+
+    return of_classes if kind == "class" else partial(by_position, trace)
 
 
 @st.cache_resource(max_entries=8, show_spinner="Measuring every layer …")
@@ -82,12 +96,13 @@ def informations(_trace: Trace, run: str) -> list[tuple[Information, DocumentInt
         return list(pool.map(lambda x: label_information_and_interval(_trace, x.index), _trace.layers))
 
 
-def show_preferences(found: Preferences, site: int) -> None:
-    """Headline, heatmap and definitions of one kind of groups."""
+def show_preferences(found: Preferences, site: int, place: DeltaGenerator) -> None:
+    """Headline in its ``place``, heatmap and definitions of one kind of groups."""
     layer = trace.layers[site]
     rows = trace.documents.filter(pc.equal(trace.documents["stack"], layer.stream))
     documents = pc.count(rows["label"]).as_py() if found.kind == "label" else len(rows)
-    text.show_heading(captions.preferences_headline(found, layer))
+    with place:
+        text.show_heading(captions.preferences_headline(found, layer))
     if found.missing:
         st.page_link("views/runs.py", label="Record more text →")
     text.show_note(f"An expert's number means nothing without its layer: expert 3 of {layer.title} is unrelated to expert 3 of any other.",
@@ -299,13 +314,15 @@ def shown(use: TokenUse) -> str:
 
 def show_pairs(kind: str) -> pa.Table:
     """Lift of pairs of experts, in one layer or from one to the next, with the pairs that chance alone could give crossed out."""
-    test = coactivation_test if kind == "pairs" else flow_test
-    found = one_layer(site, kept(run, ("pair tests", kind)), lambda tell: test(trace, site, tell))
+    test, place = coactivation_test if kind == "pairs" else flow_test, st.empty()
+    found = one_layer(site, kept(run, ("pair tests", kind)), lambda tell: test(trace, site, tell), place)
     pairs, here, weak = found.counts, trace.layers[site].title, np.isfinite(found.counts.lift) & ~found.significant
     if not pairs.observed.shape[1]:
-        text.show_heading(f"{here.capitalize()} is the last routed layer: choose an earlier one to see where its tokens go on.")
+        with place:
+            text.show_heading(f"{here.capitalize()} is the last routed layer: choose an earlier one to see where its tokens go on.")
         return pa.table({"row": pa.array([], pa.int64())})
-    text.show_heading(captions.pairs_headline(found, here))
+    with place:
+        text.show_heading(captions.pairs_headline(found, here))
     show_figure(
         trace, charts.lift_map(pairs.lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer",
                                theme(), None if found.missing else weak),
@@ -364,10 +381,12 @@ with st.container(horizontal=True, vertical_alignment="bottom"):
     kind = choice("by", "Look", offered, next(iter(offered)), draw=st.segmented_control, absent={"runs": NO_RUNS})
 tables: dict[str, tuple[str, pa.Table]] = {}
 if kind in ("label", "class", "position"):
-    found = preferences(trace, run, site, kind)
-    show_preferences(found, site)
+    test = partial(label_preferences, trace, run) if kind == "label" else tested(kind)
+    place = st.empty()
+    found = test(site) if kind == "label" else one_layer(site, kept(run, ("preferences", kind)), partial(test, site), place)
+    show_preferences(found, site, place)
     tables[KINDS[kind]] = f"one row per {kind} and expert", found.table()
-    tables |= show_every_layer(trace, run, found, lambda i: preferences(trace, run, i, kind))
+    tables |= show_every_layer(trace, run, found, test)
     if kind == "label":
         show_layers()
 elif kind == "token":

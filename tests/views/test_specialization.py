@@ -9,15 +9,17 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from analysis import jackknife, vocabulary
+from analysis import jackknife, specialization, token_classes, vocabulary
 from analysis.capture import capture
 from analysis.jackknife import vocabulary_interval
 from analysis.repetition import repetition
-from analysis.specialization import by_label
+from analysis.specialization import by_label, by_position
 from analysis.store import open_run
+from analysis.token_classes import by_class
 from analysis.token_use import document_use, leading_ids, top_tokens_of
 from analysis.vocabulary import VARIANTS, context_independence, input_tokens
 from app import charts
+from app.captions import preferences_headline
 from app.text import plain
 from tests import tiny
 from tests.synthetic import PLAIN
@@ -71,6 +73,30 @@ def test_every_layer_side_by_side_is_each_layers_own_map(runs: Path) -> None:
         f"{x.title}: {int((f.significant & (f.lift >= 1.5)).any(0).sum())} of 16 experts" for x, f in zip(trace.layers, found, strict=True)
     ]
     assert "by label, every layer" in test.selectbox(key="table").options
+
+
+@pytest.mark.parametrize("by", ["class", "position"])
+def test_kinds_of_token_are_read_once(runs: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's decisions once, whatever is looked at next; the tokens' texts once for all layers side by side."""
+    asked, texts, read, coded = [], [], specialization.one_pass, token_classes.class_codes
+    for module in (specialization, token_classes):
+        monkeypatch.setattr(module, "one_pass", lambda trace, site, *r, **options: asked.append(site) or read(trace, site, *r, **options))
+    monkeypatch.setattr(token_classes, "class_codes", lambda *a: texts.append(a[1]) or coded(*a))
+    st.cache_resource.clear()
+    test = shown("specialization", "demo-run")
+    test.query_params["by"] = by
+    test.run()
+    trace = open_run(ROOT / "data" / "demo-run")
+    expected = {"class": by_class, "position": by_position}[by](trace, asked[0])
+    said = plain(preferences_headline(expected, trace.layers[asked[0]]))
+    assert not test.exception and any(said in m.value for m in test.markdown)
+    del asked[1:], texts[:]
+    test.query_params["every_layer"] = "open"
+    test.run()
+    assert not test.exception and sorted(asked) == [x.index for x in trace.layers]
+    assert texts == {"class": ["decoder"], "position": []}[by]
+    test.run()
+    assert len(asked) == len(trace.layers)
 
 
 def test_neighbouring_tokens_are_tested_where_they_can_be(runs: Path) -> None:
