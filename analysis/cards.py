@@ -18,11 +18,11 @@ import pyarrow.compute as pc
 
 from .capacity_answer import percent
 from .pair_tests import PairTest, Progress, pair_tests
-from .reading import ROWS, Reading, documents_of, one_pass
+from .reading import ROWS, Reading, assignments_reading, documents_of, one_pass
 from .specialization import Preferences, by_label, effects
 from .token_classes import class_codes, class_reading, present_classes
 from .token_use import DocumentUse, TokenUse, document_use, leading_ids, top_tokens, use_reading
-from .trace import Trace, gate_weights
+from .trace import Trace, gate_weights, id_dtype
 from .vocabulary import LEAST, TokenCounts, input_tokens
 
 LEAST_LIFT = 1.5  # a preference below it may be significant, but is no description
@@ -278,22 +278,17 @@ def _together(
 
 def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: tuple[str, ...], codes: np.ndarray) -> Reading[Preferences]:
     """Effects of label x class; ``codes`` int [tokens] into ``classes``, -1 for none."""
-    from .counting import check_ids
-    from .shuffling import count_groups  # pay for numba
-
     layer, width = trace.layers[site], len(classes)
     place = {name: i for i, name in enumerate(labels)}
     of_document = {r["document"]: place.get(r["label"], -1) for r in trace.documents.to_pylist()}
     numbers, lengths = documents_of(trace, layer.stream)
-    label = np.repeat(np.array([of_document[d] for d in numbers.tolist()], np.int64), lengths)
-    sizes, counts = np.zeros(len(labels) * width, np.int64), np.zeros((1, len(labels) * width, layer.n_classes + 1), np.int64)
-    while (block := (yield)) is not None:
-        check_ids(block[1], layer.n_classes)
-        here = slice(block[0], block[0] + len(block[1]))
-        group = np.where((label[here] >= 0) & (codes[here] >= 0), label[here] * width + codes[here], -1)
-        sizes += np.bincount(group[group >= 0], minlength=len(sizes))
-        count_groups(block[1], np.zeros(len(group), np.int64), group, counts)
-    return effects(site, "label and class", tuple(f"{a} {b}" for a in labels for b in classes), sizes, counts[0, :, 1:])
+    size = len(labels) * width
+    label = np.repeat(np.array([of_document[d] for d in numbers.tolist()], id_dtype(size)), lengths)
+    group = np.where((label >= 0) & (codes >= 0), label * width + codes, -1)
+    counts = yield from assignments_reading(layer, group, size)
+    return effects(
+        site, "label and class", tuple(f"{a} {b}" for a in labels for b in classes), np.bincount(group + 1, minlength=size + 1)[1:], counts
+    )
 
 
 def group_uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:

@@ -8,8 +8,9 @@ TABLE_BYTES in all. Effects are those of ``paths``; knows nothing of screens.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import ceil, log2
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from .paths import PairCounts, coactivation, flow, partner_odds
-from .reading import ROWS, ahead, documents_of
+from .reading import ROWS, documents_of, in_turn
 from .significance import ALPHA, INTERVAL_DRAWS, MOST_UNITS, benjamini_hochberg, count_p, draws_for, interval, sign_flip_test
 from .trace import LayerInfo, Trace
 
@@ -185,10 +186,17 @@ class UnitPairs:
 
 def count_units(trace: Trace, pairs: Sequence[tuple[int, int]], lengths: np.ndarray, progress: Progress | None = None) -> list[UnitPairs]:
     """Pairs of experts at each (site, after) of one stream, in documents of these lengths; every site's decisions are decoded once for all, and pairs are counted side by side."""
-    sites, n = sorted({site for pair in pairs for site in pair}), int(lengths.sum())
+    layers, n = [trace.layers[i] for i in sorted({site for pair in pairs for site in pair})], int(lengths.sum())
     counts = [_Counting(trace.layers[a], trace.layers[b], lengths) for a, b in pairs]
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(len(counts)) as pool:  # the next block is read while one is counted
-        for start, stop, rows in ahead(_rows(trace, [trace.layers[site] for site in sites]), reader):
+
+    def read(start: int) -> tuple[int, int, dict[int, _Rows]]:
+        return start, min(start + ROWS, n), _rows(trace, layers, start, min(start + ROWS, n))
+
+    with (
+        closing(in_turn(read, range(0, n, ROWS))) as blocks,
+        ThreadPoolExecutor(len(counts)) as pool,
+    ):  # the next ones are read while one is counted
+        for start, stop, rows in blocks:
             list(pool.map(partial(_Counting.add, start=start, stop=stop, rows=rows), counts))
             if progress is not None:
                 progress(stop, n)
@@ -282,20 +290,18 @@ class _Rows:
         return bits, loads
 
 
-def _rows(trace: Trace, layers: Sequence[LayerInfo]) -> Iterator[tuple[int, int, dict[int, _Rows]]]:
-    """(start, stop, rows by site) of a stream, block by block."""
+def _rows(trace: Trace, layers: Sequence[LayerInfo], start: int, stop: int) -> dict[int, _Rows]:
+    """Rows ``start`` to ``stop`` of a stream, by site."""
     from .bittables import words_of, worth_bits  # pay for numba
     from .counting import check_ids
 
-    n = trace.n_tokens(layers[0].stream)
-    for start in range(0, n, ROWS):
-        stop, rows = min(start + ROWS, n), {}
-        for layer in layers:
-            experts = trace.experts(layer.index, start, stop)
-            check_ids(experts, layer.n_classes)
-            worth = worth_bits(layer.n_classes + 1, layer.top_k)
-            rows[layer.index] = _Rows(layer, experts, words_of(experts) if worth else np.zeros(0, np.uint64))
-        yield start, stop, rows
+    rows = {}
+    for layer in layers:
+        experts = trace.experts(layer.index, start, stop)
+        check_ids(experts, layer.n_classes)
+        worth = worth_bits(layer.n_classes + 1, layer.top_k)
+        rows[layer.index] = _Rows(layer, experts, words_of(experts) if worth else np.zeros(0, np.uint64))
+    return rows
 
 
 def _fitting(cells: int) -> int:

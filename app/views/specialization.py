@@ -188,12 +188,12 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         " min(H(token id), H(expert) - log2 k) where every token has k experts. The share is (measured - by chance) / (at most - by chance). Dealt at random, a token may get one expert twice: with few tokens, chance can exceed what is possible."
         f" By chance: {alone.null}.",
     )
-    table, about = st.empty(), st.empty()
+    table, about = st.container(key="uses").empty(), st.empty()
     if words.n_frequent and trace.source is not None and alone.n >= EARLY and site not in kept(run, ("tokens by expert", asked)):
         show_uses(table, {"by lift; what documents say of them is being counted …": by_lift(trace, run, site, asked)})
         with about:
-            text.show_note(f"The {SHOWN} tokens each expert is used for most, by lift, from counts alone. Which of them are beyond chance is told once every"
-                           " decision is read; tokens of one lift may then change places.")  # fmt: skip
+            text.show_note(f"The {SHOWN} tokens each expert is used for most, by lift, from counts alone. Which are beyond chance is told once every decision is"
+                           " read; of tokens with one lift, those in most documents then take these places.")  # fmt: skip
     found, interval = served(asked)
     if words.n_frequent:
         show_uses(table, {title: [tuple(t for t in uses if claimed(t) == beyond) for uses in found]
