@@ -25,6 +25,7 @@ LEAST, MOST = 999, 50_000  # permutations
 INTERVAL_DRAWS = 1_000  # of a bootstrap
 MOST_UNITS = 400  # documents beyond this are joined into units, so that a test's cost does not grow with the corpus
 CHUNK_BYTES = 4 << 20  # what a processor's cache holds
+CERTAIN = 1e-6  # chance, below which it is not drawn whether it happens
 _TIE = 1e-9  # relative; equal statistics differ in the last bits when documents are summed in another order
 
 
@@ -217,7 +218,8 @@ def sign_flip_test(excess: np.ndarray, draws: int | None = None, seed: int = 0, 
 
     excess float64 [units, *cells]: per unit, count minus what the unit's own loads predict (0 where it cannot tell).
     The statistic is |sum| / sqrt(sum of squares). Units without any excess say nothing and are left out of the count.
-    Fewer than 2 telling units give NaN. Without ``family`` that p is NaN and ``maximum`` empty, and the same p takes half of the time.
+    Fewer than 2 telling units give NaN. Without ``family`` that p is NaN and ``maximum`` empty, and the same p takes half of the time or less:
+    signs are not drawn for cells that none will reach, by Hoeffding's inequality, but with a chance below CERTAIN.
     """
     cells = excess.shape[1:]
     flat = excess.reshape(len(excess), int(np.prod(cells)))
@@ -240,7 +242,9 @@ def sign_flip_test(excess: np.ndarray, draws: int | None = None, seed: int = 0, 
             exceeded += (null >= bar).sum(0)
             maxima[at] = null.max(1, initial=0)
     else:
-        exceeded = _reached(signs, scaled, bar)
+        exceeded = np.zeros(flat.shape[1], np.int64)
+        near = np.arange(len(bar)) if exact else np.flatnonzero(2 * bar.size * len(signs) * np.exp(-(bar**2) / 2) >= CERTAIN)
+        exceeded[near] = _reached(signs, scaled[:, near], bar[near])
     telling = (flat != 0).sum(0)
     result = _result(observed, exceeded, maxima, exact, np.full(flat.shape[1], min(2.0 ** (1 - int(telling.max(initial=0))), 1)))
     p, of_all, statistic = (np.where(telling >= 2, x, np.nan).reshape(cells) for x in (result.p, result.family, observed))

@@ -9,11 +9,10 @@ from functools import partial
 import numpy as np
 
 from .reading import Reading, block_owners, documents_of, end_of, one_pass
-from .significance import benjamini_hochberg, family_p, shares_p
+from .significance import CERTAIN, benjamini_hochberg, family_p, shares_p
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded, on_cores, token_texts
 
-CERTAIN = 1e-6  # chance, below which it is not drawn whether it happens
 DRAWS = 199  # shuffles of a token's test: no p below 1 / (DRAWS + 1) can show
 
 
