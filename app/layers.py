@@ -13,6 +13,7 @@ from streamlit.delta_generator import DeltaGenerator
 from analysis.trace import Trace
 
 EVERY = 0.1  # seconds: a block takes a tenth of that
+LONG = 1 << 20  # assignments of a layer, from which on to read them takes longer than a look
 _Found = TypeVar("_Found")
 
 

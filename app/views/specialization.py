@@ -39,7 +39,7 @@ from app import captions, charts, text
 from app.downloads import computed_downloads
 from app.every_layer import show_every_layer
 from app.figures import show_figure
-from app.layers import kept, layer_by_layer, one_layer
+from app.layers import LONG, kept, layer_by_layer, one_layer
 from app.repeats import show_repeats
 from app.selection import choice, comparable_runs, current_trace, layer_picker, open_expert, recording_id, section, theme
 
@@ -66,7 +66,6 @@ SUBJECT = {
 NO_RUNS = "No other run here is over the same tokens; record or open one to compare."
 EQ_8 = "Mean of the largest share any expert has of an id's tokens (OLMoE eq. 8); by chance: assignments dealt again to the tokens."
 SHOWN = 8  # tokens per expert
-EARLY = 1 << 20  # assignments of a layer from which on they are shown before their documents are counted, which takes longer than a look
 
 
 @st.cache_resource(max_entries=64, show_spinner="Testing every cell against shuffled labels …")
@@ -189,7 +188,7 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         f" By chance: {alone.null}.",
     )
     table, about = st.container(key="uses").empty(), st.empty()
-    if words.n_frequent and trace.source is not None and alone.n >= EARLY and site not in kept(run, ("tokens by expert", asked)):
+    if words.n_frequent and trace.source is not None and alone.n >= LONG and site not in kept(run, ("tokens by expert", asked)):
         show_uses(table, {"by lift; what documents say of them is being counted …": by_lift(trace, run, site, asked)})
         with about:
             text.show_note(f"The {SHOWN} tokens each expert is used for most, by lift, from counts alone. Which are beyond chance is told once every decision is"

@@ -18,7 +18,7 @@ from analysis.store import open_run
 from analysis.token_classes import by_class
 from analysis.token_use import document_use, leading_ids, top_tokens_of
 from analysis.vocabulary import VARIANTS, context_independence, input_tokens
-from app import charts
+from app import charts, layers
 from app.captions import preferences_headline
 from app.text import plain
 from tests import tiny
@@ -193,6 +193,40 @@ def test_tokens_that_documents_cannot_tell_from_chance_stand_apart(runs: Path) -
     assert [x.count("x (") for x in beyond] == told and 0 < sum(told) < sum(map(len, found))
     assert [x.count("x (") for x in untold] == [len(uses) - n for uses, n in zip(found, told, strict=True)]
     assert not any("Its unit is the document" not in c.proto.help for c in test.caption if "in brackets" in c.value) and not test.exception
+
+
+def test_tokens_by_lift_stand_while_their_documents_are_counted(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large run; they carry the lifts that they keep, and nothing that only documents tell."""
+
+    def left(*_: object, **__: object) -> None:
+        raise InterruptedError
+
+    st.cache_resource.clear()
+    first = ("demo-run", {"by": "token", "layer": "layer 5"})
+    with monkeypatch.context() as reading:
+        reading.setattr(jackknife, "one_pass", left)
+        small = asked_for(*first)
+        reading.setattr(layers, "LONG", 1)
+        st.cache_resource.clear()
+        stopped = asked_for(*first)
+    assert small.exception and stopped.exception and not small.dataframe
+    [column] = stopped.dataframe[0].value.columns
+    assert "is being counted" in column and any("from counts alone" in c.value for c in stopped.caption)
+    test = asked_for(*first)
+    assert not test.exception and not any("from counts alone" in c.value for c in test.caption)
+    early, late = stopped.dataframe[0].value, test.dataframe[0].value
+    for one, row in zip(early[column], late.to_numpy().tolist(), strict=True):
+        lifts = sorted(re.findall(r"([\d.]+)x", one), key=float)
+        assert lifts == sorted(re.findall(r"([\d.]+)x", "".join(row)), key=float) and "(" not in one.replace("(1/", "")
+
+
+def asked_for(run: str, choices: dict[str, str]) -> AppTest:
+    """The page with these choices in its address."""
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
+    for key, value in {"run": run, **choices}.items():
+        test.query_params[key] = value
+    test.switch_page("views/specialization.py")
+    return test.run()
 
 
 @pytest.mark.parametrize("by", ["pairs", "flow"])
