@@ -133,6 +133,14 @@ def test_cancelled_and_resumed_by_whom_ever(nodes: str, model: Path, alone: Path
     assert contents(again) == contents(alone)
 
 
+def test_cancelled_while_texts_are_planned(nodes: str, model: Path, tmp_path: Path) -> None:
+    """Workers that load a model take seconds before they plan; asked again after 0.2 s, the capture ends before a run is begun."""
+    asked = iter([False, False])
+    with pytest.raises(CaptureCancelled):
+        spread(model, tmp_path / "spread", cancelled=lambda: next(asked, True))
+    assert not (tmp_path / "spread").exists()
+
+
 def test_to_an_object_store_also_where_a_worker_is_killed(nodes: str, model: Path, alone: Path, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Workers bring the parts there; through this process go documents and statistics alone."""
