@@ -6,7 +6,7 @@ Memory is that of a block. Knows nothing of what is asked.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -88,14 +88,6 @@ def _sent(block: tuple[int, np.ndarray], reading: Reading[Any]) -> None:
     reading.send(block)
 
 
-def ahead(items: Iterator[_Found], pool: ThreadPoolExecutor) -> Iterator[_Found]:
-    """``items``, of which the next is made while one is worked on."""
-    made = pool.submit(next, items, None)
-    while (item := made.result()) is not None:
-        made = pool.submit(next, items, None)
-        yield item
-
-
 def end_of(layer: LayerInfo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(experts, document, row) of one token of no document: tells kernels that add up a document when it ends that the last one has."""
     return np.full((1, layer.top_k), -1, id_dtype(layer.n_classes)), np.array([-1]), np.array([-1])
@@ -112,12 +104,17 @@ def _finished(reading: Reading[_Found]) -> _Found:
 
 def assignments_reading(layer: LayerInfo, group: np.ndarray, n_groups: int) -> Reading[np.ndarray]:
     """int64 [groups, classes]: assignments of the tokens of each group; ``group`` int [tokens], -1 for none."""
-    width = layer.n_classes + 1  # a row and a column more, for tokens of no group and places without an expert: no test in the pass
-    first, counts = (group + 1) * width + 1, np.zeros((n_groups + 1) * width, np.int64)
+    from .counting import check_ids
+    from .shuffling import count_groups  # pay for numba
+
+    counts = np.zeros((1, n_groups + 1, layer.n_classes + 1), np.int64)  # places more for no group and no expert
+    if len(group) and not -1 <= group.min() <= group.max() < n_groups:  # a kernel would count it out of bounds
+        raise ValueError(f"groups {group.min()} to {group.max()} of {n_groups}")
     while (block := (yield)) is not None:
         start, experts = block
-        counts += np.bincount((experts + first[start : start + len(experts), None]).ravel(), minlength=len(counts))
-    return counts.reshape(n_groups + 1, width)[1:, 1:]
+        check_ids(experts, layer.n_classes)
+        count_groups(experts, np.array([0, len(experts)]), group[start : start + len(experts)], counts)
+    return counts[0, 1:, 1:]
 
 
 def documents_of(trace: Trace, stream: str) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +124,7 @@ def documents_of(trace: Trace, stream: str) -> tuple[np.ndarray, np.ndarray]:
     return rows["document"].to_numpy().astype(np.int64), rows["n_tokens"].to_numpy().astype(np.int64)
 
 
-def owners(trace: Trace, stream: str) -> np.ndarray:
-    """int64 [tokens of the stream]: which of ``documents_of`` each token is of."""
-    lengths = documents_of(trace, stream)[1]
-    return np.repeat(np.arange(len(lengths)), lengths)
+def block_owners(edges: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """int64 [stop - start]: which of ``documents_of`` rows ``start`` to ``stop`` are of, where document d is the rows edges[d] to edges[d + 1]."""
+    first, last = np.searchsorted(edges, (start, stop - 1), "right") - 1
+    return np.repeat(np.arange(first, last + 1), np.diff(np.clip(edges[first : last + 2], start, stop)))

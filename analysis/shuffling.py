@@ -163,6 +163,17 @@ def _share(used: float, squares: float, crossed: float, size: float, size_square
 
 
 @compiled
+def count_reached(null: np.ndarray, least: np.ndarray, most: np.ndarray, surely: np.ndarray, perhaps: np.ndarray) -> None:
+    """Add to surely and perhaps int64 [cells] how many of null float32 [draws, cells] are, but for their sign, at least ``most``, and ``least``, float32 [cells]."""
+    for d in range(null.shape[0]):
+        row = null[d]
+        for c in range(null.shape[1]):
+            value = abs(row[c])
+            surely[c] += value >= most[c]
+            perhaps[c] += value >= least[c]
+
+
+@compiled
 def neighbours_alike(
     words: np.ndarray, first: np.ndarray, ends: np.ndarray, order: np.ndarray, chance: np.ndarray, out: np.ndarray
 ) -> None:
@@ -294,6 +305,8 @@ def warm_up() -> None:
     one, none = np.ones(2, np.int64), np.full((2, 1), -1, np.int16)
     dealt_table(one, one, one, 2, 0)
     compare_deals(np.ones((2, 6)), np.zeros((1, 2), np.int64), np.ones((1, 1)), 0.5)
+    single = np.ones(1, np.float32)
+    count_reached(single[None], single, single, np.zeros(1, np.int64), np.zeros(1, np.int64))
     neighbours_alike(np.ones((2, 1), np.uint64), one, one + 1, np.arange(2), np.zeros(2), np.zeros((2, 2), np.int64))
     cells, two = DocumentCells(1, 1).arrays(), np.zeros(2, np.int64)
     code = np.zeros(2, np.int8)

@@ -66,6 +66,7 @@ SUBJECT = {
 NO_RUNS = "No other run here is over the same tokens; record or open one to compare."
 EQ_8 = "Mean of the largest share any expert has of an id's tokens (OLMoE eq. 8); by chance: assignments dealt again to the tokens."
 SHOWN = 8  # tokens per expert
+EARLY = 1 << 20  # assignments of a layer from which on they are shown before their documents are counted, which takes longer than a look
 
 
 @st.cache_resource(max_entries=64, show_spinner="Testing every cell against shuffled labels …")
@@ -151,6 +152,13 @@ def vocabulary(_trace: Trace, run: str, site: int, variant: str) -> tuple[Inform
         return alone.result(), words.result()
 
 
+@st.cache_resource(max_entries=32, show_spinner=False)
+def by_lift(_trace: Trace, run: str, site: int, variant: str) -> tuple[tuple[TokenUse, ...], ...]:
+    """Each expert's tokens by lift, from counts alone."""
+    counts = counted(_trace, run, site, variant)
+    return top_tokens_of(_trace, counts, range(counts.classes), most=SHOWN, draws=0)
+
+
 def served(variant: str) -> tuple[tuple[tuple[TokenUse, ...], ...], DocumentInterval]:
     """(each expert's tokens by lift, interval of eq. 8) of the layer chosen: one pass over its decisions, told as it goes on."""
 
@@ -180,23 +188,29 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         " min(H(token id), H(expert) - log2 k) where every token has k experts. The share is (measured - by chance) / (at most - by chance). Dealt at random, a token may get one expert twice: with few tokens, chance can exceed what is possible."
         f" By chance: {alone.null}.",
     )
+    table, about = st.container(key="uses").empty(), st.empty()
+    if words.n_frequent and trace.source is not None and alone.n >= EARLY and site not in kept(run, ("tokens by expert", asked)):
+        show_uses(table, {"by lift; what documents say of them is being counted …": by_lift(trace, run, site, asked)})
+        with about:
+            text.show_note(f"The {SHOWN} tokens each expert is used for most, by lift, from counts alone. Which are beyond chance is told once every decision is"
+                           " read; of tokens with one lift, those in most documents then take these places.")  # fmt: skip
     found, interval = served(asked)
+    if words.n_frequent:
+        show_uses(table, {title: [tuple(t for t in uses if claimed(t) == beyond) for uses in found]
+                          for title, beyond in ((f"beyond chance (q up to {ALPHA:.0%})", True), ("cannot be told from chance", False))})  # fmt: skip
+        with about:
+            text.show_note(
+                f"The {SHOWN} tokens it is used for most, by lift; in brackets: in how many of the documents that hold the token it uses the expert more often than"
+                " the rest of the document does, and q. By chance a token uses an expert as often as the rest of its document; few documents tell little.",
+                f"q: the false discovery rate at which the token is still claimed, corrected for every id seen {words.least:,} times at every expert of this layer"
+                " (Benjamini and Hochberg). Its unit is the document: each that holds the token gives the share of its occurrences there that use the expert, expected"
+                " to be the document's own rate (Hoeffding's bound, one-sided). The file has q, this p, and a p that takes each occurrence for independent."
+                f" Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
+                " are left out. Where an expert takes every occurrence, all lifts tie at the highest. A token of one document may be that document's habit.",
+            )
     show_interval(interval, words)
     if "predicted" not in variants:
         text.show_note(PREDICTED_NEXT)
-    if words.n_frequent:
-        st.dataframe(pd.DataFrame({title: ["   ".join(map(told, (t for t in uses if claimed(t) == beyond))) for uses in found]
-                                   for title, beyond in ((f"beyond chance (q up to {ALPHA:.0%})", True), ("cannot be told from chance", False))},
-                                  index=pd.Index(range(len(found)), name="expert")))  # fmt: skip
-        text.show_note(
-            f"The {SHOWN} tokens it is used for most, by lift; in brackets: in how many of the documents that hold the token it uses the expert more often than"
-            " the rest of the document does, and q. By chance a token uses an expert as often as the rest of its document; few documents tell little.",
-            f"q: the false discovery rate at which the token is still claimed, corrected for every id seen {words.least:,} times at every expert of this layer"
-            " (Benjamini and Hochberg). Its unit is the document: each that holds the token gives the share of its occurrences there that use the expert, expected"
-            " to be the document's own rate (Hoeffding's bound, one-sided). The file has q, this p, and a p that takes each occurrence for independent."
-            f" Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
-            " are left out. Where an expert takes every occurrence, all lifts tie at the highest. A token of one document may be that document's habit.",
-        )
     tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in enumerate(found) for t in uses])
     tables = {
         "tokens by expert": (
@@ -273,8 +287,17 @@ def show_followed(variants: Mapping[str, str], least: int) -> pa.Table:
     return table
 
 
+def show_uses(place: DeltaGenerator, columns: Mapping[str, Sequence[Sequence[TokenUse]]]) -> None:
+    """A row of tokens per expert, in each of the columns."""
+    rows = {title: ["   ".join(map(told, uses)) for uses in experts] for title, experts in columns.items()}
+    with place:
+        st.dataframe(pd.DataFrame(rows, index=pd.Index(range(len(next(iter(rows.values())))), name="expert")))
+
+
 def told(use: TokenUse) -> str:
-    """A token with its lift, and by document."""
+    """A token with its lift, and by document where that is known."""
+    if use.documents is None:
+        return f"{text.visible_token(shown(use))} {use.lift:.1f}x"
     q = "" if use.q is None else f", q {use.q:.1g}" if use.q >= 0.001 else ", q < 0.001"
     return f"{text.visible_token(shown(use))} {use.lift:.1f}x ({use.leaning} of {use.documents}{q})"
 
