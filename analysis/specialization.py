@@ -234,7 +234,7 @@ def by_position(trace: Trace, site: int, progress: Callable[[int, int], None] | 
     if trace.source is None or trace.load_tokens is None:
         plain = effects(site, "position", names, -(-load.sum(1) // trace.layers[site].top_k), load)
         return replace(plain, method="no test: the run holds statistics only, no decisions of single documents", missing=_NO_DOCUMENTS)
-    place = np.append(np.arange(len(names)), np.full(32 - len(names), -1)).astype(np.int8)  # of a bucket: positions are int32
+    place = np.where(np.arange(32) < len(names), np.arange(32), -1).astype(np.int8)  # of a bucket: positions are int32
     codes = coded_tokens(trace, trace.layers[site].stream, "position", lambda x: place.take(np.frexp(x.to_numpy() + 1.0)[1] - 1))
     return by_group(trace, site, "position", names, codes, progress=progress)
 

@@ -43,14 +43,29 @@ def token_class(text: str) -> str:
     return "word starts" if text[0].isspace() else "word parts"
 
 
-_ANY, _FIRST = (
-    32,
-    64,
-)  # bytes whose texts ``token_class`` is asked for, wherever they stand and where they come first: \\xNN, <|end|>, [SEP]
-_BYTES = np.array([(1 if chr(b).isalpha() else 2 if chr(b).isnumeric() else 4 if chr(b) in "\r\n" else 0) | (0 if chr(b).isspace() else 8)
-                   | (_ANY if b == ord("\\") else _FIRST if chr(b) in "<[" else 0) if b < 128 else _ANY for b in range(256)], np.uint8)  # fmt: skip
-_BY_BYTES = np.array([CLASSES.index("newlines" if b & 4 else "spaces") if not b & 8 else CLASSES.index("digits" if b & 2 else "punctuation") if not b & 1
-                      else CLASSES.index("word parts" if b & 16 else "word starts") for b in range(32)], np.int8)  # fmt: skip
+_LETTER_BIT, _DIGIT, _BREAK, _VISIBLE, _ASK_FIRST, _ASK = (1 << i for i in range(6))
+
+
+def _held(byte: int) -> int:
+    """What a text has that holds the byte; _ASK where only ``token_class`` knows: beyond ASCII, a raw byte's \\xNN, or, at its start, <|end|>, [SEP]."""
+    c = chr(byte)
+    if byte > 127 or c == "\\":
+        return _ASK
+    kind = _LETTER_BIT if c.isalpha() else _DIGIT if c.isnumeric() else _BREAK if c in "\r\n" else 0
+    return kind | (not c.isspace()) * _VISIBLE | (c in "<[") * _ASK_FIRST
+
+
+def _kind(held: int) -> str:
+    """``token_class`` of a text that has this, _ASK_FIRST standing for a visible start."""
+    if not held & _VISIBLE:
+        return "newlines" if held & _BREAK else "spaces"
+    if not held & _LETTER_BIT:
+        return "digits" if held & _DIGIT else "punctuation"
+    return "word parts" if held & _ASK_FIRST else "word starts"
+
+
+_HELD = np.array([_held(b) for b in range(256)], np.uint8)
+_KIND = np.array([CLASSES.index(_kind(b)) for b in range(32)], np.int8)
 
 
 def class_codes(trace: Trace, stream: str = "decoder", progress: Callable[[int, int], None] | None = None) -> np.ndarray:
@@ -73,10 +88,10 @@ def text_codes(texts: pa.Array) -> np.ndarray:
     """
     texts = texts.cast(pa.string())
     edges = np.frombuffer(texts.buffers()[1], np.int32, len(texts) + 1, 4 * texts.offset)
-    of = _BYTES.take(np.append(np.frombuffer(texts.buffers()[2] or b"", np.uint8, edges[-1]), np.uint8(0)))  # one more, where the last ends
-    holds, first = np.bitwise_or.reduceat(of, edges)[:-1], of[edges[:-1]]
-    codes = _BY_BYTES[(holds & 15) | (first & 8) << 1]
-    asked = (holds & _ANY > 0) | (first & _FIRST > 0) | (np.diff(edges) == 0) | texts.is_null().to_numpy(zero_copy_only=False)
+    of = _HELD.take(np.append(np.frombuffer(texts.buffers()[2] or b"", np.uint8, edges[-1]), np.uint8(0)))  # one more, where the last ends
+    held, first = np.bitwise_or.reduceat(of, edges)[:-1], of[edges[:-1]]
+    codes = _KIND[(held & (_ASK_FIRST - 1)) | (first & _VISIBLE) << 1]
+    asked = (held & _ASK > 0) | (first & _ASK_FIRST > 0) | (np.diff(edges) == 0) | texts.is_null().to_numpy(zero_copy_only=False)
     for i in np.flatnonzero(asked).tolist():
         text = texts[i].as_py()
         codes[i] = -1 if text is None else CLASSES.index(token_class(text))

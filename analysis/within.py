@@ -61,7 +61,7 @@ def kind_reading(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> R
     from .counting import check_ids  # pays for numba
 
     layer = trace.layers[site]
-    edges = np.cumsum([0, *documents_of(trace, layer.stream)[1].tolist()])
+    edges = np.append(0, np.cumsum(documents_of(trace, layer.stream)[1]))
     n, width = len(edges) - 1, layer.n_classes
     units, tokens = min(n, MOST_UNITS), _group_tokens(codes, edges, n_groups)
     total = np.maximum(tokens.sum(1), 1)
@@ -69,9 +69,8 @@ def kind_reading(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> R
     load, counts, weighted = np.zeros((n, width), np.int64), np.zeros((units, n_groups, width), np.int64), np.zeros((n_groups, width))
     unit = np.arange(n) * units // max(n, 1)
     while (block := (yield)) is not None:
-        start, experts = block
-        check_ids(experts, width)
-        for first, table in _document_tables(experts, edges - start, codes[start : start + len(experts)], n_groups, width):
+        check_ids(block[1], width)
+        for first, table in _document_tables(*block, edges, codes, n_groups, width):
             mine = slice(first, first + len(table))
             load[mine] += table.sum(1)
             starts = np.flatnonzero(np.diff(unit[mine], prepend=-1))
@@ -96,16 +95,17 @@ def _group_tokens(codes: np.ndarray, edges: np.ndarray, n_groups: int) -> np.nda
     return found[:, 1:].astype(np.int64)
 
 
-def _document_tables(experts: np.ndarray, edges: np.ndarray, codes: np.ndarray, n_groups: int,
+def _document_tables(start: int, experts: np.ndarray, edges: np.ndarray, codes: np.ndarray, n_groups: int,
                      classes: int) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
     """(first document, int64 [documents, groups, classes] assignments) of a block, in pieces; what the block has of a document cut by its ends.
-    Document d is the block's rows edges[d] to edges[d + 1], as far as it has them."""
+    Document d is the rows edges[d] to edges[d + 1]; the block has those from ``start`` on."""
     from .shuffling import count_groups
 
     most = max(CELLS // ((n_groups + 1) * (classes + 1)), 1)
-    a, b = int(np.searchsorted(edges, 0, "right")) - 1, int(np.searchsorted(edges, len(experts)))
-    for first in range(a, b, most):
-        mine = np.clip(edges[first : min(first + most, b) + 1], 0, len(experts))
+    stop = start + len(experts)
+    last = int(np.searchsorted(edges, stop))
+    for first in range(int(np.searchsorted(edges, start, "right")) - 1, last, most):
+        mine = np.clip(edges[first : min(first + most, last) + 1], start, stop) - start
         table = np.zeros((len(mine) - 1, n_groups + 1, classes + 1), np.int64)  # places more for no group and no expert
-        count_groups(experts, mine, codes, table)
+        count_groups(experts, mine, codes[start:stop], table)
         yield first, table[:, 1:, 1:]

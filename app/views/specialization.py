@@ -313,7 +313,7 @@ def shown(use: TokenUse) -> str:
 
 def show_pairs(kind: str) -> pa.Table:
     """Lift of pairs of experts, in one layer or from one to the next, with the pairs that chance alone could give crossed out."""
-    test, place = coactivation_test if kind == "pairs" else flow_test, st.empty()
+    test, place = coactivation_test if kind == "pairs" else flow_test, st.container(key="answer").empty()
     found = one_layer(site, kept(run, ("pair tests", kind)), lambda tell: test(trace, site, tell), place)
     pairs, here, weak = found.counts, trace.layers[site].title, np.isfinite(found.counts.lift) & ~found.significant
     if not pairs.observed.shape[1]:
@@ -381,7 +381,7 @@ with st.container(horizontal=True, vertical_alignment="bottom"):
 tables: dict[str, tuple[str, pa.Table]] = {}
 if kind in ("label", "class", "position"):
     test = partial(label_preferences, trace, run) if kind == "label" else tested(kind)
-    place = st.empty()
+    place = st.container(key="answer").empty()
     found = test(site) if kind == "label" else one_layer(site, kept(run, ("preferences", kind)), partial(test, site), place)
     show_preferences(found, site, place)
     tables[KINDS[kind]] = f"one row per {kind} and expert", found.table()
