@@ -7,7 +7,6 @@ TABLE_BYTES in all. Effects are those of ``paths``; knows nothing of screens.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -112,9 +111,7 @@ def pair_tests(trace: Trace, asked: Sequence[tuple[str, int]], progress: Progres
         lengths = documents_of(trace, trace.layers[some[0][1]].stream)[1]
         tell = progress and partial(_of_passes, progress, done, len(passes))
         counted = count_units(trace, [(a, b) for a, b in after if b is not None], lengths, tell)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # nearly all of it runs without Python's lock
-            tested = pool.map(partial(_tested, seed=seed), [found[x] for x in some], counted)
-            found |= zip(some, tested, strict=True)
+        found |= {x: _tested(found[x], units, seed) for x, units in zip(some, counted, strict=True)}
     return [found[x] for x in asked]
 
 
