@@ -82,7 +82,7 @@ def tested(kind: str) -> Callable[..., Preferences]:
     def of_classes(site: int, tell: Callable[..., None] | None = None) -> Preferences:
         stream = trace.layers[site].stream
         if stream not in codes:
-            codes[stream] = class_codes(trace, stream, tell and partial(tell, what="the texts of the tokens"))
+            codes[stream] = class_codes(trace, stream, tell and partial(tell, what="the tokens' texts"))
         return by_class(trace, site, codes[stream], tell)
 
     return of_classes if kind == "class" else partial(by_position, trace)
