@@ -26,7 +26,7 @@ from .paths import saturation
 from .places import Place
 from .store import RunError, delete_run, list_runs, open_run, same_counts, valid_run_name, verify_run
 from .trace import TraceError
-from .untrusted import Prompt, UploadError, read_prompts
+from .untrusted import UNLIMITED, Prompt, UploadError, read_prompts
 from .whatif import EXAMPLES, Example, weigh
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     several = len(arguments.input) > 1
     for path in arguments.input:
         try:
-            found = read_prompts(path.read_bytes(), path.name)
+            found = read_prompts(path.read_bytes(), path.name, UNLIMITED)
         except OSError as error:
             raise UploadError(f"{path} cannot be read: {error.strerror}") from None
         except UploadError as error:

@@ -282,9 +282,9 @@ def _answer(ray: Any, reference: Any) -> Any:
 
 
 def _check_stored(writer: RunWriter, plan: Sequence[PlannedPart], done: frozenset[int]) -> None:
-    """Raise RunError unless the parts that are there hold the documents planned for them."""
-    planned = {p.index: p.documents for p in plan}
-    if any(tuple(writer.documents_of(i)) != planned.get(i) for i in done):
+    """Raise RunError unless the parts that are there hold the documents planned for them, under the numbers planned for them."""
+    planned = {p.index: (p.documents, (p.first_document, p.first_rows)) for p in plan}
+    if any((tuple(writer.documents_of(i)), writer.numbers_of(i)) != planned.get(i) for i in done):
         raise RunError(f"{writer.place.name} was interrupted with other texts: give the same texts, or delete the run")
 
 

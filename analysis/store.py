@@ -273,6 +273,11 @@ def _counted_again(place: Place, trace: Trace, parts: Sequence[Mapping[str, Any]
         rows = sum(record["rows"].get(stream, 0) for record in parts)
         if rows != trace.n_tokens(stream):
             raise TraceError(f"{place.name}: {rows} tokens in the parts of stream {stream}, {trace.n_tokens(stream)} in documents.parquet")
+        number, first, n = (trace.documents_in(stream)[c].to_numpy() for c in ("document", "first_row", "n_tokens"))
+        if not (np.array_equal(number, np.arange(len(n))) and np.array_equal(first, np.cumsum(n) - n)):
+            raise TraceError(
+                f"{place.name}: documents.parquet does not number the documents or rows of stream {stream} one after the other"
+            )
     for record in parts:
         yield count_part(place, trace, record)  # in a function, so that no part is held while the next is read
 
@@ -401,10 +406,14 @@ def _naming(place: Place, name: str) -> Iterator[None]:
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
     """ValueError, or what a missing key raises, unless every field that is read later is there and names its own run's files."""
+    before: dict[str, int] = {}
     for i, part in enumerate(manifest["parts"]):
         counts = [part["documents"], *part["rows"].values(), *part["first_rows"].values()]
         if part["index"] != i or any(not isinstance(n, int) or n < 0 for n in counts) or part["rows"].keys() != part["first_rows"].keys():
             raise ValueError("parts out of order, or counts that are none")
+        if any(first != before.get(stream, 0) for stream, first in part["first_rows"].items()):
+            raise ValueError("rows that are missing between two parts, or in both")
+        before |= {stream: first + part["rows"][stream] for stream, first in part["first_rows"].items()}
         if set(part["files"]) != {f"{kind}/part-{i:05d}.parquet" for kind in ("tokens", "routing", "scores")}:
             raise ValueError("a part lists other files")
     if set(manifest["files"]) != {"documents.parquet", *(n for n, _ in STATISTICS)}:

@@ -28,6 +28,7 @@ from .store import MANIFEST, STATISTICS, open_run, valid_run_name
 from .trace import SCHEMA_VERSION, LayerInfo, ModelCard, Part, Trace
 
 CAPTURE = "progress/capture.json"  # what is being captured, there before any part
+_KINDS = ("tokens", "routing", "scores")  # of a part's files
 _DOCUMENTS = "documents-{}.parquet"  # of a part
 _PROGRESS = ("core-{}.npz", "by_token-{}.npz", "by_document-{}.npz")  # the statistics of a part, as STATISTICS those of the run
 
@@ -64,15 +65,23 @@ class RunWriter:
             return writer
 
     def refresh(self) -> frozenset[int]:
-        """Look again at what is stored; numbers of the whole parts, of which those after a gap do not count yet."""
+        """Look again at what is stored; numbers of the whole parts, of which those after a gap do not count yet.
+
+        Nor does a part whose documents and rows are not numbered on from the part before: where what lay before it was captured again from
+        other texts, it is captured again too.
+        """
         stored = _part_records(self.place, self.folder)
         self.place.fetch(self.folder, *(_of_part(_DOCUMENTS, i) for i in stored))
         self._records: list[dict[str, Any]] = []
         self.parts, self.documents = 0, 0
         self.rows: dict[str, int] = {}
-        while self.parts in stored:
+        while self.parts in stored and self._follows(stored[self.parts]):
             self._count(stored[self.parts])
         return frozenset(stored)
+
+    def _follows(self, record: Mapping[str, Any]) -> bool:
+        first_rows = {s: self.rows.get(s, 0) for s in record["first_rows"]}
+        return record["first_rows"] == first_rows and self.numbers_of(record["index"])[0] == self.documents
 
     def _count(self, record: dict[str, Any]) -> None:
         self._records.append(record)
@@ -89,6 +98,12 @@ class RunWriter:
         """(digest, label, name) of every document of a stored part, in order."""
         rows = {r["document"]: (r["digest"], r["label"], r["name"]) for r in self._documents_of(part).to_pylist()}
         return [rows[d] for d in sorted(rows)]
+
+    def numbers_of(self, part: int) -> tuple[int, dict[str, int]]:
+        """The number of a stored part's first document, and per stream that of its first row."""
+        found = self._documents_of(part).group_by("stack").aggregate([("first_row", "min"), ("document", "min")])
+        first_rows = dict(zip(found["stack"].to_pylist(), found["first_row_min"].to_pylist(), strict=True))
+        return min(found["document_min"].to_pylist()), first_rows
 
     def _documents_of(self, part: int) -> pa.Table:
         return pq.read_table(self._progress(_DOCUMENTS, part), page_checksum_verification=True)
@@ -114,7 +129,11 @@ class RunWriter:
         return open_run(self.folder)
 
     def finish(self) -> None:
-        """Merge the statistics and write the manifest, last. RunError for a run of no parts."""
+        """Merge the statistics and write the manifest, last. RunError for a run of no parts.
+
+        Parquet files of parts that are not of this run go first: those of a part that was never whole, or that fewer texts no longer have.
+        Whoever reads the folder ``routing`` as one table would count them.
+        """
         if not self._records:
             raise RunError("nothing was captured: no documents were given")
         sweep(self.folder)  # what killed workers of a cluster left
@@ -137,6 +156,8 @@ class RunWriter:
             "parts": self._records,
             "files": {n: stamp(self.folder / n) for n in names},
         }
+        own = {f for record in self._records for f in record["files"]}
+        self.place.discard(*(n for n in self.place.sizes() if n not in own and any(fnmatch(n, f"{kind}/*.parquet") for kind in _KINDS)))
         self.place.store(self.folder, *names)
         write_json(self.folder / MANIFEST, manifest)
         self.place.store(self.folder, MANIFEST)
@@ -167,7 +188,7 @@ def write_part(place: Place, part: Part, layers: Sequence[LayerInfo]) -> dict[st
     """
     number = f"{part.index:05d}"
     stats = part_statistics(part, layers)
-    files = [f"{kind}/part-{number}.parquet" for kind in ("tokens", "routing", "scores")]
+    files = [f"{kind}/part-{number}.parquet" for kind in _KINDS]
     progress = [_of_part(name, part.index) for name in (_DOCUMENTS, *_PROGRESS)]
     with place.workspace() as folder:
         write_atomically(folder / files[0], lambda p: write_table(part.tokens, p))

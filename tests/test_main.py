@@ -294,6 +294,14 @@ def test_documents_of_several_files_keep_apart(model: str, tmp_path: Path) -> No
     assert open_run(tmp_path / "r").documents["name"].to_pylist() == ["a.txt: prompt 1", "b.txt: prompt 1"]
 
 
+def test_a_corpus_is_not_limited_as_an_upload_is(model: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n' * 1_001)
+    assert (
+        main(["capture", "--model", model, "--input", str(tmp_path / "p.jsonl"), "--batch-size", "1001", "--out", str(tmp_path / "r")]) == 0
+    )
+    assert len(open_run(tmp_path / "r").documents) == 1_001
+
+
 def test_ctrl_c_keeps_what_is_finished_and_says_so(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

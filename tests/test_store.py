@@ -273,6 +273,7 @@ def test_broken_manifest(tmp_path: Path, content: str) -> None:
     [
         ('"index": 1', '"index": "x"'),
         ('"index": 1', '"index": 7'),
+        ('"first_rows": {\n    "decoder": 17', '"first_rows": {\n    "decoder": 16'),  # a row that two parts have
         ('"rows"', '"rowz"'),
         ('"parts": [', '"parts": [3,'),
         ('"bytes"', '"b"'),
@@ -317,6 +318,19 @@ def test_verify_finds_statistics_that_are_not_of_these_decisions(tmp_path: Path)
         manifest_path.write_text(json.dumps(manifest))
         problems = verify_run(tmp_path / "run")
         assert bool(problems) is found and all("stats.parquet" in p for p in problems)
+
+
+def test_verify_finds_documents_that_are_numbered_with_a_gap(tmp_path: Path) -> None:
+    stored(tmp_path / "run")
+    path, manifest_path = tmp_path / "run" / "documents.parquet", tmp_path / "run" / "run.json"
+    manifest, original = json.loads(manifest_path.read_text()), pq.read_table(path)
+    for column in ("document", "first_row"):
+        moved = pa.array([x + (i > 3) for i, x in enumerate(original[column].to_pylist())], original.schema.field(column).type)
+        pq.write_table(original.set_column(original.column_names.index(column), original.schema.field(column), moved), path)
+        data = path.read_bytes()
+        manifest["files"]["documents.parquet"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest_path.write_text(json.dumps(manifest))
+        assert "does not number the documents or rows" in verify_run(tmp_path / "run")[0]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "A", "a b", "con", "nul.txt", "a\n", "-x", "x" * 65, "é", "a\0"])
