@@ -34,6 +34,7 @@ from .trace import NO_EXPERT, SCHEMA_VERSION, LayerInfo, Trace
 
 FORMATS = ("csv", "parquet", "json")
 BATCH = 65_536
+MOST_ROWS = 2_000_000  # of a file made in memory: decisions of 8 experts are then 430 MB as CSV, 1.3 GB as JSON
 _FORMULA = frozenset("=+-@|%'")
 
 
@@ -262,8 +263,22 @@ def export_table(trace: Trace, table: str, format: str, target: Path | BinaryIO,
     return rows
 
 
+def growing_rows(trace: Trace, table: str) -> int:
+    """Rows of a table that grows with the text; 0 for any other."""
+    streams, documents = {x.stream for x in trace.layers}, trace.documents
+    rows = {
+        "decisions": lambda: sum(trace.n_tokens(x.stream) for x in trace.layers),
+        "tokens": lambda: sum(trace.n_tokens(s) for s in streams),
+        "documents": lambda: len(documents),
+        "document-balance": lambda: sum(len(trace.documents_in(x.stream)) for x in trace.layers),
+    }
+    return rows[table]() if table in rows else 0
+
+
 def export_bytes(trace: Trace, table: str, format: str) -> bytes:
-    """A table as the bytes of a file, for a download."""
+    """A table as the bytes of a file, for a download. Raises ExportError for one of more than MOST_ROWS, which ``export_table`` can write."""
+    if (rows := growing_rows(trace, table)) > MOST_ROWS:
+        raise ExportError(f"{table} of {rows:,} rows would be made in memory: write them to a file, python -m analysis export")
     buffer = io.BytesIO()
     export_table(trace, table, format, buffer)
     return buffer.getvalue()
