@@ -28,6 +28,7 @@ from .store import MANIFEST, STATISTICS, open_run, valid_run_name
 from .trace import SCHEMA_VERSION, LayerInfo, ModelCard, Part, Trace
 
 CAPTURE = "progress/capture.json"  # what is being captured, there before any part
+_LOCK = "progress/lock"
 _KINDS = ("tokens", "routing", "scores")  # of a part's files
 _DOCUMENTS = "documents-{}.parquet"  # of a part
 _PROGRESS = ("core-{}.npz", "by_token-{}.npz", "by_document-{}.npz")  # the statistics of a part, as STATISTICS those of the run
@@ -48,13 +49,14 @@ class RunWriter:
     def open(cls, where: str | Path, card: ModelCard, options: Mapping[str, Any]) -> RunWriter:
         """Start a run in a folder or below an address, or resume the interrupted one that is there.
 
-        Raises RunError where a finished run is there, another process writes (an address has no lock: one capture at a time is the
+        Raises RunError where a finished run or something else is there, another process writes (an address has no lock: one capture at a time is the
         caller's to see to), or model or options differ.
         """
         place = Place.of(where)
         valid_run_name(place.name)
         if place.holds(MANIFEST):
             raise RunError(f"{place.name} is a finished run: choose another name, or delete it first")
+        _check_vacant(place)
         with ExitStack() as opened:
             folder = opened.enter_context(place.workspace())
             opened.callback(os.close, _locked(folder, place.name))
@@ -218,11 +220,19 @@ def _record(part: int) -> str:
     return f"progress/part-{part:05d}.json"
 
 
+def _check_vacant(place: Place) -> None:
+    """RunError where files of something else lie: a run would mix with them, and ending it deletes ``progress`` and parts not its own."""
+    if not place.holds(CAPTURE):
+        begun = (_LOCK, "progress/.*.tmp")  # what a capture leaves that was killed as it began
+        if (other := next((n for n in place.sizes() if not any(fnmatch(n, own) for own in begun)), None)) is not None:
+            raise RunError(f"{place.name} holds files that are of no capture, such as {other}: choose another name, or empty it")
+
+
 def _locked(folder: Path, name: str) -> int:
     """A descriptor that locks the capture into ``folder``, which is made where it is not there. RunError where another holds it."""
     (folder / "progress").mkdir(parents=True, exist_ok=True, mode=0o700)
     os.chmod(folder, 0o700)
-    lock = os.open(folder / "progress" / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

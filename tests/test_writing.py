@@ -46,6 +46,25 @@ def test_a_finished_run_is_never_written_over(tmp_path: Path) -> None:
         writer.commit()
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    """A run would mix with it; ending one deletes progress/ and parts of no record, which may be someone's own."""
+    for name in ("progress/mine.txt", "routing/part-00000.parquet", "thesis.tex"):
+        own = tmp_path / name.partition("/")[0] / "home" / name
+        own.parent.mkdir(parents=True)
+        own.write_text("years of work")
+        folder = tmp_path / name.partition("/")[0] / "home"
+        before = folder.stat().st_mode
+        with pytest.raises(RunError, match=f"such as {name}: choose another name"):
+            RunWriter.open(folder, card(PLAIN), {})
+        assert folder.stat().st_mode == before and own.read_text() == "years of work"
+    begun = tmp_path / "begun"
+    (begun / "progress").mkdir(parents=True)
+    for name in ("lock", ".capture.json.7.abc.tmp"):  # killed as it began
+        (begun / "progress" / name).touch()
+    with RunWriter.open(begun, card(PLAIN), {}) as writer:
+        assert writer.parts == 0 and not list(begun.rglob("*.tmp"))
+
+
 def test_files_of_no_part_go_before_the_manifest(tmp_path: Path) -> None:
     """Killed before a part's record was there, and ended with fewer texts: who reads the folder as one table must not count that part."""
     with RunWriter.open(tmp_path / "run", card(PLAIN), {}) as writer:
