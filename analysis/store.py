@@ -401,7 +401,10 @@ def _naming(place: Place, name: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "damaged" if place.folder else "damaged or out of reach"
-        raise RunError(f"{place.name}/{name} is {reason}: restore it, or capture the run again ({type(error).__name__})") from error
+        told = (
+            str(error)[:300] if place.folder is None and isinstance(error, OSError) else type(error).__name__
+        )  # what a store denied, and why
+        raise RunError(f"{place.name}/{name} is {reason}: restore it, or capture the run again ({told})") from error
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:

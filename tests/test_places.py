@@ -243,7 +243,7 @@ def test_only_the_ranges_asked_for_come_here(s3: str, monkeypatch: pytest.Monkey
         assert 0 < sum(asked) < size / 4 and len(asked) <= 3, (kind, asked, size)
 
 
-def test_damage_at_an_address_is_named(s3: str, there: str, alone: Path) -> None:
+def test_damage_at_an_address_is_named(s3: str, there: str, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place.of(s3 % "broken")
     copy_run(there, place.address)
     raw = (alone / "routing/part-00001.parquet").read_bytes()
@@ -271,6 +271,13 @@ def test_damage_at_an_address_is_named(s3: str, there: str, alone: Path) -> None
     put("run.json", b"{")
     with pytest.raises(RunError, match=r"broken/run\.json is damaged"):
         open_run(place.address)
+
+    def denied(*given: Any) -> None:
+        raise OSError("AWS Error ACCESS_DENIED during GetObject operation: Access Denied")
+
+    monkeypatch.setattr(Place, "file", denied)
+    with pytest.raises(RunError, match=r"tokens/part-00000\.parquet is damaged or out of reach: .*ACCESS_DENIED"):
+        trace.stream_tokens("decoder", 0, 1)
 
 
 def test_the_command_line_takes_addresses(there: str, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
