@@ -123,6 +123,11 @@ def _capture(arguments: argparse.Namespace) -> int:
     except (CaptureError, RouterError) as error:
         _say(f"\nerror: {error}", sys.stderr)
         return 2
+    except OSError as error:
+        begun = out.folder is None or (out.folder / "progress").is_dir()
+        more = "; finished parts are kept: repeat the same command to go on after them" if begun else ""
+        _say(f"\nerror: {arguments.out}: {error.strerror or error}{more}", sys.stderr)
+        return 2
     except KeyboardInterrupt:
         _say(f"\nstopped: finished parts are kept in {arguments.out}; repeat the same command to go on after them", sys.stderr)
         return 130

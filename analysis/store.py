@@ -116,7 +116,8 @@ class StoredRouting:
             with _naming(self._place, name):
                 file, footer = self._open(name)
                 tables.append(read_tokens(file, stream, a, b, there, alone, footer))
-        rows = pa.concat_tables(tables).unify_dictionaries()
+        with _naming(self._place, "tokens"):  # a footer may tell another schema than those of the other parts
+            rows = pa.concat_tables(tables).unify_dictionaries()
         if len(there) < len(columns):
             rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
         return rows.select(columns)
@@ -212,7 +213,8 @@ def open_run(run: str | Path) -> Trace:
                 if manifest["schema_version"] == 1:
                     rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
                 tables.append(rows.select(TOKENS.names))
-        return pa.concat_tables(tables).unify_dictionaries()
+        with _naming(place, "tokens"):
+            return pa.concat_tables(tables).unify_dictionaries()
 
     options = {**manifest["options"], "created": manifest["created"]}
     source = StoredRouting(place, card.layers, manifest)

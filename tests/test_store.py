@@ -209,6 +209,17 @@ def test_a_part_that_vanishes_is_named(tmp_path: Path) -> None:
             read()
 
 
+def test_tokens_of_another_schema_are_named(tmp_path: Path) -> None:
+    """As a changed byte of a footer gives; concatenating is where it shows."""
+    stored(tmp_path / "run")
+    trace, path = open_run(tmp_path / "run"), tmp_path / "run" / "tokens/part-00001.parquet"
+    rows = pq.read_table(path)
+    pq.write_table(rows.set_column(2, "position", rows["position"].cast(pa.int64())), path)
+    for read in (lambda: trace.tokens, lambda: trace.stream_tokens("decoder")):
+        with pytest.raises(RunError, match="run/tokens.* is damaged"):
+            read()
+
+
 def older(folder: Path) -> None:
     """Make a stored run one of version 1: tokens without `predicted`."""
     path = folder / "run.json"
