@@ -6,13 +6,14 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from zipfile import BadZipFile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,7 +109,22 @@ class RunWriter:
         return min(found["document_min"].to_pylist()), first_rows
 
     def _documents_of(self, part: int) -> pa.Table:
-        return pq.read_table(self._progress(_DOCUMENTS, part), page_checksum_verification=True)
+        with self._repairable(_of_part(_DOCUMENTS, part)):
+            return pq.read_table(self._progress(_DOCUMENTS, part), page_checksum_verification=True)
+
+    @contextmanager
+    def _repairable(self, what: str) -> Iterator[None]:
+        """Turn what damage among the files of an unfinished capture raises on reading into a RunError that says how to go on."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError, LookupError, BadZipFile) as error:
+            if (
+                isinstance(error, OSError) and error.errno is not None
+            ):  # the disk or the store, not what lies there; what pyarrow finds has no number
+                raise
+            raise RunError(
+                f"{self.place.name}/{what} is damaged ({type(error).__name__}): delete that part's record, progress/part-*.json, and repeat the command, or delete the run"
+            ) from error
 
     def _progress(self, name: str, part: int) -> Path:
         return self.folder / _of_part(name, part)
@@ -144,7 +160,8 @@ class RunWriter:
         write_atomically(self.folder / "documents.parquet", partial(write_table, documents))
         sums = self.folder / "progress" / "sums"
         sums.mkdir(exist_ok=True)
-        stats = merge_statistics(self._part_statistics(), sums)
+        with self._repairable("progress, the counts of its parts,"):
+            stats = merge_statistics(self._part_statistics(), sums)
         core = stats.core_rows.groups() if isinstance(stats.core_rows, CoreCounts) else [stats.core]
         write_atomically(self.folder / STATISTICS[0][0], partial(write_long, core, CORE, differences=("count",)))
         for (name, _), rows in zip(STATISTICS[1:], (stats.token_rows, stats.document_rows), strict=True):
@@ -250,7 +267,10 @@ def _check_same_capture(place: Place, folder: Path, card: ModelCard, options: Ma
         place.store(folder, CAPTURE)
         return
     place.fetch(folder, CAPTURE)
-    started = json.loads((folder / CAPTURE).read_text(encoding="utf-8"))
+    try:
+        started = dict(json.loads((folder / CAPTURE).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise RunError(f"{place.name}/{CAPTURE} is damaged: what was being captured is not known; delete the run") from None
     for what in mine:
         if started.get(what) != mine[what]:
             then, now = started.get("options", {}), mine["options"]
@@ -266,7 +286,8 @@ def _part_records(place: Place, folder: Path) -> dict[int, dict[str, Any]]:
     names = [n for n in sizes if fnmatch(n, "progress/part-*.json")]
     place.fetch(folder, *names)
     for name in names:
-        record = json.loads((folder / name).read_text(encoding="utf-8"))
-        if all(sizes.get(f) == s["bytes"] for f, s in record["files"].items()):
-            records[record["index"]] = record
+        with suppress(ValueError, LookupError, TypeError, AttributeError):  # a damaged record is none: its part is captured again
+            record = json.loads((folder / name).read_text(encoding="utf-8"))
+            if _record(record["index"]) == name and all(sizes.get(f) == s["bytes"] for f, s in record["files"].items()):
+                records[record["index"]] = record
     return records

@@ -1,6 +1,7 @@
 """Captures that are not gone on with, and runs that are not written over."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -98,3 +99,30 @@ def test_a_part_numbered_after_other_texts_does_not_count(tmp_path: Path) -> Non
             _check_stored(writer, plan, frozenset({0, 1}))
             with pytest.raises(RunError, match="interrupted with other texts"):
                 _check_stored(writer, plan, frozenset({0, 1, 2}))
+
+
+def test_damage_to_an_interrupted_capture_is_named_or_captured_again(tmp_path: Path) -> None:
+    parts, whole = make_parts(PLAIN, 2), tmp_path / "whole"
+    with RunWriter.open(whole, card(PLAIN), {}) as writer:
+        for part in parts:
+            writer.write(part)
+    for name in ("documents-00001.parquet", "core-00001.npz", "by_token-00001.npz", "by_document-00001.npz"):
+        run = shutil.copytree(whole, tmp_path / name.partition("-")[0])
+        raw = bytearray((run / "progress" / name).read_bytes())
+        raw[len(raw) // 3] ^= 4
+        (run / "progress" / name).write_bytes(raw)
+        with pytest.raises(RunError, match="is damaged .*delete that part's record"), RunWriter.open(run, card(PLAIN), {}) as writer:
+            writer.commit()
+        (run / "progress" / "part-00001.json").unlink()
+        with RunWriter.open(run, card(PLAIN), {}) as writer:
+            writer.write(parts[1])
+            writer.commit()
+        assert verify_run(run) == ()
+    record = whole / "progress" / "part-00001.json"
+    for text in ("{", record.read_text().replace('"index": 1', '"index": 2'), "[]"):
+        record.write_text(text)
+        with RunWriter.open(whole, card(PLAIN), {}) as writer:
+            assert writer.parts == 1
+    (whole / "progress" / "capture.json").write_text('{"model"')
+    with pytest.raises(RunError, match="capture.json is damaged"):
+        RunWriter.open(whole, card(PLAIN), {})
