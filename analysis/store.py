@@ -411,13 +411,16 @@ def _naming(place: Place, name: str) -> Iterator[None]:
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
     """ValueError, or what a missing key raises, unless every field that is read later is there and names its own run's files."""
-    before: dict[str, int] = {}
+    documents, before = 0, dict[str, int]()
     for i, part in enumerate(manifest["parts"]):
         counts = [part["documents"], *part["rows"].values(), *part["first_rows"].values()]
         if part["index"] != i or any(not isinstance(n, int) or n < 0 for n in counts) or part["rows"].keys() != part["first_rows"].keys():
             raise ValueError("parts out of order, or counts that are none")
-        if any(first != before.get(stream, 0) for stream, first in part["first_rows"].items()):
-            raise ValueError("rows that are missing between two parts, or in both")
+        if part.get("first_document", documents) != documents or any(
+            first != before.get(stream, 0) for stream, first in part["first_rows"].items()
+        ):
+            raise ValueError("documents or rows that are missing between two parts, or in both")
+        documents += part["documents"]
         before |= {stream: first + part["rows"][stream] for stream, first in part["first_rows"].items()}
         if set(part["files"]) != {f"{kind}/part-{i:05d}.parquet" for kind in ("tokens", "routing", "scores")}:
             raise ValueError("a part lists other files")

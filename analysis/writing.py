@@ -67,8 +67,8 @@ class RunWriter:
             writer._opened = opened.pop_all()
             return writer
 
-    def refresh(self) -> frozenset[int]:
-        """Look again at what is stored; numbers of the whole parts, of which those after a gap do not count yet.
+    def refresh(self) -> dict[int, dict[str, Any]]:
+        """Look again at what is stored; records of the whole parts by number, of which those after a gap do not count yet.
 
         Nor does a part whose documents and rows are not numbered on from the part before: where what lay before it was captured again from
         other texts, it is captured again too.
@@ -80,11 +80,11 @@ class RunWriter:
         self.rows: dict[str, int] = {}
         while self.parts in stored and self._follows(stored[self.parts]):
             self._count(stored[self.parts])
-        return frozenset(stored)
+        return stored
 
     def _follows(self, record: Mapping[str, Any]) -> bool:
         first_rows = {s: self.rows.get(s, 0) for s in record["first_rows"]}
-        return record["first_rows"] == first_rows and self.numbers_of(record["index"])[0] == self.documents
+        return (record["first_document"], record["first_rows"]) == (self.documents, first_rows)
 
     def _count(self, record: dict[str, Any]) -> None:
         self._records.append(record)
@@ -101,12 +101,6 @@ class RunWriter:
         """(digest, label, name) of every document of a stored part, in order."""
         rows = {r["document"]: (r["digest"], r["label"], r["name"]) for r in self._documents_of(part).to_pylist()}
         return [rows[d] for d in sorted(rows)]
-
-    def numbers_of(self, part: int) -> tuple[int, dict[str, int]]:
-        """The number of a stored part's first document, and per stream that of its first row."""
-        found = self._documents_of(part).group_by("stack").aggregate([("first_row", "min"), ("document", "min")])
-        first_rows = dict(zip(found["stack"].to_pylist(), found["first_row_min"].to_pylist(), strict=True))
-        return min(found["document_min"].to_pylist()), first_rows
 
     def _documents_of(self, part: int) -> pa.Table:
         with self._repairable(_of_part(_DOCUMENTS, part)):
@@ -219,6 +213,7 @@ def write_part(place: Place, part: Part, layers: Sequence[LayerInfo]) -> dict[st
         place.store(folder, *files, *progress)
         record = {
             "index": part.index,
+            "first_document": min(part.documents["document"].to_pylist()),
             "documents": len(set(part.documents["document"].to_pylist())),
             "first_rows": dict(part.first_rows),
             "rows": {s: len(part.stream_tokens(s)) for s in part.first_rows},
@@ -288,6 +283,10 @@ def _part_records(place: Place, folder: Path) -> dict[int, dict[str, Any]]:
     for name in names:
         with suppress(ValueError, LookupError, TypeError, AttributeError):  # a damaged record is none: its part is captured again
             record = json.loads((folder / name).read_text(encoding="utf-8"))
-            if _record(record["index"]) == name and all(sizes.get(f) == s["bytes"] for f, s in record["files"].items()):
+            if (
+                _record(record["index"]) == name
+                and "first_document" in record
+                and all(sizes.get(f) == s["bytes"] for f, s in record["files"].items())
+            ):
                 records[record["index"]] = record
     return records

@@ -285,6 +285,7 @@ def test_broken_manifest(tmp_path: Path, content: str) -> None:
         ('"index": 1', '"index": "x"'),
         ('"index": 1', '"index": 7'),
         ('"first_rows": {\n    "decoder": 17', '"first_rows": {\n    "decoder": 16'),  # a row that two parts have
+        ('"first_document": 3', '"first_document": 4'),
         ('"rows"', '"rowz"'),
         ('"parts": [', '"parts": [3,'),
         ('"bytes"', '"b"'),
