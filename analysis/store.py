@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .files import scratch
 from .layout import Footer, read_experts, read_routing, read_scores, read_tokens, room_for
 from .longtables import LongTable, where
 from .memory import join_scores
@@ -233,8 +233,8 @@ def verify_run(run: str | Path) -> tuple[str, ...]:
         if problems:
             return tuple(problems)
         trace = open_run(run)
-        with tempfile.TemporaryDirectory() as scratch:
-            again = merge_statistics(_counted_again(place, trace, manifest["parts"]), Path(scratch))
+        with scratch() as sums:  # which goes with the next one where this process is killed
+            again = merge_statistics(_counted_again(place, trace, manifest["parts"]), sums)
             differing = _other_counts(trace.stats, again, trace.weights_kept)
             problems += [f"{n}: counts differ from those of the recorded decisions" for n in differing]
     except (RunError, TraceError, pa.ArrowException, OSError) as error:

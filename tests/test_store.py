@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import random
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from analysis import store
 from analysis.files import stamp
 from analysis.layout import write_table
 from analysis.longtables import LongTable
@@ -248,6 +250,18 @@ def test_a_run_of_today_without_predictions_is_damaged(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
     with pytest.raises(RunError, match="tokens/part-00000.parquet is damaged"):
         open_run(tmp_path / "run").tokens  # noqa: B018
+
+
+def test_verify_counts_in_scratch_that_a_killed_one_does_not_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """files.scratch deletes what a killed process left; a plain temporary folder would stay."""
+    stored(tmp_path / "run")
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    seen: list[str] = []
+    counted = store._counted_again
+    monkeypatch.setattr(store, "_counted_again", lambda *given: [seen.extend(os.listdir(tmp_path / "scratch")), *counted(*given)][1:])
+    assert verify_run(tmp_path / "run") == () and [s.startswith("routerscope-scratch-") for s in seen] == [True]
+    assert not os.listdir(tmp_path / "scratch")
 
 
 def test_any_flipped_byte_is_found(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def show_batches() -> tuple[str, pa.Table]:
         definition="MaxVio: how far the busiest expert lies above the mean load, as a share of it; 0 is even. Uniform routing would give at most about"
         f" {first['chance_batch']:.3f} in such a batch and {first['chance_run']:.3f} over the run.",
         how=f"(largest load - mean) / mean, arXiv 2408.15664. Batches are whole {ORDERS[order]}; in recorded order, sorted texts make batches of one kind,"
-        " shuffled they are like the run. Whiskers: most to least even batch.",
+        " shuffled they are like the run; a rest too short for a batch goes to the last. Whiskers: most to least even batch.",
         n=f"{first['batches']:,} batches of {first['batch_n']:,.0f} tokens on average at the first layer",
     )  # fmt: skip
     text.show_text(
