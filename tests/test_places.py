@@ -25,7 +25,7 @@ from analysis.copying import copy_run
 from analysis.files import scratch
 from analysis.models import load_model
 from analysis.places import Place
-from analysis.store import RunError, open_run, same_counts, verify_run
+from analysis.store import RunError, open_run, read_manifest, same_counts, verify_run
 from analysis.trace import ModelCard
 from analysis.writing import RunWriter
 
@@ -114,6 +114,21 @@ def test_parts_that_are_half_there_are_none(
     assert contents(tmp_path / "back") == contents(alone) and verify_run(tmp_path / "back") == ()
     with pytest.raises(RunError, match="resumed is a finished run"):
         RunWriter.open(where, card, OPTIONS)
+
+
+def test_files_of_no_part_go_from_an_address_too(s3: str, planned: Planned) -> None:
+    place, last = Place.of(s3 % "fewer"), len(planned[2]) - 1
+    with RunWriter.open(place.address, planned[1], OPTIONS) as writer:
+        captured(planned, place.address, range(last + 1))
+        place.filesystem.delete_file(f"{place.path}/progress/part-{last:05d}.json")  # never whole, and now of no text
+        writer.refresh()
+        writer.finish()
+    assert verify_run(place.address) == () and len(read_manifest(place)["parts"]) == last > 0
+    other = Place.of(s3 % "other")
+    with other.filesystem.open_output_stream(f"{other.path}/routing/mine.parquet") as out:
+        out.write(b"x")
+    with pytest.raises(RunError, match="such as routing/mine.parquet: choose another name"):
+        RunWriter.open(other.address, planned[1], OPTIONS)
 
 
 def test_a_byte_changed_on_the_way_is_no_part(s3: str, planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
