@@ -1,7 +1,7 @@
 """The capacity lab: expert capacity enforced on a recorded run. What overflows, who pays for it, and what idles.
 
 ``apply_capacity`` answers one setting; ``rank_trace`` ranks the sites once, so that every further capacity factor is
-cheap (``at``) and the whole curve costs one pass (``curves``). Capacity is counted against what the router chose, before
+cheap (``at``); ``capacity_curves`` answers every factor in one pass. Capacity is counted against what the router chose, before
 any native drop. policies.py has the policies, overflow.py the figures, slots.py capacities and batches.
 
 The gate weight of a natively dropped assignment is not recorded: at sites that dropped any, gate mass is NaN and the
@@ -11,7 +11,7 @@ choices are known there, and with them "choice".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from . import capacity_keys
 from .capacity_keys import batches_of
-from .overflow import FACTORS, Curve, Overflow, SlotUse, chance_curve
+from .overflow import FACTORS, Overflow, SlotUse, chance_curve
 from .policies import BLOCK, POLICIES, MissingScores, Queues, rank_site, site_curve
 from .slots import Batches, CapacityError, CapacityRule, ExpertShape, capacity_rule, make_batches, slot_cost
 from .trace import LayerInfo, ModelCard, SiteRouting, Trace, gate_weights
@@ -52,12 +52,6 @@ class RankedTrace:
         """The answer at one factor under a preset or rule, or at ``slots`` per expert; ``block`` is for "dropless"."""
         rule = rule_of(preset)
         return AppliedCapacity(self.trace, {i: q.at(factor, rule, slots=slots, block=block) for i, q in self.queues.items()})
-
-    def curves(self, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
-        """One row per site and factor: Curve.columns with shares, and what overflows by chance (uniform routing, same batches)."""
-        rule = rule_of(preset)
-        curves = ((i, None, queues.batches, queues.curve(factors, rule)) for i, queues in self.queues.items())
-        return pa.concat_tables([t for *_, t in _curve_tables(self.trace, curves, rule)])
 
     def curves_by(self, name: str, factors: Sequence[float] | np.ndarray = FACTORS, preset: str | CapacityRule = "megatron") -> pa.Table:
         """AppliedCapacity.by_label or by_position at every factor in one pass: ``name`` is "label" or "first_position"."""
@@ -160,7 +154,8 @@ def rank_trace(trace: Trace, policy: str = "position", scope: str = "document", 
 def capacity_curves(trace: Trace, factors: Sequence[float] | np.ndarray = FACTORS, policy: str = "position", scope: str = "document", *,
                     size: int | None = None, mixed: int | None = None, preset: str | CapacityRule = "megatron", seed: int = 0,
                     layers: Sequence[int] | None = None) -> pa.Table:  # fmt: skip
-    """As ``rank_trace(...).curves(...)``, holding one site at a time: for long runs with many sites."""
+    """One row per site and factor: Curve.columns with shares, and what overflows by chance (uniform routing, same batches). Other
+    arguments as for ``apply_capacity``; holds one site at a time."""
     found = site_curves(trace, factors, policy, scope, size=size, mixed=mixed, preset=preset, seed=seed, layers=layers)
     return pa.concat_tables([table for _, table in found])
 
@@ -211,7 +206,7 @@ def _policy_total(trace: Trace, i: int, site: _Site, more: Mapping[str, Any], fa
 
 
 def pool_curves(curves: pa.Table, by: str = "factor") -> pa.Table:
-    """Sums over the sites of ``RankedTrace.curves``: one row per factor (or another column), with shares."""
+    """Sums over the sites of ``capacity_curves``: one row per factor (or another column), with shares."""
     return with_shares(_summed(curves, [by]))
 
 
@@ -318,16 +313,9 @@ def _preference(trace: Trace, site: int, policy: str) -> np.ndarray | None:
 
 def _curves(trace: Trace, factors: Sequence[float] | np.ndarray, policy: str, scope: str, size: int | None, shuffles: Sequence[int | None],
             rule: CapacityRule, seed: int, layers: Sequence[int] | None) -> Iterator[tuple[int, int | None, pa.Table]]:  # fmt: skip
-    sites = _sites(trace, policy, scope, size, shuffles, seed, layers)
-    return _curve_tables(trace, ((i, m, site[3], site_curve(*site, factors, rule, **more)) for i, m, site, more in sites), rule)
-
-
-def _curve_tables(
-    trace: Trace, curves: Iterable[tuple[int, int | None, Batches, Curve]], rule: CapacityRule
-) -> Iterator[tuple[int, int | None, pa.Table]]:
     chances: dict[tuple[str, int, int, int, int | None], np.ndarray] = {}
-    for i, mixed, batches, curve in curves:
-        layer = trace.layers[i]
+    for i, mixed, site, more in _sites(trace, policy, scope, size, shuffles, seed, layers):
+        layer, batches, curve = trace.layers[i], site[3], site_curve(*site, factors, rule, **more)
         same = (layer.stream, layer.n_experts, layer.top_k, layer.n_special, mixed)
         if same not in chances:
             chances[same] = chance_curve(batches.sizes, *same[1:3], curve.factors, rule, layer.n_special)

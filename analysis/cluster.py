@@ -148,7 +148,7 @@ def capture_on_cluster(
         try:
             most = sum(len(t.encode()) for t in texts)  # a text has seldom more tokens than bytes
             crew.grow(1 + most // (options.get("part_tokens") or PART_TOKENS))
-            card, documents = crew.plan(list(texts), labels, names, options.get("max_tokens"))
+            card, documents = crew.plan(list(texts), labels, names, options.get("max_tokens"), cancelled)
             options["part_tokens"] = options.get("part_tokens") or part_tokens(card.layers)
             plan = plan_parts(documents, options["part_tokens"])
             with RunWriter.open(run, card, options) as writer:
@@ -220,8 +220,9 @@ class _Crew:
             self.actors[-1].load.remote()
 
     def plan(self, texts: Sequence[str], labels: Sequence[str | None] | None, names: Sequence[str] | None,
-             max_tokens: int | None) -> tuple[ModelCard, list[PlannedDocument]]:  # fmt: skip
-        """The model's card and what the texts will be, told by all replicas, SLICES of the texts each. Raises ClusterError where nodes differ."""
+             max_tokens: int | None, cancelled: Callable[[], bool] | None) -> tuple[ModelCard, list[PlannedDocument]]:  # fmt: skip
+        """The model's card and what the texts will be, told by all replicas, SLICES of the texts each. Raises ClusterError where nodes differ,
+        CaptureCancelled."""
         size = max(1, -(-len(texts) // (SLICES * len(self.actors))))
         answers = []
         for i, first in enumerate(range(0, max(len(texts), 1), size)):
@@ -229,7 +230,13 @@ class _Crew:
             mine = {n: x if x is None else x[first:last] for n, x in (("labels", labels), ("names", names))}
             actor = self.actors[i % len(self.actors)]
             answers.append(actor.plan.remote(texts[first:last], **mine, first_document=first, max_tokens=max_tokens))
-        cards, documents = zip(*(_answer(self.ray, answer) for answer in answers), strict=True)
+
+        def told(answer: Any) -> Any:
+            while not self._answered([answer], cancelled):
+                pass
+            return _answer(self.ray, answer)
+
+        cards, documents = zip(*map(told, answers), strict=True)
         if any(card != cards[0] for card in cards):
             raise ClusterError("nodes have different weights or tokenizers in the model's folder: copy it to all of them again")
         return cards[0], [d for some in documents for d in some]
@@ -238,7 +245,6 @@ class _Crew:
                 cancelled: Callable[[], bool] | None) -> None:  # fmt: skip
         """Spread ``jobs``, the arguments of Replica.capture, over the replicas: AT_ONCE each, the last ones to whoever is free."""
         from .capture import Progress
-        from .recorder import CaptureCancelled
 
         self.grow(len(jobs))
         began, total, tokens = time.monotonic(), sum(len(p.documents) for p in plan), 0
@@ -254,15 +260,22 @@ class _Crew:
         for actor in self.actors * AT_ONCE:
             hand_out(actor)
         while running:
-            if cancelled is not None and cancelled():
-                raise CaptureCancelled("capture cancelled")
-            for answer in self.ray.wait(list(running), timeout=POLL_SECONDS)[0]:
+            for answer in self._answered(list(running), cancelled):
                 actor, planned = running.pop(answer)
                 _answer(self.ray, answer)
                 hand_out(actor)  # first, so that no replica waits for whom progress is told
                 documents, tokens = documents + len(planned.documents), tokens + max(planned.rows.values())
                 if progress is not None:
                     progress(Progress(documents, total, tokens, time.monotonic() - began))
+
+    def _answered(self, waiting: list[Any], cancelled: Callable[[], bool] | None) -> list[Any]:
+        """The first of ``waiting`` that is answered, none where that takes longer than POLL_SECONDS. Raises CaptureCancelled."""
+        from .recorder import CaptureCancelled
+
+        if cancelled is not None and cancelled():
+            raise CaptureCancelled("capture cancelled")
+        answered: list[Any] = self.ray.wait(waiting, timeout=POLL_SECONDS)[0]
+        return answered
 
     def dismiss(self) -> None:
         """End the replicas, whatever they are doing: a part they have not finished is not there."""

@@ -143,11 +143,3 @@ def shuffled_tables(
     from .shuffling import dealt_table  # pays for numba
 
     return (dealt_table(x, y, counts, width, seed) for seed in seeds)
-
-
-def jensen_shannon(a: np.ndarray, b: np.ndarray) -> float:
-    """Divergence of two count vectors' shares, bits; 0 (equal) to 1 (nothing in common). Lin 1991. NaN for no counts."""
-    if not a.sum() or not b.sum():
-        return float("nan")
-    p, q = a / a.sum(), b / b.sum()
-    return max(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0.0)

@@ -40,10 +40,6 @@ class Curve:
     lost: np.ndarray
     slots: np.ndarray
 
-    def table(self) -> pa.Table:
-        """``columns`` as a table, one row per factor."""
-        return pa.table(self.columns())
-
     def columns(self) -> dict[str, np.ndarray]:
         """[factors]: factor, the columns of Overflow.by, then kept, slots, idle."""
         n, kept = len(self.factors), self.assignments - self.dropped

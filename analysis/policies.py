@@ -44,10 +44,9 @@ class MissingScores(CapacityError):
 
 @dataclass(frozen=True)
 class Queues:
-    """One site ranked under one policy: ``rank_site`` makes it; ``at`` and ``curve`` answer from it.
+    """One site ranked under one policy: ``rank_site`` makes it; ``at`` and ``curve_by`` answer from it.
 
     ranks     int32 [tokens, k]; place in the expert's queue within the batch, -1 = no expert.
-    priority  float32 [tokens, k]; what the policy served by: gate weights, or seeded random numbers.
     special   bool [tokens, k] or None; assignments to classes that take no slot.
     preference  float32 [tokens, E] or None; scores of all experts, for "reroute". Other arrays as in Overflow.
     """
@@ -58,7 +57,6 @@ class Queues:
     loads: np.ndarray
     batches: Batches
     policy: str
-    priority: np.ndarray
     special: np.ndarray | None = None
     preference: np.ndarray | None = None
     weights_known: bool = True
@@ -77,11 +75,6 @@ class Queues:
         if self.policy == "reroute":
             return self._rerouted(each, capacity)
         return self._answer(outcomes.within(self.ranks, each, self.batches.of_row), capacity)
-
-    def curve(self, factors: Sequence[float] | np.ndarray = FACTORS, rule: CapacityRule = PRESETS["megatron"]) -> Curve:
-        """Every factor in one pass. "reroute" and "dropless" have no thresholds: ask ``at`` for one factor at a time."""
-        return drop_curve(self.experts, self.weights, self.loads.shape[1], self.batches, factors, self.policy, rule,
-                          priority=self.priority, loads=self.loads, weights_known=self.weights_known)  # fmt: skip
 
     def curve_by(self, keys: np.ndarray, n_keys: int, factors: Sequence[float] | np.ndarray = FACTORS,
                  rule: CapacityRule = PRESETS["megatron"]) -> pa.Table:  # fmt: skip
@@ -140,16 +133,31 @@ def rank_site(experts: np.ndarray, weights: np.ndarray | None, n_experts: int, b
     ranks, loads, bad = queues.rank_all(experts, priority.view(np.uint32), batches.order, batches.starts, n_experts, _KERNEL[policy])
     if bad:
         raise _bad_id(experts, n_experts)
-    return Queues(experts, weights, ranks, loads, batches, policy, priority, special, preference, known)
+    return Queues(experts, weights, ranks, loads, batches, policy, special, preference, known)
 
 
 def site_curve(experts: np.ndarray, weights: np.ndarray | None, n_experts: int, batches: Batches, policy: str = "position",
                factors: Sequence[float] | np.ndarray = FACTORS, rule: CapacityRule = PRESETS["megatron"], *, n_special: int = 0,
                seed: int | Sequence[int] = 0, weights_known: bool = True) -> Curve:  # fmt: skip
-    """``rank_site(...).curve(factors, rule)`` without ranks in memory: other arguments, and errors, as there."""
+    """A site's whole curve in one pass that stores no ranks: other arguments, and errors, as in ``rank_site``. "reroute" and "dropless" have
+    no thresholds: ask ``Queues.at`` for one factor at a time."""
+    from . import queues
+
     _check_thresholds(policy)
     experts, weights, _, priority, known = _served_by(experts, weights, n_experts, batches, policy, n_special, seed, weights_known)
-    return drop_curve(experts, weights, n_experts, batches, factors, policy, rule, priority=priority, weights_known=known)
+    k, factors = experts.shape[1], np.asarray(factors, np.float64)
+    most = batch_loads(experts, n_experts, batches).max(1, initial=0) if rule.zero == "max load" else None
+    slots, places, row_of, count = _thresholds(batches, n_experts, k, factors, rule, most)
+    (dropped, fully, some, first), lost, totals, bad = queues.curve(
+        experts, weights, priority.view(np.uint32), batches.order, batches.starts, n_experts, _KERNEL[policy],
+        np.take_along_axis(slots, places, 1), places, row_of)  # fmt: skip
+    if bad:
+        raise _bad_id(experts, n_experts)
+    if not np.isfinite(totals[1]):  # a sum of finite float32 is finite
+        raise CapacityError(BAD_WEIGHT)
+    mass, lost = (totals[1], lost) if known else (float("nan"), np.full_like(lost, np.nan))
+    return Curve(factors, int(totals[0]), len(experts), float(mass), dropped, fully, some - fully, first, lost,
+                 n_experts * (count[:, None] * slots).sum(0))  # fmt: skip
 
 
 def _served_by(experts: np.ndarray, weights: np.ndarray | None, n_experts: int, batches: Batches, policy: str, n_special: int,
@@ -172,36 +180,6 @@ def _served_by(experts: np.ndarray, weights: np.ndarray | None, n_experts: int, 
     return experts, weights, special, _random_priority(weights.shape, seed) if policy == "random" else weights, known
 
 
-def drop_curve(experts: np.ndarray, weights: np.ndarray, n_experts: int, batches: Batches, factors: Sequence[float] | np.ndarray = FACTORS,
-               policy: str = "position", rule: CapacityRule = PRESETS["megatron"], *, priority: np.ndarray | None = None,
-               loads: np.ndarray | None = None, weights_known: bool = True) -> Curve:  # fmt: skip
-    """A site's whole curve in one pass that stores no ranks. Arguments as in ``rank_site``, but ids below n_experts only.
-
-    ``priority`` float32 [tokens, k] is what "random" serves by (default: gate weights); ``loads`` int64 [batches, E]
-    is used by rules that size slots by the fullest expert, and counted where not given.
-    """
-    from . import queues
-
-    _check_thresholds(policy)
-    experts, weights = _checked(experts, weights, batches, policy)
-    k, factors = experts.shape[1], np.asarray(factors, np.float64)
-    most = None
-    if rule.zero == "max load":
-        most = (batch_loads(experts, n_experts, batches) if loads is None else loads).max(1, initial=0)
-    slots, places, row_of, count = _thresholds(batches, n_experts, k, factors, rule, most)
-    bits = (weights if priority is None or policy != "random" else priority).view(np.uint32)
-    (dropped, fully, some, first), lost, totals, bad = queues.curve(
-        experts, weights, bits, batches.order, batches.starts, n_experts, _KERNEL[policy], np.take_along_axis(slots, places, 1), places,
-        row_of)  # fmt: skip
-    if bad:
-        raise _bad_id(experts, n_experts)
-    if not np.isfinite(totals[1]):  # a sum of finite float32 is finite
-        raise CapacityError(BAD_WEIGHT)
-    mass, lost = (totals[1], lost) if weights_known else (float("nan"), np.full_like(lost, np.nan))
-    return Curve(factors, int(totals[0]), len(experts), float(mass), dropped, fully, some - fully, first, lost,
-                 n_experts * (count[:, None] * slots).sum(0))  # fmt: skip
-
-
 def warm_up() -> None:
     """Compile every kernel, or load it from numba's cache: some seconds the first time on a machine, 0.3 s afterwards."""
     experts, batches = np.zeros((1, 1), np.int16), make_batches([1])
@@ -209,7 +187,7 @@ def warm_up() -> None:
     ranked = rank_site(experts, np.ones((1, 1), np.float32), 2, batches, "reroute", preference=preference)
     over = ranked.at(1.0)
     over.by_expert(), over.total()
-    drop_curve(experts, ranked.weights, 2, batches)
+    site_curve(experts, ranked.weights, 2, batches)
     curve_of_loads(ranked.loads, batches.sizes, 1)
 
 

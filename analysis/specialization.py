@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .information import Information, ceiling, jensen_shannon, plug_in, table_information
+from .information import Information, ceiling, plug_in, table_information
 from .reading import Reading, one_pass
 from .significance import (
     ALPHA,
@@ -188,15 +188,6 @@ def label_effects(trace: Trace, site: int) -> Preferences:
     labels, count = trace.stats.label_load(site)
     sizes = trace.stats.label_tokens(site)
     return effects(site, "label", labels, np.array([sizes[x] for x in labels], np.int64), count)
-
-
-def label_divergence(trace: Trace, site: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """(labels, float64 [labels, labels]): Jensen-Shannon divergence of their shares of assignments, bits, 0 to 1.
-
-    Random routing of n and m assignments gives about (E - 1) (1/n + 1/m) / (8 ln 2): nearly 0.
-    """
-    labels, count = trace.stats.label_load(site)
-    return labels, np.array([[jensen_shannon(a, b) for b in count] for a in count]).reshape(len(labels), len(labels))
 
 
 def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: np.ndarray, draws: int | None = None,

@@ -27,24 +27,10 @@ SCHEMA = (("n", pa.int64()), ("max_over_mean", pa.float64()), ("cv", pa.float64(
           ("gini", pa.float64()), ("effective_experts", pa.float64()), ("cold", pa.float64()), ("dead", pa.float64()), ("chance_max_over_mean", pa.float64()), ("chance_cv", pa.float64()))  # fmt: skip
 
 
-def batch_balance(trace: Trace, site: int, batch_tokens: int = 1) -> pa.Table:
-    """Balance per batch: runs of whole documents, in order, closed once they hold ``batch_tokens``; at least one document.
-
-    Columns batch, documents, n (tokens), max_over_mean, cv, normalised_entropy, gini, effective_experts, cold, dead, and the two chance values.
-    A last batch that falls short is joined to the one before. MaxVio of a batch is max_over_mean - 1.
-    """
-    sizes, counts = _documents(trace, site)
-    starts = _batches(sizes, batch_tokens)
-    n, loads = _together(sizes, starts), _together(counts, starts)
-    table = _described(trace.layers[site], n, loads)
-    table = table.add_column(0, "documents", pa.array(np.diff(np.append(starts, len(sizes))), pa.int64()))
-    return table.add_column(0, "batch", pa.array(np.arange(len(n)), pa.int64()))
-
-
 def batch_maxvio(trace: Trace, site: int, batch_tokens: int = 1) -> float:
     """MaxVio per batch, averaged over batches; 0 to E - 1; NaN without assignments. Wang et al., arXiv 2408.15664.
 
-    ``batch_tokens`` as in ``batch_balance``; at its default every document is a batch.
+    ``batch_tokens`` as in ``batch_loads``; at its default every document is a batch.
     """
     loads = batch_loads(trace, site, batch_tokens)[1]
     return float((loads.max(1) / loads.mean(1) - 1).mean()) if len(loads) else float("nan")
@@ -53,7 +39,8 @@ def batch_maxvio(trace: Trace, site: int, batch_tokens: int = 1) -> float:
 def batch_loads(trace: Trace, site: int, batch_tokens: int = 1, mixed: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(int64 [batches] tokens, int64 [batches, E] assignments) of the site's batches that have any, in the order filled.
 
-    Batches as in ``batch_balance``. ``mixed`` is a seed by which documents are shuffled before they fill batches; None keeps
+    Batches are runs of whole documents, closed once they hold ``batch_tokens``; at least one document. A last one that falls short is
+    joined to the one before. ``mixed`` is a seed by which documents are shuffled before they fill batches; None keeps
     the order recorded, which may follow labels.
     """
     sizes, counts = _documents(trace, site)
@@ -178,7 +165,7 @@ def dead_experts(trace: Trace) -> DeadExperts:
 
 
 def position_balance(trace: Trace, site: int) -> pa.Table:
-    """Balance per stretch of positions (0, 1-2, 3-6, ... doubling): first, last, documents, then the columns of ``batch_balance``.
+    """Balance per stretch of positions (0, 1-2, 3-6, ... doubling): first, last, documents, then the columns of SCHEMA.
 
     documents: those that reach ``first``; the last stretch ends where the longest document does. Null and uncut for a run of counts alone.
     """
@@ -232,7 +219,7 @@ def _sizes(trace: Trace, site: int) -> np.ndarray:
 
 
 def label_balance(trace: Trace, site: int) -> pa.Table:
-    """Balance per label: label, documents, then the columns of ``batch_balance``; text without a label comes last, its label null.
+    """Balance per label: label, documents, then the columns of SCHEMA; text without a label comes last, its label null.
 
     Empty for a run without labels.
     """
@@ -249,7 +236,7 @@ def label_balance(trace: Trace, site: int) -> pa.Table:
 
 
 def document_balance(trace: Trace, site: int) -> pa.Table:
-    """Balance of every document, the most uneven for its length first: document, name, label, the columns of ``batch_balance``, excess.
+    """Balance of every document, the most uneven for its length first: document, name, label, the columns of SCHEMA, excess.
 
     excess = max_over_mean / chance_max_over_mean of so many tokens: above 1 is more than chance. Documents without an
     assignment are left out.

@@ -82,7 +82,7 @@ class Statistics:
 
     @property
     def by_token(self) -> pa.Table:
-        """Assignments by token id (schema BY_TOKEN), read whole: ``token_load`` reads one site."""
+        """Assignments by token id (schema BY_TOKEN), read whole: ``token_load_by_id`` reads one site."""
         return whole(self.token_rows)
 
     @property
@@ -257,13 +257,9 @@ class Statistics:
         found = np.bincount(cell, counts, n * classes)
         return found.astype(np.int64).reshape(n, classes)  # floats are exact below 2^53
 
-    def token_load(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(token ids, experts, counts), int64 [cells]: assignments of every token id that occur, sorted by id and expert."""
-        ids, each, experts, counts = self.token_load_by_id(site)
-        return np.repeat(ids, each), experts, counts
-
     def token_load_by_id(self, site: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(token ids [ids], ascending; how many cells each has [ids]; experts [cells], counts [cells]), int64: ``token_load`` in less time."""
+        """(token ids [ids], ascending; how many cells each has [ids]; experts [cells], counts [cells]), int64: the
+        assignments of every token id that occur, sorted by id and expert."""
         rows = self._of_site(self.token_rows, site)
         ids = rows["token_id"].to_numpy()
         starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)])

@@ -18,7 +18,7 @@ from analysis.balance import maxvio
 from analysis.capacity import capacity_curves, check_policy, compare_policies, expert_shape, pool_curves, rank_trace, with_shares
 from analysis.capture import capture
 from analysis.overflow import curve_of_loads
-from analysis.policies import MissingScores, drop_curve, rank_site
+from analysis.policies import MissingScores, site_curve
 from analysis.slots import CapacityError, ExpertShape, capacity_rule, make_batches
 from analysis.trace import SiteRouting, Trace, TraceError
 from tests import tiny
@@ -80,8 +80,9 @@ def test_unlabelled_documents_share_the_label_null() -> None:
 
 @pytest.mark.parametrize("policy", ["position", "choice", "probability", "batch_priority", "random"])
 def test_curves_meet_single_settings_and_pool(policy: str) -> None:
-    ranked = rank_trace(make_trace(UNLIKE), policy, "documents", size=2, seed=4)
-    curves = ranked.curves([0.5, 1.0, 2.0], "deepspeed")
+    trace = make_trace(UNLIKE)
+    ranked = rank_trace(trace, policy, "documents", size=2, seed=4)
+    curves = capacity_curves(trace, [0.5, 1.0, 2.0], policy, "documents", size=2, seed=4, preset="deepspeed")
     for row in curves.to_pylist():
         other = ranked.at(row["factor"], "deepspeed").by_layer().to_pylist()[row["site"]]
         same = (*COUNTS, "kept", "slots", "idle", "dropped_share", "top1_dropped_share", "slot_use")
@@ -94,13 +95,14 @@ def test_curves_meet_single_settings_and_pool(policy: str) -> None:
         assert (r["dropped"], r["dropped_share"], r["slot_use"]) == (one["dropped"], one["dropped_share"], one["slot_use"])
 
 
-def test_curves_one_site_at_a_time_are_the_same() -> None:
-    trace = make_trace(TWO_STREAMS)
-    options = {"size": 2, "mixed": 5, "layers": [2, 0]}
-    together = rank_trace(trace, "random", "documents", seed=3, **options).curves([0.5, 1.5], "mesh")
-    alone = capacity_curves(trace, [0.5, 1.5], "random", "documents", seed=3, preset="mesh", **options)
-    assert alone.column_names == together.column_names and alone["site"].to_pylist() == [2, 2, 0, 0]
-    assert repr(alone.to_pylist()) == repr(together.to_pylist())  # NaN gate mass where native drops hide it
+def test_curves_of_chosen_layers_are_in_their_order() -> None:
+    trace, options = make_trace(TWO_STREAMS), {"size": 2, "mixed": 5, "seed": 3, "preset": "mesh"}
+    curves = capacity_curves(trace, [0.5, 1.5], "random", "documents", layers=[2, 0], **options).to_pylist()
+    assert [(r["site"], r["factor"]) for r in curves] == [(2, 0.5), (2, 1.5), (0, 0.5), (0, 1.5)]
+    for row in curves:
+        [one] = apply_capacity(trace, row["factor"], "random", "documents", layers=[row["site"]], **options).by_layer().to_pylist()
+        same = row.keys() & one.keys() - {"stack"}
+        assert {c: row[c] for c in same} == pytest.approx({c: one[c] for c in same}, rel=1e-12, nan_ok=True)  # native drops hide gate mass
 
 
 def test_policies_are_compared_and_what_cannot_be_answered_says_why() -> None:
@@ -202,7 +204,7 @@ def test_shares_are_nan_where_there_is_nothing_to_share() -> None:
     row = apply_capacity(trace, 0.0).by_layer().to_pylist()[0]
     assert (row["assignments"], row["dropped"], row["slots"]) == (0, 0, 0)
     assert all(math.isnan(row[c]) for c in ("dropped_share", "gate_mass_lost_share", "slot_use")) and row["fully_dropped_share"] == 0
-    curves = rank_trace(trace).curves([0.0, 1.0])
+    curves = capacity_curves(trace, [0.0, 1.0])
     assert with_shares(curves).column_names == curves.column_names  # nothing is added twice
     assert np.isnan(curves["dropped_share"].to_numpy()).all() and np.isnan(pool_curves(curves)["dropped_share"].to_numpy()).all()
 
@@ -269,7 +271,7 @@ def test_real_deepseek_v2_lite(real: Path, task: str) -> None:
         experts, weights = (mine[c].to_numpy().reshape(-1, 6) for c in ("expert", "weight"))
         factors = [float(cf) for cf in figures["drop_pct"]]
         for policy in ("position", "choice", "probability", "batch_priority") if layer in ("1", "26") else ("position",):
-            curve = drop_curve(experts, weights, 64, whole, factors, policy)
+            curve = site_curve(experts, weights, 64, whole, policy, factors)
             ours = 100 * curve.dropped / curve.assignments
             assert [float(f"{x:.8g}") for x in ours] == list(figures["drop_pct"].values()), (layer, policy)
 
@@ -301,7 +303,7 @@ def test_real_olmoe_and_mixtral(real: Path, model: str, n_experts: int, top_k: i
         experts = np.repeat(np.arange(len(load), dtype=np.int16), load).reshape(-1, top_k)
         assert len(experts) == figures["tokens"]
         factors = [float(cf) for cf in figures["drop_pct"]]
-        curve = rank_site(experts, np.ones(experts.shape, np.float32), n_experts, make_batches([len(experts)], "run")).curve(factors)
+        curve = site_curve(experts, np.ones(experts.shape, np.float32), n_experts, make_batches([len(experts)], "run"), factors=factors)
         dropped, slots = curve_of_loads(load[None], np.array([len(experts)]), top_k, factors)
         assert np.array_equal(dropped, curve.dropped) and np.array_equal(slots, curve.slots)
         assert [float(f"{x:.8g}") for x in 100 * curve.dropped / curve.assignments] == list(figures["drop_pct"].values())

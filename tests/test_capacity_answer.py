@@ -93,7 +93,7 @@ def two_layers() -> Trace:
 
 
 def test_the_answer_in_words() -> None:
-    curves = rank_trace(two_layers()).curves([1.0, 1.25, 1.5, 2.0])
+    curves = capacity_curves(two_layers(), [1.0, 1.25, 1.5, 2.0])
     now = at(pool_curves(curves), 1.0)
     assert drops_in_words(now, 1, " over all layers") == "CF 1 drops 12.5% of assignments over all layers"
     assert drops_in_words(now, 1, chance=0.0002) == "CF 1 drops 12.5% of assignments; by chance below 0.1%"
@@ -108,13 +108,13 @@ def test_the_answer_in_words() -> None:
 
 
 def test_the_factor_needed_is_told_for_all_layers_and_for_the_worst() -> None:
-    curves = rank_trace(two_layers()).curves([1.0, 1.25, 1.5, 2.0])
+    curves = capacity_curves(two_layers(), [1.0, 1.25, 1.5, 2.0])
     assert needs_in_words(curves, TITLES, 0.07) == (
         "To drop 7% or less: CF 1.25 pooled over the layers, 25% of slots idle; at every layer: CF 1.5 (layer 0 needs most), 33.3% of slots idle"
     )
     alone = curves.filter(pc.equal(curves["site"], 0))
     assert needs_in_words(alone, {0: "layer 0"}) == "To drop 1% or less: CF 1.5, 33.3% of slots idle"
-    few = rank_trace(two_layers()).curves([1.0, 1.25])
+    few = capacity_curves(two_layers(), [1.0, 1.25])
     assert needs_in_words(few, TITLES) == "To drop 1% or less no factor up to 1.25 is enough"
     assert needs_in_words(few, TITLES, 0.07).endswith("no factor up to 1.25 is enough at every layer (layer 0)")
 

@@ -16,15 +16,17 @@ import pytest
 
 from analysis import places
 from analysis.__main__ import main
-from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture
-from analysis.cluster import Cluster, ClusterError, capture_on_cluster, statistics_on_cluster
+from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture, plan_parts
+from analysis.cluster import Cluster, ClusterError, _Crew, capture_on_cluster, statistics_on_cluster
 from analysis.copying import copy_run
 from analysis.files import stamp
 from analysis.models import ModelError, load_model
 from analysis.places import Place, digest
 from analysis.stats import merge_statistics
 from analysis.store import RunError, count_part, open_run, read_manifest, verify_run
+from analysis.writing import CAPTURE
 
+from . import tiny
 from .conftest import ROOT
 from .raylets import documents, saved, two_nodes
 from .s3server import CREDENTIALS, bucket
@@ -133,6 +135,14 @@ def test_cancelled_and_resumed_by_whom_ever(nodes: str, model: Path, alone: Path
     assert contents(again) == contents(alone)
 
 
+def test_cancelled_while_texts_are_planned(nodes: str, model: Path, tmp_path: Path) -> None:
+    """Workers that load a model take seconds before they plan; asked again after 0.2 s, the capture ends before a run is begun."""
+    asked = iter([False, False])
+    with pytest.raises(CaptureCancelled):
+        spread(model, tmp_path / "spread", cancelled=lambda: next(asked, True))
+    assert not (tmp_path / "spread").exists()
+
+
 def test_to_an_object_store_also_where_a_worker_is_killed(nodes: str, model: Path, alone: Path, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Workers bring the parts there; through this process go documents and statistics alone."""
@@ -223,6 +233,30 @@ def test_what_a_node_raises_is_raised_here(nodes: str, model: Path, tmp_path: Pa
         spread(model, tmp_path / "d", cluster=Cluster(gpus=1))
     with pytest.raises(ClusterError, match="not known beforehand"):
         spread(model, tmp_path / "e", new_tokens=3)
+
+
+def test_nodes_whose_models_differ_are_refused(nodes: str, model: Path, tmp_path: Path) -> None:
+    """Two replicas on two nodes: the second one's folder, which would be a stale copy, has other weights."""
+    import ray
+
+    stale = saved(tmp_path / "stale")
+    tiny.build("olmoe", seed=1).save_pretrained(stale)
+    mine, other = (_Crew(ray, Cluster(), folder, {}) for folder in (model, stale))
+    try:
+        mine.grow(1)
+        other.grow(1)
+        card, documents = mine.plan(TEXTS[:1], None, None, None, None)
+        mine.actors += other.actors
+        with pytest.raises(ClusterError, match="different weights or tokenizers in the model's folder"):
+            mine.plan(TEXTS, LABELS, None, None, None)
+        [part] = plan_parts(documents, 80)
+        (tmp_path / CAPTURE).parent.mkdir()
+        (tmp_path / CAPTURE).touch()
+        with pytest.raises(ClusterError, match="has other weights or another tokenizer in stale"):  # a node that came after the plan
+            other.capture([(part, card, TEXTS[:1], str(tmp_path), {})], [part], None, None)
+    finally:
+        mine.dismiss()
+        other.dismiss()
 
 
 def test_a_cluster_started_here_listens_on_loopback_alone() -> None:

@@ -12,7 +12,6 @@ from analysis.information import (
     Information,
     ceiling,
     entropy,
-    jensen_shannon,
     plug_in,
     shuffled_tables,
     sparse_information,
@@ -81,13 +80,6 @@ def test_shuffles_keep_both_margins() -> None:
     assert np.bincount(a, n).tolist() == np.bincount(x, count).tolist() and np.bincount(b, n).tolist() == np.bincount(y, count).tolist()
     assert len(set(zip(a.tolist(), b.tolist(), strict=True))) == len(a) > 4
     assert sparse_information(a, b, n)[0] < sparse_information(x, y, count)[0] / 3
-
-
-def test_jensen_shannon_vectors() -> None:
-    assert jensen_shannon(np.array([1, 2]), np.array([10, 20])) == pytest.approx(0, abs=1e-12)
-    assert jensen_shannon(np.array([5, 0]), np.array([0, 9])) == 1
-    assert jensen_shannon(np.array([1, 1]), np.array([1, 0])) == pytest.approx(2 - 0.75 * np.log2(3) - 0.5)
-    assert np.isnan(jensen_shannon(np.zeros(2), np.ones(2)))
 
 
 def test_the_share_is_of_what_is_possible_beyond_the_floor_where_there_is_one() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.overflow import chance_curve, curve_of_loads
-from analysis.policies import drop_curve, rank_site
+from analysis.policies import rank_site, site_curve
 from analysis.slots import PRESETS, CapacityError, batch_loads, capacities, make_batches
 from tests.test_policies import COMPILING, ORDERED, queues_of, sites
 
@@ -36,8 +37,8 @@ def test_dropped_total_is_the_excess_over_capacity_for_every_policy(site: tuple,
 def test_curve_equals_one_factor_at_a_time(policy: str, preset: str, site: tuple, factors: list[float]) -> None:
     experts, weights, n_experts, batches = site
     queues, rule = rank_site(experts, weights, n_experts, batches, policy), PRESETS[preset]
-    curve = queues.curve(factors, rule)
-    for i, row in enumerate(curve.table().to_pylist()):
+    curve = site_curve(experts, weights, n_experts, batches, policy, factors, rule)
+    for i, row in enumerate(pa.table(curve.columns()).to_pylist()):
         total = queues.at(factors[i], rule).total()
         assert {x: row[x] for x in row if x in total and "mass" not in x} == {x: total[x] for x in row if x in total and "mass" not in x}
         for mass in ("gate_mass", "gate_mass_lost"):
@@ -109,7 +110,8 @@ def test_edges_are_exact() -> None:
     total = nobody.at(1.0).total()
     assert (total["assignments"], total["dropped"], total["idle"]) == (0, 0, 12) and total["tokens"] == 5
     empty = rank_site(np.zeros((0, 2), np.int16), np.zeros((0, 2), np.float32), 4, make_batches([]))
-    assert empty.at().total()["tokens"] == 0 and empty.curve().dropped.sum() == 0 and not empty.at().kept.any()
+    assert empty.at().total()["tokens"] == 0 and not empty.at().kept.any()
+    assert site_curve(np.zeros((0, 2), np.int16), np.zeros((0, 2), np.float32), 4, make_batches([])).dropped.sum() == 0
     assert len(empty.at().by_expert()) == 4
 
 
@@ -120,9 +122,9 @@ def test_settings_without_meaning() -> None:
     for work, message in ((lambda: queues.at(-1.0), "capacity factor"), (lambda: queues.at(slots=-1), "slots"),
                           (lambda: queues.at().by(np.array([0]), 1), "one key"), (lambda: queues.at().by(np.array([0, 3]), 3), "one key"),
                           (lambda: queues_of([[0], [1]], [[1], [1]], policy="dropless").at(block=0), "block"),
-                          (lambda: queues_of([[0], [1]], [[1], [1]], policy="dropless").curve(), "no curve"),
-                          (lambda: drop_curve(np.array([[0], [4]]), np.ones((2, 1), np.float32), 4, make_batches([2])), "outside"),
-                          (lambda: drop_curve(np.array([[0], [4]]), np.ones((2, 1), np.float32), 4, make_batches([2]), policy="choice"),
+                          (lambda: site_curve(np.array([[0]]), np.ones((1, 1), np.float32), 2, make_batches([1]), "dropless"), "no curve"),
+                          (lambda: site_curve(np.array([[0], [4]]), np.ones((2, 1), np.float32), 4, make_batches([2])), "outside"),
+                          (lambda: site_curve(np.array([[0], [4]]), np.ones((2, 1), np.float32), 4, make_batches([2]), "choice"),
                            "outside")):  # fmt: skip
         with pytest.raises(CapacityError, match=message):
             work()
@@ -135,7 +137,7 @@ def test_chance_curve_is_the_mean_of_simulated_uniform_routing() -> None:
     shares = []
     for _ in range(600):
         experts = rng.random((87, 8)).argsort(1)[:, :2].astype(np.int16)
-        shares.append(drop_curve(experts, np.ones((87, 2), np.float32), 8, batches, factors).dropped / 174)
+        shares.append(site_curve(experts, np.ones((87, 2), np.float32), 8, batches, factors=factors).dropped / 174)
     error = 4 * np.std(shares, 0) / np.sqrt(600) + 1e-4
     assert (abs(np.mean(shares, 0) - chance) < error).all() and (np.diff(chance) < 0).all()
     assert chance_curve(batches.sizes, 8, 2, [0.0], PRESETS["tutel"])[0] == 0  # sized by the fullest expert: nothing overflows

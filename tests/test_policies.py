@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.overflow import FACTORS
-from analysis.policies import POLICIES, Queues, rank_site, warm_up
+from analysis.policies import POLICIES, Queues, rank_site, site_curve, warm_up
 from analysis.slots import PRESETS, Batches, CapacityError, batch_loads, capacities, capacity_rule, make_batches
 
 ORDERED = ("position", "choice", "probability", "batch_priority", "random")
@@ -236,8 +236,8 @@ def test_dropless_pads_to_blocks() -> None:
 
 def test_unknown_weights_give_no_mass_and_no_order() -> None:
     experts, ones = np.array([[0, 1]], np.int16), np.ones((1, 2), np.float32)
-    queues = rank_site(experts, ones, 2, make_batches([1]), weights_known=False)
-    assert np.isnan(queues.at().total()["gate_mass_lost"]) and np.isnan(queues.curve().lost).all() and queues.curve().dropped[0] == 0
+    queues, curve = (f(experts, ones, 2, make_batches([1]), weights_known=False) for f in (rank_site, site_curve))
+    assert np.isnan(queues.at().total()["gate_mass_lost"]) and np.isnan(curve.lost).all() and curve.dropped[0] == 0
     assert queues.at().by_expert()["gate_mass"].to_numpy().tolist() == pytest.approx([np.nan] * 2, nan_ok=True)
     for policy in ("choice", "probability", "batch_priority"):
         with pytest.raises(CapacityError, match="natively dropped"):

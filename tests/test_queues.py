@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import outcomes, queues
-from analysis.policies import drop_curve
+from analysis.policies import site_curve
 from analysis.slots import expert_capacity, make_batches
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +96,6 @@ def test_numba_is_imported_only_when_something_is_ranked() -> None:
 @pytest.mark.parametrize("policy", ["position", "choice", "probability", "batch_priority", "random"])
 def test_a_token_that_names_one_expert_in_every_slot_is_counted_within_bounds(policy: str) -> None:
     experts, weights = np.zeros((40, 8), np.int16), np.ones((40, 8), np.float32)
-    found = drop_curve(experts, weights, 8, make_batches([40], "run"), [0.5, 3.0], policy)
+    found = site_curve(experts, weights, 8, make_batches([40], "run"), policy, [0.5, 3.0])
     slots = [expert_capacity(40, 8, 8, f) for f in (0.5, 3.0)]
     assert found.dropped.tolist() == [max(0, 320 - n) for n in slots] and found.gate_mass == 320

@@ -20,7 +20,6 @@ from analysis.specialization import (
     effects,
     esft_experts,
     gate_score,
-    label_divergence,
     label_information,
     labelled_documents,
     seriation,
@@ -261,16 +260,6 @@ def test_label_information_of_random_and_planted_routing() -> None:
     assert 0.005 <= two.p <= 1 and two.floor > 0 and two.entropy_x == 1
     exact = label_information(random_trace(3, [30] * 4, labels=("a", "b")), 0)
     assert exact.p in (2 / 6, 4 / 6, 1) and "6 times" in exact.null  # each deal has the same information as its mirror
-
-
-def test_divergence_of_labels() -> None:
-    labels, random = label_divergence(random_trace(3), 0)
-    assert labels == LABELS and random.shape == (4, 4) and not random.diagonal().any() and np.array_equal(random, random.T)
-    expected = 7 * 2 / 720 / (8 * np.log(2))  # 720 assignments of each label over 8 experts
-    assert 0.3 * expected < random[~np.eye(4, dtype=bool)].mean() < 2 * expected
-    planted = label_divergence(planted_trace(3), 1)[1]
-    assert planted[1, [0, 2, 3]].min() > 20 * expected > planted[0, [2, 3]].max()
-    assert label_divergence(random_trace(0, labels=(None,)), 0)[1].shape == (0, 0)
 
 
 def test_effects_of_empty_groups_are_unknown() -> None:

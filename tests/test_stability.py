@@ -13,7 +13,7 @@ from analysis import balance, stability
 from analysis.metrics import METRICS
 from analysis.stability import (
     _described,
-    batch_balance,
+    batch_loads,
     batch_maxvio,
     dead_experts,
     document_balance,
@@ -44,15 +44,15 @@ def test_batches_of_whole_documents(layers: tuple) -> None:
     """Lengths are 5 3 9 6 3 9 7 3 9: batches of 12 tokens and more are 17, 18, 19."""
     trace = make_trace(layers)
     for layer in layers:
-        table = batch_balance(trace, layer.index, 12).to_pylist()
-        assert [(r["batch"], r["documents"], r["n"]) for r in table] == [(0, 3, 17), (1, 3, 18), (2, 3, 19)]
-        for row, load in zip(table, loads_of(trace, layer.index, [[0, 1, 2], [3, 4, 5], [6, 7, 8]]), strict=True):
-            assert row["max_over_mean"] == pytest.approx(balance.max_over_mean(load)) and row["cv"] == pytest.approx(balance.cv(load))
-            assert row["dead"] == (load == 0).sum() and row["normalised_entropy"] == pytest.approx(balance.normalised_entropy(load))
-            assert row["chance_cv"] == balance.chance_cv(row["n"], layer.n_classes, layer.top_k)
-            assert row["chance_max_over_mean"] == balance.chance_max_over_mean(row["n"], layer.n_classes, layer.top_k)
-        mean = np.mean([balance.maxvio(x) for x in loads_of(trace, layer.index, [[0, 1, 2], [3, 4, 5], [6, 7, 8]])])
-        assert batch_maxvio(trace, layer.index, 12) == pytest.approx(mean)
+        n, loads = batch_loads(trace, layer.index, 12)
+        expected = loads_of(trace, layer.index, [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+        assert n.tolist() == [17, 18, 19] and np.array_equal(loads, np.array(expected)[:, : layer.n_experts])
+        maxvio = [balance.maxvio(x) for x in expected]
+        rows = maxvio_batches(trace, layer.index, 12).to_pylist()
+        assert [(r["batch"], r["n"]) for r in rows] == [(1, 17), (2, 18), (3, 19)] and [r["maxvio"] for r in rows] == pytest.approx(maxvio)
+        chance = [balance.chance_max_over_mean(x, layer.n_classes, layer.top_k) - 1 for x in n]
+        assert [r["chance"] for r in rows] == pytest.approx(chance)
+        assert batch_maxvio(trace, layer.index, 12) == pytest.approx(np.mean(maxvio))
         each = np.mean([balance.maxvio(x) for x in loads_of(trace, layer.index, [[d] for d in range(9)])])
         assert batch_maxvio(trace, layer.index) == pytest.approx(each) == METRICS["document_maxvio"](trace)["value"][layer.index].as_py()
 
@@ -103,7 +103,6 @@ def test_columns() -> None:
         "chance_cv",
     ]
     trace = make_trace()
-    assert batch_balance(trace, 0).column_names == ["batch", "documents", *figures]
     assert position_balance(trace, 0).column_names == ["first", "last", "documents", *figures]
     assert label_balance(trace, 0).column_names == ["label", "documents", *figures]
 
@@ -122,6 +121,7 @@ def test_every_document_by_itself(layers: tuple) -> None:
             for name in ("cv", "normalised_entropy", "gini", "effective_experts", "cold", "dead"):
                 assert row[name] == pytest.approx(getattr(balance, name)(load)), name
             chance = balance.chance_max_over_mean(row["n"], layer.n_classes, layer.top_k)
+            assert row["chance_cv"] == balance.chance_cv(row["n"], layer.n_classes, layer.top_k)
             assert row["chance_max_over_mean"] == chance and row["excess"] == pytest.approx(row["max_over_mean"] / chance)
 
 
@@ -147,13 +147,11 @@ def test_shuffled_batches_of_sorted_texts_are_nearer_to_the_run() -> None:
 
 def test_a_short_last_batch_joins_the_one_before() -> None:
     trace = make_trace(PLAIN, [make_part(PLAIN, [10, 10, 10, 3])])
-    assert batch_balance(trace, 0, 10)["n"].to_pylist() == [10, 10, 13]
-    assert batch_balance(trace, 0, 1_000)["n"].to_pylist() == [33]
-    assert batch_balance(trace, 0, 20)["documents"].to_pylist() == [4]
+    assert [batch_loads(trace, 0, n)[0].tolist() for n in (10, 1_000, 20)] == [[10, 10, 13], [33], [33]]
     single = make_trace(PLAIN, [make_part(PLAIN, [1, 1, 5])])
-    assert batch_balance(single, 0)["n"].to_pylist() == [1, 1, 5] and batch_maxvio(single, 0) == batch_maxvio(single, 0, 1) > 3 * 2 / 3
+    assert batch_loads(single, 0)[0].tolist() == [1, 1, 5] and batch_maxvio(single, 0) == batch_maxvio(single, 0, 1) > 3 * 2 / 3
     with pytest.raises(ValueError, match="at least 1"):
-        batch_balance(trace, 0, 0)
+        batch_loads(trace, 0, 0)
 
 
 def test_batches_are_less_even_than_the_run() -> None:
@@ -178,7 +176,7 @@ def test_maxvio_of_run_and_batches(layers: tuple, batch_tokens: int) -> None:
         assert (row["least"], row["most"]) == (pytest.approx(min(each)), pytest.approx(max(each)))
         assert row["run"] == METRICS["maxvio"](trace)["value"][layer.index].as_py()
         assert row["chance_run"] + 1 == METRICS["chance_max_over_mean"](trace)["value"][layer.index].as_py()
-        sizes = batch_balance(trace, layer.index, batch_tokens)["n"].to_pylist()
+        sizes = batch_loads(trace, layer.index, batch_tokens)[0]
         chance = [balance.chance_max_over_mean(n, layer.n_classes, layer.top_k) - 1 for n in sizes]
         assert row["chance_batch"] == pytest.approx(np.mean(chance))
     if batch_tokens == 1_000:  # one batch is the run
@@ -222,15 +220,6 @@ def test_the_layer_that_changes_with_its_batch_is_the_least_stable() -> None:
     assert table["batch"].to_pylist() == [7, 3.5] and table["spread"].to_pylist() == [0, pytest.approx(np.std([0, 7] * 10, ddof=1))]
     assert table["p95"].to_pylist() == [7, 7] and least_stable(table) == (1, True)
     assert least_stable(maxvio_table(trace, 10_000)) is None and math.isnan(maxvio_table(trace, 10_000)["spread"][0].as_py())
-
-
-def test_batches_one_by_one_are_those_of_the_table() -> None:
-    trace = make_trace(PLAIN)
-    for number in range(len(PLAIN)):
-        rows, before = maxvio_batches(trace, number, 12), batch_balance(trace, number, 12)
-        assert rows["batch"].to_pylist() == [1, 2, 3] and rows["n"].to_pylist() == before["n"].to_pylist()
-        np.testing.assert_allclose(rows["maxvio"].to_numpy(), before["max_over_mean"].to_numpy() - 1)
-        np.testing.assert_allclose(rows["chance"].to_numpy(), before["chance_max_over_mean"].to_numpy() - 1)
 
 
 def test_sites_that_executed_nothing_have_no_batches() -> None:

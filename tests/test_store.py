@@ -148,7 +148,7 @@ def test_changed_statistics_are_an_error_that_names_the_file(tmp_path: Path, nam
         core = [
             x for s in sites for x in (stats.load(s), stats.coactivation(s), stats.flow(s), stats.position_load(s), stats.label_load(s)[1])
         ]
-        return [*core, *(stats.document_load(s, documents) for s in sites), *(x for s in sites for x in stats.token_load(s))]
+        return [*core, *(stats.document_load(s, documents) for s in sites), *(x for s in sites for x in stats.token_load_by_id(s))]
 
     expected = answers()
     for at in rng.sample(range(4, len(original) - 8 - int.from_bytes(original[-8:-4], "little")), 100):
@@ -169,17 +169,18 @@ def test_a_footer_that_hides_rows_is_found(tmp_path: Path, monkeypatch: pytest.M
     stored(tmp_path / "run")
     trace = open_run(tmp_path / "run")
     stats = trace.stats
-    assert stats.load(1).sum() == stats.token_load(1)[2].sum() == stats.document_load(1, np.arange(9)).sum() == 2 * stats.n_tokens(1) > 0
+    each = stats.token_load_by_id(1)[3], stats.document_load(1, np.arange(9))
+    assert stats.load(1).sum() == each[0].sum() == each[1].sum() == 2 * stats.n_tokens(1) > 0
     monkeypatch.setattr(LongTable, "_extents", lambda self, column: [(7, 7)] * self._footer.num_row_groups)
     with pytest.raises(RunError, match="token_stats.parquet is damaged"):
-        stats.token_load(1)
+        stats.token_load_by_id(1)
     with pytest.raises(RunError, match="document_stats.parquet is damaged"):
         stats.document_load(1, np.arange(9))
     monkeypatch.setattr(
         LongTable, "_extents", lambda self, column: [(1, 1)] * self._footer.num_row_groups
     )  # then the site is not even read
     for ask in (
-        stats.token_load,
+        stats.token_load_by_id,
         lambda site: stats.document_load(site, np.arange(9)),
         partial(METRICS["token_information"].function, trace),
     ):

@@ -94,7 +94,7 @@ def overflow_curves(
         "line": {"color": "#888", "dash": "dash"},
     }
     return sized(figure, 360, legend=ABOVE, shapes=[line], xaxis={"title": "capacity factor"},
-                  yaxis={"title": "share", "tickformat": ".0%", "range": [0, 1]})  # fmt: skip
+                  yaxis={"title": "share", "tickformat": "~%", "range": [0, 1]})  # fmt: skip
 
 
 def share_bars(

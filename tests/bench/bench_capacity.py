@@ -15,9 +15,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from analysis.capacity import rank_trace
+from analysis.capacity import capacity_curves, rank_trace
 from analysis.overflow import FACTORS
-from analysis.policies import drop_curve, rank_site, warm_up
+from analysis.policies import rank_site, site_curve, warm_up
 from analysis.slots import expert_capacity, make_batches
 from tests.synthetic import make_part, make_trace, site
 
@@ -83,7 +83,7 @@ def agreement(mine: np.ndarray, theirs: np.ndarray, weights: np.ndarray, policy:
 def compare(experts: np.ndarray, weights: np.ndarray) -> None:
     """Frameworks' methods at one factor, batch by batch, against our whole curve under the same policy."""
     batches = make_batches([BATCH] * (TOKENS // BATCH))
-    n, cheapest = experts.size, best(lambda: drop_curve(experts, weights, EXPERTS, batches))
+    n, cheapest = experts.size, best(lambda: site_curve(experts, weights, EXPERTS, batches))
     for name, policy, method in (("Megatron-LM top-k per expert", "probability", megatron),
                                  ("GShard, DeepSpeed one-hot cumulative sum", "choice", gshard),
                                  ("transformers' Switch, for k choices", "position", switch)):  # fmt: skip
@@ -92,7 +92,7 @@ def compare(experts: np.ndarray, weights: np.ndarray) -> None:
         theirs = torch.cat([method(e, w) for e, w in split]).numpy()
         said = agreement(rank_site(experts, weights, EXPERTS, batches, policy).at(FACTOR).kept, theirs, weights, policy)
         one = best(lambda method=method, split=split: [method(e, w) for e, w in split])
-        curve = best(lambda policy=policy: drop_curve(experts, weights, EXPERTS, batches, policy=policy))
+        curve = best(lambda policy=policy: site_curve(experts, weights, EXPERTS, batches, policy))
         ratios = [len(FACTORS) * one / ours for ours in (curve, cheapest)]
         print(f"{name}: {n / one / 1e6:.1f} M/s for one factor, so its curve takes {ratios[0]:,.0f} x ours under the same policy "
               f"({policy}), {ratios[1]:,.0f} x ours by position ({said})")  # fmt: skip
@@ -108,7 +108,7 @@ def interaction() -> None:
     print(f"1,000,000 tokens, one site, ranked once: {time.process_time() - start:.2f} s")
     for name, work in (("totals and experts", lambda: (ranked.at(1.25).by_layer(), ranked.at(1.25).by_expert())),
                        ("labels", lambda: ranked.at(1.25).by_label()), ("positions", lambda: ranked.at(1.25).by_position()),
-                       ("curve, 76 factors, with chance", lambda: ranked.curves())):  # fmt: skip
+                       ("curve, 76 factors, with chance", lambda: capacity_curves(trace, scope="documents", size=4, mixed=0))):  # fmt: skip
         print(f"  another factor: {name}: {best(work, 1) * 1e3:.0f} ms")
 
 
@@ -130,7 +130,7 @@ def main() -> None:
             ("probability", full),
             ("batch_priority", weights),
         ):
-            rate = experts.size / best(lambda p=policy, w=w, b=batches: drop_curve(experts, w, EXPERTS, b, policy=p)) / 1e6
+            rate = experts.size / best(lambda p=policy, w=w, b=batches: site_curve(experts, w, EXPERTS, b, p)) / 1e6
             print(
                 f"curve of {len(FACTORS)} factors, batches of {size}, {policy}{' (float32 weights)' if w is full else ''}: {rate:.0f} M/s"
             )

@@ -159,7 +159,7 @@ def grow(decisions: int) -> None:
         stats = merge_statistics(counted(), Path(folder))  # type: ignore[arg-type]
         took = time.process_time() - start - made[0]
         done = sum(int(stats.load(x.index).sum()) for x in layers)
-        assert done == sum(int(stats.token_load(x.index)[2].sum()) for x in layers)
+        assert done == sum(int(stats.token_load_by_id(x.index)[3].sum()) for x in layers)
         size = sum(
             rows.nbytes if isinstance(rows, pa.Table) else rows.path.stat().st_size for rows in (stats.token_rows, stats.document_rows)
         )

@@ -9,11 +9,13 @@ from dataclasses import replace
 from urllib.parse import parse_qs, urlparse
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page
 
 from analysis import __version__
 from analysis.writing import RunWriter
+from app import charts
 from tests.synthetic import PLAIN
 from tests.test_report import FIRST, hostile_part, hostile_trace
 
@@ -119,6 +121,24 @@ def test_a_map_has_every_number_and_no_word_on_another(page: Page, address: str,
     numbers, (title,), (bar,), (said,) = boxes["numbers"], boxes["title"], boxes["bar"], boxes["said"]
     assert len(numbers) == 16 and all(a["right"] <= b["left"] for a, b in zip(numbers, numbers[1:], strict=False))
     assert title["top"] >= max(n["bottom"] for n in numbers) and said["bottom"] <= bar["top"] + 1 and bar["right"] <= width
+
+
+SHARES = np.array([0.0, 0.004, 0.015])
+OF_SHARES = {
+    "who pays": charts.share_bars(("a", "b", "c"), SHARES, np.arange(3), 0.01, "label"),
+    "by layer": charts.layer_lines(["0", "1", "2"], [("same", SHARES, None)], "saturation"),
+    "by factor": charts.overflow_curves(SHARES, SHARES[None], SHARES[None], np.stack([SHARES] * 3), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", OF_SHARES)
+def test_the_ticks_of_small_shares_say_where_they_stand(browser: Browser, name: str) -> None:
+    page = browser.new_page()
+    page.set_content(OF_SHARES[name].to_html(full_html=False))
+    page.evaluate("Plotly.relayout(document.querySelector('.js-plotly-plot'), { 'yaxis.range': [0, 0.02] })")
+    ticks = page.evaluate("[...document.querySelectorAll('.ytick text')].map((t) => [t.__data__.x, t.textContent])")
+    page.close()
+    assert len(ticks) > 2 and [said for at, said in ticks if float(said.removesuffix("%")) != pytest.approx(100 * at)] == []
 
 
 def test_nothing_of_the_row_is_sent_before_it_is_opened(page: Page, address: str) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, WebSocketRoute, expect
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
 from analysis.findings import first_finding
 from analysis.specialization import by_label, seriation
@@ -116,6 +117,57 @@ def test_a_link_opens_the_same_view_and_back_undoes(page: Page, address: str) ->
     page.go_back()
     expect(page.get_by_role("heading", name="Token 9:")).to_be_visible()
     expect(page.locator(".token.chosen[data-at='9']")).to_have_count(1)
+
+
+def test_the_choices_of_a_page_that_was_left_do_not_come_into_the_address_of_the_next(page: Page, address: str) -> None:
+    """The words of a page from when it begins are held back until Back was pressed, and those of the page that was come back to until
+    the browser has taken them in: what a busy machine does now and then."""
+    held: list[bytes | str] | None = None
+    armed, ended = False, False
+    socket: WebSocketRoute | None = None
+
+    def from_server(message: bytes | str) -> None:
+        nonlocal held, ended
+        assert socket is not None
+        kind = ForwardMsg.FromString(message).WhichOneof("type") if isinstance(message, bytes) else ""
+        if held is not None:
+            held.append(message)
+            ended |= kind == "script_finished"
+            return
+        socket.send(message)
+        if armed and kind == "navigation":  # the address is that of the page asked for, nothing of it is drawn
+            held = []
+
+    def between(route: WebSocketRoute) -> None:
+        nonlocal socket
+        socket = route
+        route.connect_to_server().on_message(from_server)
+
+    page.route_web_socket(re.compile("stream"), between)
+    page.goto(f"{address}/tokens?run=demo-run&layer=layer+2&doc=4&token=9")
+    expect(page.get_by_role("heading", name="Token 9:")).to_be_visible()
+    page.wait_for_url("**&map=expert**")  # what the page fills in by itself is in the address, too
+    rest(page)
+    before, armed = page.url, True
+    page.get_by_role("link", name="Load", exact=True).click()
+    page.wait_for_url("**/load**")
+    while not ended:
+        page.wait_for_timeout(100)
+    left, held, armed = held, [], False
+    page.go_back()
+    page.wait_for_url("**/tokens**")
+    assert socket is not None and left is not None
+    for message in left:
+        socket.send(message)
+    expect(page.get_by_role("heading", name="Who carries the load")).to_be_visible()
+    page.wait_for_timeout(1_000)  # the last thing a page draws puts its choices into the address
+    assert page.url == before
+    later, held = held, None
+    for message in later:
+        socket.send(message)
+    expect(page.get_by_role("heading", name="Token 9:")).to_be_visible()
+    rest(page)
+    assert page.url == before
 
 
 def test_back_to_another_layer_leaves_one_strip_in_its_place(page: Page, address: str) -> None:
