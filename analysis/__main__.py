@@ -26,7 +26,7 @@ from .paths import saturation
 from .places import Place
 from .store import RunError, delete_run, list_runs, open_run, same_counts, valid_run_name, verify_run
 from .trace import TraceError
-from .untrusted import Prompt, UploadError, read_prompts
+from .untrusted import UNLIMITED, Prompt, UploadError, read_prompts
 from .whatif import EXAMPLES, Example, weigh
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     several = len(arguments.input) > 1
     for path in arguments.input:
         try:
-            found = read_prompts(path.read_bytes(), path.name)
+            found = read_prompts(path.read_bytes(), path.name, UNLIMITED)
         except OSError as error:
             raise UploadError(f"{path} cannot be read: {error.strerror}") from None
         except UploadError as error:
@@ -122,6 +122,11 @@ def _capture(arguments: argparse.Namespace) -> int:
             trace = capture(model, tokenizer, texts, model_path=folder, **options)
     except (CaptureError, RouterError) as error:
         _say(f"\nerror: {error}", sys.stderr)
+        return 2
+    except OSError as error:
+        begun = out.folder is None or (out.folder / "progress").is_dir()
+        more = "; finished parts are kept: repeat the same command to go on after them" if begun else ""
+        _say(f"\nerror: {arguments.out}: {error.strerror or error}{more}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         _say(f"\nstopped: finished parts are kept in {arguments.out}; repeat the same command to go on after them", sys.stderr)

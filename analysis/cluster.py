@@ -158,7 +158,7 @@ def capture_on_cluster(
                         for p in plan if p.index not in done]  # fmt: skip
                 crew.capture(jobs, plan, progress, cancelled)
                 crew.dismiss()
-                if missing := {p.index for p in plan} - (done := writer.refresh()):
+                if missing := {p.index for p in plan} - (done := writer.refresh()).keys():
                     raise ClusterError(
                         f"{len(missing)} parts were reported written but are not in {place.name}: is it shared by all nodes?"
                     )
@@ -294,10 +294,10 @@ def _answer(ray: Any, reference: Any) -> Any:
                            " enough for the model?") from error  # fmt: skip
 
 
-def _check_stored(writer: RunWriter, plan: Sequence[PlannedPart], done: frozenset[int]) -> None:
-    """Raise RunError unless the parts that are there hold the documents planned for them."""
-    planned = {p.index: p.documents for p in plan}
-    if any(tuple(writer.documents_of(i)) != planned.get(i) for i in done):
+def _check_stored(writer: RunWriter, plan: Sequence[PlannedPart], done: Mapping[int, Mapping[str, Any]]) -> None:
+    """Raise RunError unless the parts that are there hold the documents planned for them, under the numbers planned for them."""
+    planned = {p.index: (p.first_document, p.first_rows, p.documents) for p in plan}
+    if any((r["first_document"], r["first_rows"], tuple(writer.documents_of(i))) != planned.get(i) for i, r in done.items()):
         raise RunError(f"{writer.place.name} was interrupted with other texts: give the same texts, or delete the run")
 
 

@@ -12,8 +12,8 @@ def copy_run(source: str, target: str, progress: Callable[[int, int], None] | No
     """Copy the run at ``source`` to ``target``, folders or URIs that pyarrow.fs opens; bytes copied.
 
     Every file is hashed while it is read and again where it arrived; the manifest is written last, so what is only half there is no run.
-    An interrupted copy is repeated whole. ``progress`` gets files done and in all. Raises RunError: no run there, a run already here,
-    or a digest that differs.
+    An interrupted copy is repeated whole. ``progress`` gets files done and in all. Raises RunError: no run there, a run or files of
+    something else already here, or a digest that differs.
     """
     from_, to = Place.of(source), Place.of(target)
     valid_run_name(to.name)
@@ -25,6 +25,8 @@ def copy_run(source: str, target: str, progress: Callable[[int, int], None] | No
     except FileNotFoundError:
         raise RunError(f"{source} is not a finished run: there is no {MANIFEST}") from None
     files = listed_files(checked_manifest(raw, source))
+    if (other := next((n for n in to.sizes() if n not in files), None)) is not None:
+        raise RunError(f"{target} holds files that are not of this run, such as {other}: choose another name, or empty it")
     for done, (name, listed) in enumerate(sorted(files.items())):
         copy_file(from_.filesystem, f"{from_.path}/{name}", to.filesystem, f"{to.path}/{name}")
         if to.digest(name) != listed["sha256"]:

@@ -34,6 +34,7 @@ from .trace import NO_EXPERT, SCHEMA_VERSION, LayerInfo, Trace
 
 FORMATS = ("csv", "parquet", "json")
 BATCH = 65_536
+MOST_ROWS = 2_000_000  # of a file made in memory: decisions of 8 experts are then 430 MB as CSV, 1.3 GB as JSON
 _FORMULA = frozenset("=+-@|%'")
 
 
@@ -147,8 +148,8 @@ _DECISION = {**_TOKEN, **_PLACE, "expert_i": "an expert that executed the token 
              "logsumexp": "of the router's logits"}  # fmt: skip
 _DOCUMENT = {"document": _TOKEN["document"], "stack": _PLACE["stack"], "name": "as given at capture", "label": "as given at capture", "first_row": "of the document in the table of tokens, within its stack",
              "n_tokens": "recorded tokens", "digest": "SHA-256 of its token ids as little-endian int32"}  # fmt: skip
-_BATCH = {**_PLACE, "n": "tokens that passed the layer", "batches": "of whole documents, each closed once it holds batch_tokens", "batch_n": "tokens of a batch, mean", "run": "MaxVio over the whole run: (largest load - mean) / mean",
-          "chance_run": "upper bound of run expected under uniform routing", "batch": "MaxVio per batch, mean over batches", "least": "of any batch", "p95": "95th percentile over batches", "most": "of any batch", "spread": "standard deviation of MaxVio over batches", "chance_spread": "the same if batches were drawn at random from the run: an upper bound",
+_BATCH = {**_PLACE, "n": "tokens that passed the layer", "batches": "of whole documents, each closed once it holds batch_tokens; a rest that falls short goes to the last", "batch_n": "tokens of a batch, mean", "run": "MaxVio over the whole run: (largest load - mean) / mean",
+          "chance_run": "upper bound of run expected under uniform routing", "batch": "MaxVio per batch, mean over batches", "least": "of any batch", "p95": "95th percentile over batches", "most": "of any batch", "spread": "sample standard deviation (n - 1) of MaxVio over batches", "chance_spread": "the same if batches were drawn at random from the run: an upper bound",
           "chance_batch": "upper bound of batch expected under uniform routing"}  # fmt: skip
 _CURVE = {**_PLACE, "factor": "capacity factor", "tokens": "that passed the layer", "assignments": "chosen by the router", "dropped": "assignments above the expert capacity", "kept": "assignments executed",
           "fully_dropped": "tokens that lose all experts", "partly_dropped": "tokens that lose some, not all", "top1_dropped": "tokens that lose the expert of largest gate weight", "partly_dropped_share": "partly_dropped / tokens", "top1_dropped_share": "top1_dropped / tokens", "slots": "computed, over experts and batches", "idle": "slots without a token", "gate_mass": "sum of gate weights", "gate_mass_lost": "of dropped assignments",
@@ -262,8 +263,22 @@ def export_table(trace: Trace, table: str, format: str, target: Path | BinaryIO,
     return rows
 
 
+def growing_rows(trace: Trace, table: str) -> int:
+    """Rows of a table that grows with the text; 0 for any other."""
+    streams, documents = {x.stream for x in trace.layers}, trace.documents
+    rows = {
+        "decisions": lambda: sum(trace.n_tokens(x.stream) for x in trace.layers),
+        "tokens": lambda: sum(trace.n_tokens(s) for s in streams),
+        "documents": lambda: len(documents),
+        "document-balance": lambda: sum(len(trace.documents_in(x.stream)) for x in trace.layers),
+    }
+    return rows[table]() if table in rows else 0
+
+
 def export_bytes(trace: Trace, table: str, format: str) -> bytes:
-    """A table as the bytes of a file, for a download."""
+    """A table as the bytes of a file, for a download. Raises ExportError for one of more than MOST_ROWS, which ``export_table`` can write."""
+    if (rows := growing_rows(trace, table)) > MOST_ROWS:
+        raise ExportError(f"{table} of {rows:,} rows would be made in memory: write them to a file, python -m analysis export")
     buffer = io.BytesIO()
     export_table(trace, table, format, buffer)
     return buffer.getvalue()

@@ -5,6 +5,7 @@ Knows nothing of screens. Text from data (labels) is passed on as it is; whoever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -109,10 +110,16 @@ def _specialist(trace: Trace, p: float, found: Preferences, row: int, expert: in
     return Finding(claim, evidence, layer.index, expert, label)
 
 
+def times(ratio: float) -> str:
+    """A ratio to 2 decimals, or to as many as tell it from 1: what chance gives at most comes close to 1 in a long run, and is not 1.00."""
+    excess = abs(ratio - 1)
+    return f"{ratio:.2f}" if not 0 < excess < 0.005 else f"{ratio:.{-math.floor(math.log10(excess))}f}"
+
+
 def chance_in_words(most: float, layers: int) -> str:
     """balance.unlikely_max_over_mean in a sentence."""
     where = f"anywhere in {layers:,} layers" if layers > 1 else "at any expert"
-    return f"By chance (uniform routing) a load above {most:.2f} times turns up {where} in at most 1 of 20 such runs."
+    return f"By chance (uniform routing) a load above {times(most)} times turns up {where} in at most 1 of 20 such runs."
 
 
 def busiest(trace: Trace) -> Finding | None:

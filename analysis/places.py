@@ -111,6 +111,11 @@ class Place:
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(bring, names))
 
+    def discard(self, *names: str) -> None:
+        """Delete files of the run."""
+        for name in names:
+            self.filesystem.delete_file(f"{self.path}/{name}")
+
     def remove(self, below: str) -> None:
         """Delete a folder of the run."""
         self.filesystem.delete_dir(f"{self.path}/{below}")

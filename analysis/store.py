@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .files import scratch
 from .layout import Footer, read_experts, read_routing, read_scores, read_tokens, room_for
 from .longtables import LongTable, where
 from .memory import join_scores
@@ -116,7 +116,8 @@ class StoredRouting:
             with _naming(self._place, name):
                 file, footer = self._open(name)
                 tables.append(read_tokens(file, stream, a, b, there, alone, footer))
-        rows = pa.concat_tables(tables)
+        with _naming(self._place, "tokens"):  # a footer may tell another schema than those of the other parts
+            rows = pa.concat_tables(tables)
         if len(there) < len(columns):
             rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
         return rows.select(columns)
@@ -212,7 +213,8 @@ def open_run(run: str | Path) -> Trace:
                 if manifest["schema_version"] == 1:
                     rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
                 tables.append(rows.select(TOKENS.names))
-        return pa.concat_tables(tables).unify_dictionaries()
+        with _naming(place, "tokens"):
+            return pa.concat_tables(tables).unify_dictionaries()
 
     options = {**manifest["options"], "created": manifest["created"]}
     source = StoredRouting(place, card.layers, manifest)
@@ -231,8 +233,8 @@ def verify_run(run: str | Path) -> tuple[str, ...]:
         if problems:
             return tuple(problems)
         trace = open_run(run)
-        with tempfile.TemporaryDirectory() as scratch:
-            again = merge_statistics(_counted_again(place, trace, manifest["parts"]), Path(scratch))
+        with scratch() as sums:  # which goes with the next one where this process is killed
+            again = merge_statistics(_counted_again(place, trace, manifest["parts"]), sums)
             differing = _other_counts(trace.stats, again, trace.weights_kept)
             problems += [f"{n}: counts differ from those of the recorded decisions" for n in differing]
     except (RunError, TraceError, pa.ArrowException, OSError) as error:
@@ -273,6 +275,11 @@ def _counted_again(place: Place, trace: Trace, parts: Sequence[Mapping[str, Any]
         rows = sum(record["rows"].get(stream, 0) for record in parts)
         if rows != trace.n_tokens(stream):
             raise TraceError(f"{place.name}: {rows} tokens in the parts of stream {stream}, {trace.n_tokens(stream)} in documents.parquet")
+        number, first, n = (trace.documents_in(stream)[c].to_numpy() for c in ("document", "first_row", "n_tokens"))
+        if not (np.array_equal(number, np.arange(len(n))) and np.array_equal(first, np.cumsum(n) - n)):
+            raise TraceError(
+                f"{place.name}: documents.parquet does not number the documents or rows of stream {stream} one after the other"
+            )
     for record in parts:
         yield count_part(place, trace, record)  # in a function, so that no part is held while the next is read
 
@@ -396,15 +403,25 @@ def _naming(place: Place, name: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "damaged" if place.folder else "damaged or out of reach"
-        raise RunError(f"{place.name}/{name} is {reason}: restore it, or capture the run again ({type(error).__name__})") from error
+        told = (
+            str(error)[:300] if place.folder is None and isinstance(error, OSError) else type(error).__name__
+        )  # what a store denied, and why
+        raise RunError(f"{place.name}/{name} is {reason}: restore it, or capture the run again ({told})") from error
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
     """ValueError, or what a missing key raises, unless every field that is read later is there and names its own run's files."""
+    documents, before = 0, dict[str, int]()
     for i, part in enumerate(manifest["parts"]):
         counts = [part["documents"], *part["rows"].values(), *part["first_rows"].values()]
         if part["index"] != i or any(not isinstance(n, int) or n < 0 for n in counts) or part["rows"].keys() != part["first_rows"].keys():
             raise ValueError("parts out of order, or counts that are none")
+        if part.get("first_document", documents) != documents or any(
+            first != before.get(stream, 0) for stream, first in part["first_rows"].items()
+        ):
+            raise ValueError("documents or rows that are missing between two parts, or in both")
+        documents += part["documents"]
+        before |= {stream: first + part["rows"][stream] for stream, first in part["first_rows"].items()}
         if set(part["files"]) != {f"{kind}/part-{i:05d}.parquet" for kind in ("tokens", "routing", "scores")}:
             raise ValueError("a part lists other files")
     if set(manifest["files"]) != {"documents.parquet", *(n for n, _ in STATISTICS)}:

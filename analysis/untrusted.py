@@ -1,4 +1,4 @@
-"""Files that people upload are parsed here: prompts as .txt, .csv or .jsonl. Nothing is cut; what is wrong is an error.
+"""Files that people upload, or name on the command line, are parsed here: prompts as .txt, .csv or .jsonl. Nothing is cut; what is wrong is an error.
 
 Every UploadError is one sentence that says what and where, and never repeats the file's own text.
 """
@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -29,6 +30,9 @@ class Limits:
     bytes: int = 10_000_000
     prompts: int = 1_000
     line: int = 1_000_000
+
+
+UNLIMITED = Limits(bytes=sys.maxsize, prompts=sys.maxsize, line=sys.maxsize)  # of files given on the command line: a corpus of one's own
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from zipfile import BadZipFile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +29,8 @@ from .store import MANIFEST, STATISTICS, open_run, valid_run_name
 from .trace import SCHEMA_VERSION, LayerInfo, ModelCard, Part, Trace
 
 CAPTURE = "progress/capture.json"  # what is being captured, there before any part
+_LOCK = "progress/lock"
+_KINDS = ("tokens", "routing", "scores")  # of a part's files
 _DOCUMENTS = "documents-{}.parquet"  # of a part
 _PROGRESS = ("core-{}.npz", "by_token-{}.npz", "by_document-{}.npz")  # the statistics of a part, as STATISTICS those of the run
 
@@ -47,13 +50,14 @@ class RunWriter:
     def open(cls, where: str | Path, card: ModelCard, options: Mapping[str, Any]) -> RunWriter:
         """Start a run in a folder or below an address, or resume the interrupted one that is there.
 
-        Raises RunError where a finished run is there, another process writes (an address has no lock: one capture at a time is the
+        Raises RunError where a finished run or something else is there, another process writes (an address has no lock: one capture at a time is the
         caller's to see to), or model or options differ.
         """
         place = Place.of(where)
         valid_run_name(place.name)
         if place.holds(MANIFEST):
             raise RunError(f"{place.name} is a finished run: choose another name, or delete it first")
+        _check_vacant(place)
         with ExitStack() as opened:
             folder = opened.enter_context(place.workspace())
             opened.callback(os.close, _locked(folder, place.name))
@@ -63,16 +67,24 @@ class RunWriter:
             writer._opened = opened.pop_all()
             return writer
 
-    def refresh(self) -> frozenset[int]:
-        """Look again at what is stored; numbers of the whole parts, of which those after a gap do not count yet."""
+    def refresh(self) -> dict[int, dict[str, Any]]:
+        """Look again at what is stored; records of the whole parts by number, of which those after a gap do not count yet.
+
+        Nor does a part whose documents and rows are not numbered on from the part before: where what lay before it was captured again from
+        other texts, it is captured again too.
+        """
         stored = _part_records(self.place, self.folder)
         self.place.fetch(self.folder, *(_of_part(_DOCUMENTS, i) for i in stored))
         self._records: list[dict[str, Any]] = []
         self.parts, self.documents = 0, 0
         self.rows: dict[str, int] = {}
-        while self.parts in stored:
+        while self.parts in stored and self._follows(stored[self.parts]):
             self._count(stored[self.parts])
-        return frozenset(stored)
+        return stored
+
+    def _follows(self, record: Mapping[str, Any]) -> bool:
+        first_rows = {s: self.rows.get(s, 0) for s in record["first_rows"]}
+        return (record["first_document"], record["first_rows"]) == (self.documents, first_rows)
 
     def _count(self, record: dict[str, Any]) -> None:
         self._records.append(record)
@@ -91,7 +103,22 @@ class RunWriter:
         return [rows[d] for d in sorted(rows)]
 
     def _documents_of(self, part: int) -> pa.Table:
-        return pq.read_table(self._progress(_DOCUMENTS, part), page_checksum_verification=True)
+        with self._repairable(_of_part(_DOCUMENTS, part)):
+            return pq.read_table(self._progress(_DOCUMENTS, part), page_checksum_verification=True)
+
+    @contextmanager
+    def _repairable(self, what: str) -> Iterator[None]:
+        """Turn what damage among the files of an unfinished capture raises on reading into a RunError that says how to go on."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError, LookupError, BadZipFile) as error:
+            if (
+                isinstance(error, OSError) and error.errno is not None
+            ):  # the disk or the store, not what lies there; what pyarrow finds has no number
+                raise
+            raise RunError(
+                f"{self.place.name}/{what} is damaged ({type(error).__name__}): delete that part's record, progress/part-*.json, and repeat the command, or delete the run"
+            ) from error
 
     def _progress(self, name: str, part: int) -> Path:
         return self.folder / _of_part(name, part)
@@ -114,7 +141,11 @@ class RunWriter:
         return open_run(self.folder)
 
     def finish(self) -> None:
-        """Merge the statistics and write the manifest, last. RunError for a run of no parts."""
+        """Merge the statistics and write the manifest, last. RunError for a run of no parts.
+
+        Parquet files of parts that are not of this run go first: those of a part that was never whole, or that fewer texts no longer have.
+        Whoever reads the folder ``routing`` as one table would count them.
+        """
         if not self._records:
             raise RunError("nothing was captured: no documents were given")
         sweep(self.folder)  # what killed workers of a cluster left
@@ -123,7 +154,8 @@ class RunWriter:
         write_atomically(self.folder / "documents.parquet", partial(write_table, documents))
         sums = self.folder / "progress" / "sums"
         sums.mkdir(exist_ok=True)
-        stats = merge_statistics(self._part_statistics(), sums)
+        with self._repairable("progress, the counts of its parts,"):
+            stats = merge_statistics(self._part_statistics(), sums)
         core = stats.core_rows.groups() if isinstance(stats.core_rows, CoreCounts) else [stats.core]
         write_atomically(self.folder / STATISTICS[0][0], partial(write_long, core, CORE, differences=("count",)))
         for (name, _), rows in zip(STATISTICS[1:], (stats.token_rows, stats.document_rows), strict=True):
@@ -137,6 +169,8 @@ class RunWriter:
             "parts": self._records,
             "files": {n: stamp(self.folder / n) for n in names},
         }
+        own = {f for record in self._records for f in record["files"]}
+        self.place.discard(*(n for n in self.place.sizes() if n not in own and any(fnmatch(n, f"{kind}/*.parquet") for kind in _KINDS)))
         self.place.store(self.folder, *names)
         write_json(self.folder / MANIFEST, manifest)
         self.place.store(self.folder, MANIFEST)
@@ -167,7 +201,7 @@ def write_part(place: Place, part: Part, layers: Sequence[LayerInfo]) -> dict[st
     """
     number = f"{part.index:05d}"
     stats = part_statistics(part, layers)
-    files = [f"{kind}/part-{number}.parquet" for kind in ("tokens", "routing", "scores")]
+    files = [f"{kind}/part-{number}.parquet" for kind in _KINDS]
     progress = [_of_part(name, part.index) for name in (_DOCUMENTS, *_PROGRESS)]
     with place.workspace() as folder:
         write_atomically(folder / files[0], lambda p: write_table(part.tokens, p))
@@ -179,6 +213,7 @@ def write_part(place: Place, part: Part, layers: Sequence[LayerInfo]) -> dict[st
         place.store(folder, *files, *progress)
         record = {
             "index": part.index,
+            "first_document": min(part.documents["document"].to_pylist()),
             "documents": len(set(part.documents["document"].to_pylist())),
             "first_rows": dict(part.first_rows),
             "rows": {s: len(part.stream_tokens(s)) for s in part.first_rows},
@@ -197,11 +232,19 @@ def _record(part: int) -> str:
     return f"progress/part-{part:05d}.json"
 
 
+def _check_vacant(place: Place) -> None:
+    """RunError where files of something else lie: a run would mix with them, and ending it deletes ``progress`` and parts not its own."""
+    if not place.holds(CAPTURE):
+        begun = (_LOCK, "progress/.*.tmp")  # what a capture leaves that was killed as it began
+        if (other := next((n for n in place.sizes() if not any(fnmatch(n, own) for own in begun)), None)) is not None:
+            raise RunError(f"{place.name} holds files that are of no capture, such as {other}: choose another name, or empty it")
+
+
 def _locked(folder: Path, name: str) -> int:
     """A descriptor that locks the capture into ``folder``, which is made where it is not there. RunError where another holds it."""
     (folder / "progress").mkdir(parents=True, exist_ok=True, mode=0o700)
     os.chmod(folder, 0o700)
-    lock = os.open(folder / "progress" / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -219,7 +262,10 @@ def _check_same_capture(place: Place, folder: Path, card: ModelCard, options: Ma
         place.store(folder, CAPTURE)
         return
     place.fetch(folder, CAPTURE)
-    started = json.loads((folder / CAPTURE).read_text(encoding="utf-8"))
+    try:
+        started = dict(json.loads((folder / CAPTURE).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise RunError(f"{place.name}/{CAPTURE} is damaged: what was being captured is not known; delete the run") from None
     for what in mine:
         if started.get(what) != mine[what]:
             then, now = started.get("options", {}), mine["options"]
@@ -235,7 +281,12 @@ def _part_records(place: Place, folder: Path) -> dict[int, dict[str, Any]]:
     names = [n for n in sizes if fnmatch(n, "progress/part-*.json")]
     place.fetch(folder, *names)
     for name in names:
-        record = json.loads((folder / name).read_text(encoding="utf-8"))
-        if all(sizes.get(f) == s["bytes"] for f, s in record["files"].items()):
-            records[record["index"]] = record
+        with suppress(ValueError, LookupError, TypeError, AttributeError):  # a damaged record is none: its part is captured again
+            record = json.loads((folder / name).read_text(encoding="utf-8"))
+            if (
+                _record(record["index"]) == name
+                and "first_document" in record
+                and all(sizes.get(f) == s["bytes"] for f, s in record["files"].items())
+            ):
+                records[record["index"]] = record
     return records

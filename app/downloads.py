@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
 
-from analysis.export import FORMATS, TABLES, computed_bytes, export_bytes
+from analysis.export import FORMATS, MOST_ROWS, TABLES, computed_bytes, export_bytes, growing_rows
 from analysis.trace import Trace
 
 from . import charts
@@ -26,10 +26,17 @@ _ABOUT = MappingProxyType(
 
 
 def downloads(trace: Trace) -> None:
-    """Choose a table of the run and a format and take the file, which is made on the click; what takes settings has its page."""
+    """Choose a table of the run and a format and take the file, which is made on the click; what takes settings has its page.
+
+    A file is made in memory, all of it: in the place of one that would fill it stands the command that writes it.
+    """
     tables = [n for n, t in TABLES.items() if not t.settings]
     row = st.container(horizontal=True, vertical_alignment="bottom")
     table = row.selectbox("Table", tables, key="table", width=180, help="; ".join(f"{n}: {TABLES[n].definition}" for n in tables))
+    if (rows := growing_rows(trace, table)) > MOST_ROWS:
+        st.info(f"{rows:,} rows are too many for a download, which takes {MOST_ROWS:,}. From a shell the file is written piece by piece:")
+        st.code(f"python -m analysis export RUN --table {table} --format parquet -o FILE", language="sh")
+        return
     buttons(row, lambda kind: partial(export_bytes, trace, table, kind), charts.file_name(trace.name, table))
 
 

@@ -37,7 +37,7 @@ from analysis.capacity_answer import (
 )
 from analysis.export import describe_computed
 from analysis.files import write_atomically
-from analysis.findings import Finding, first_finding
+from analysis.findings import Finding, first_finding, times
 from analysis.jackknife import label_information_and_interval
 from analysis.metrics import METRICS, balance_table
 from analysis.overflow import FACTORS
@@ -161,7 +161,7 @@ def _load(draft: _Draft, finding: Finding | None) -> None:
     chance = METRICS["chance_max_over_mean"](draft.trace)["value"].to_numpy()
     draft.add(
         "Who carries the load?",
-        f"Each cell is one expert of one layer. By chance the busiest cell of the first layer would reach about {chance[0]:.2f} ×.",
+        f"Each cell is one expert of one layer. By chance the busiest cell of the first layer would reach about {times(chance[0])} ×.",
         draft.figure("load-map", charts.load_map(relative, draft.layers, "light", mark), caption,
                      f"Heatmap of {len(layers)} layers by {max(map(len, relative))} experts: load relative to an even share."),
     )  # fmt: skip

@@ -38,6 +38,21 @@ def test_a_changed_file_is_not_copied_as_a_run(tmp_path: Path) -> None:
         open_run(tmp_path / "copy")
 
 
+def test_a_copy_does_not_mix_with_something_else(tmp_path: Path) -> None:
+    """Parts that another copy left, or an interrupted capture, would be read with those of the run."""
+    for other in ("routing/part-00001.parquet", "progress/capture.json"):
+        place = tmp_path / other.partition("/")[0] / "copy"
+        (place / other).parent.mkdir(parents=True)
+        (place / other).touch()
+        with pytest.raises(RunError, match=f"files that are not of this run, such as {other}"):
+            copy_run(str(DEMO), str(place))
+        assert [str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()] == [other]
+        (place / other).unlink()
+        (place / "documents.parquet").write_bytes(b"half")  # what an interrupted copy left
+        copy_run(str(DEMO), str(place))
+        assert verify_run(place) == ()
+
+
 def test_addresses_that_are_none(tmp_path: Path) -> None:
     for wrong, said in ((("ftp://x/y", str(tmp_path / "a")), "no address that pyarrow opens"), ((str(tmp_path), str(tmp_path / "a")), "no run"),
                         ((str(DEMO), str(tmp_path / "Not a name")), "a run name has")):  # fmt: skip

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from analysis import findings
-from analysis.findings import busiest, first_finding, leading_site, strongest_label, unused_experts
+from analysis.findings import busiest, first_finding, leading_site, strongest_label, times, unused_experts
 from analysis.stats import Statistics
 from analysis.trace import SiteRouting, Trace
 
@@ -118,3 +118,11 @@ def test_experts_are_called_dead_only_from_enough_documents() -> None:
     assert told(29, 7).startswith("1 of 16 experts is not used by these 29 documents")
     assert told(30, 7) == "1 of 16 experts is dead: layer 0 expert 7. Uniform routing of so many tokens would leave below 0.01."
     assert told(30, 8).startswith("No expert of 16 is dead.")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shown"),
+    [(1, "1.00"), (1.53, "1.53"), (1.0051, "1.01"), (1.0032, "1.003"), (1.00004, "1.00004"), (0.9968, "0.997"), (float("nan"), "nan")],
+)
+def test_a_chance_that_is_close_to_an_even_share_is_told_from_it(ratio: float, shown: str) -> None:
+    assert times(ratio) == shown

@@ -294,8 +294,26 @@ def test_documents_of_several_files_keep_apart(model: str, tmp_path: Path) -> No
     assert open_run(tmp_path / "r").documents["name"].to_pylist() == ["a.txt: prompt 1", "b.txt: prompt 1"]
 
 
-def test_ctrl_c_keeps_what_is_finished_and_says_so(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_corpus_is_not_limited_as_an_upload_is(model: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n' * 1_001)
+    assert (
+        main(["capture", "--model", model, "--input", str(tmp_path / "p.jsonl"), "--batch-size", "1001", "--out", str(tmp_path / "r")]) == 0
+    )
+    assert len(open_run(tmp_path / "r").documents) == 1_001
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [(KeyboardInterrupt(), 130, "stopped: "), (OSError(28, "No space left on device"), 2, "/r: No space left on device; ")],
+)
+def test_ctrl_c_and_a_full_disk_keep_what_is_finished_and_say_so(
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+    said: str,
 ) -> None:
     """The interrupt arrives while the second part is written; repeating the command gives the uninterrupted run."""
     import sys
@@ -315,13 +333,14 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(
 
     def interrupted(self: RunWriter, part: object) -> None:
         if self.parts == 1:
-            raise KeyboardInterrupt
+            raise error
         write(self, part)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunWriter, "write", interrupted)
-        assert main(command) == 130
-    assert "repeat the same command" in capsys.readouterr().err
+        assert main(command) == status
+    told = capsys.readouterr().err
+    assert said in told and "finished parts are kept" in told and "repeat the same command" in told
     assert not (tmp_path / "r/run.json").exists() and list((tmp_path / "r/routing").iterdir())
     assert main(command) == 0
     loaded, tokenizer = load_model(model)

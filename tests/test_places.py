@@ -25,7 +25,7 @@ from analysis.copying import copy_run
 from analysis.files import scratch
 from analysis.models import load_model
 from analysis.places import Place
-from analysis.store import RunError, open_run, same_counts, verify_run
+from analysis.store import RunError, open_run, read_manifest, same_counts, verify_run
 from analysis.trace import ModelCard
 from analysis.writing import RunWriter
 
@@ -99,9 +99,9 @@ def test_parts_that_are_half_there_are_none(
         patch.setattr(Place, "store", stopped)
         with pytest.raises(KeyboardInterrupt):
             captured(planned, where, range(n))
-        assert writer.refresh() == {0, 1} and place.holds("routing/part-00002.parquet")
+        assert writer.refresh().keys() == {0, 1} and place.holds("routing/part-00002.parquet")
         place.filesystem.delete_file(f"{place.path}/routing/part-00001.parquet")
-        assert writer.refresh() == {0}
+        assert writer.refresh().keys() == {0}
     with pytest.raises(RunError, match="used other options"):
         RunWriter.open(where, card, {**OPTIONS, "batch_size": 2})
     with RunWriter.open(where, card, OPTIONS) as writer:
@@ -114,6 +114,21 @@ def test_parts_that_are_half_there_are_none(
     assert contents(tmp_path / "back") == contents(alone) and verify_run(tmp_path / "back") == ()
     with pytest.raises(RunError, match="resumed is a finished run"):
         RunWriter.open(where, card, OPTIONS)
+
+
+def test_files_of_no_part_go_from_an_address_too(s3: str, planned: Planned) -> None:
+    place, last = Place.of(s3 % "fewer"), len(planned[2]) - 1
+    with RunWriter.open(place.address, planned[1], OPTIONS) as writer:
+        captured(planned, place.address, range(last + 1))
+        place.filesystem.delete_file(f"{place.path}/progress/part-{last:05d}.json")  # never whole, and now of no text
+        writer.refresh()
+        writer.finish()
+    assert verify_run(place.address) == () and len(read_manifest(place)["parts"]) == last > 0
+    other = Place.of(s3 % "other")
+    with other.filesystem.open_output_stream(f"{other.path}/routing/mine.parquet") as out:
+        out.write(b"x")
+    with pytest.raises(RunError, match="such as routing/mine.parquet: choose another name"):
+        RunWriter.open(other.address, planned[1], OPTIONS)
 
 
 def test_a_byte_changed_on_the_way_is_no_part(s3: str, planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +144,7 @@ def test_a_byte_changed_on_the_way_is_no_part(s3: str, planned: Planned, monkeyp
     with RunWriter.open(s3 % "damaged", planned[1], OPTIONS) as writer:
         with pytest.raises(RunError, match=r"scores/part-00000\.parquet arrived in damaged with another sha256"):
             captured(planned, s3 % "damaged", range(1))
-        assert writer.refresh() == frozenset()
+        assert writer.refresh() == {}
 
 
 def test_the_same_capture_in_a_folder_needs_no_scratch(planned: Planned, alone: Path, tmp_path: Path) -> None:
@@ -243,7 +258,7 @@ def test_only_the_ranges_asked_for_come_here(s3: str, monkeypatch: pytest.Monkey
         assert 0 < sum(asked) < size / 4 and len(asked) <= 3, (kind, asked, size)
 
 
-def test_damage_at_an_address_is_named(s3: str, there: str, alone: Path) -> None:
+def test_damage_at_an_address_is_named(s3: str, there: str, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place.of(s3 % "broken")
     copy_run(there, place.address)
     raw = (alone / "routing/part-00001.parquet").read_bytes()
@@ -271,6 +286,13 @@ def test_damage_at_an_address_is_named(s3: str, there: str, alone: Path) -> None
     put("run.json", b"{")
     with pytest.raises(RunError, match=r"broken/run\.json is damaged"):
         open_run(place.address)
+
+    def denied(*given: Any) -> None:
+        raise OSError("AWS Error ACCESS_DENIED during GetObject operation: Access Denied")
+
+    monkeypatch.setattr(Place, "file", denied)
+    with pytest.raises(RunError, match=r"tokens/part-00000\.parquet is damaged or out of reach: .*ACCESS_DENIED"):
+        trace.stream_tokens("decoder", 0, 1)
 
 
 def test_the_command_line_takes_addresses(there: str, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import random
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from analysis import store
 from analysis.files import stamp
 from analysis.layout import write_table
 from analysis.longtables import LongTable
@@ -210,6 +212,17 @@ def test_a_part_that_vanishes_is_named(tmp_path: Path) -> None:
             read()
 
 
+def test_tokens_of_another_schema_are_named(tmp_path: Path) -> None:
+    """As a changed byte of a footer gives; concatenating is where it shows."""
+    stored(tmp_path / "run")
+    trace, path = open_run(tmp_path / "run"), tmp_path / "run" / "tokens/part-00001.parquet"
+    rows = pq.read_table(path)
+    pq.write_table(rows.set_column(2, "position", rows["position"].cast(pa.int64())), path)
+    for read in (lambda: trace.tokens, lambda: trace.stream_tokens("decoder")):
+        with pytest.raises(RunError, match="run/tokens.* is damaged"):
+            read()
+
+
 def older(folder: Path) -> None:
     """Make a stored run one of version 1: tokens without `predicted`."""
     path = folder / "run.json"
@@ -238,6 +251,18 @@ def test_a_run_of_today_without_predictions_is_damaged(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
     with pytest.raises(RunError, match="tokens/part-00000.parquet is damaged"):
         open_run(tmp_path / "run").tokens  # noqa: B018
+
+
+def test_verify_counts_in_scratch_that_a_killed_one_does_not_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """files.scratch deletes what a killed process left; a plain temporary folder would stay."""
+    stored(tmp_path / "run")
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    seen: list[str] = []
+    counted = store._counted_again
+    monkeypatch.setattr(store, "_counted_again", lambda *given: [seen.extend(os.listdir(tmp_path / "scratch")), *counted(*given)][1:])
+    assert verify_run(tmp_path / "run") == () and [s.startswith("routerscope-scratch-") for s in seen] == [True]
+    assert not os.listdir(tmp_path / "scratch")
 
 
 def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
@@ -274,6 +299,8 @@ def test_broken_manifest(tmp_path: Path, content: str) -> None:
     [
         ('"index": 1', '"index": "x"'),
         ('"index": 1', '"index": 7'),
+        ('"first_rows": {\n    "decoder": 17', '"first_rows": {\n    "decoder": 16'),  # a row that two parts have
+        ('"first_document": 3', '"first_document": 4'),
         ('"rows"', '"rowz"'),
         ('"parts": [', '"parts": [3,'),
         ('"bytes"', '"b"'),
@@ -318,6 +345,19 @@ def test_verify_finds_statistics_that_are_not_of_these_decisions(tmp_path: Path)
         manifest_path.write_text(json.dumps(manifest))
         problems = verify_run(tmp_path / "run")
         assert bool(problems) is found and all("stats.parquet" in p for p in problems)
+
+
+def test_verify_finds_documents_that_are_numbered_with_a_gap(tmp_path: Path) -> None:
+    stored(tmp_path / "run")
+    path, manifest_path = tmp_path / "run" / "documents.parquet", tmp_path / "run" / "run.json"
+    manifest, original = json.loads(manifest_path.read_text()), pq.read_table(path)
+    for column in ("document", "first_row"):
+        moved = pa.array([x + (i > 3) for i, x in enumerate(original[column].to_pylist())], original.schema.field(column).type)
+        pq.write_table(original.set_column(original.column_names.index(column), original.schema.field(column), moved), path)
+        data = path.read_bytes()
+        manifest["files"]["documents.parquet"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest_path.write_text(json.dumps(manifest))
+        assert "does not number the documents or rows" in verify_run(tmp_path / "run")[0]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "A", "a b", "con", "nul.txt", "a\n", "-x", "x" * 65, "é", "a\0"])

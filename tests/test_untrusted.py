@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.untrusted import Limits, Prompt, UploadError, paragraphs, read_prompts
+from analysis.untrusted import UNLIMITED, Limits, Prompt, UploadError, paragraphs, read_prompts
 
 
 def test_each_kind_of_file() -> None:
@@ -35,6 +35,12 @@ def test_bad_input_gets_one_clear_sentence(data: bytes, name: str, message: str)
     with pytest.raises(UploadError, match=message) as caught:
         read_prompts(data, name)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_a_corpus_of_ones_own_has_no_limits() -> None:
+    lines = [json.dumps({"text": "z" * n}).encode() for n in (1_000_001, *[10_000] * 1_001)]
+    assert sum(map(len, lines)) > Limits().bytes
+    assert len(read_prompts(b"\n".join(lines), "a.jsonl", UNLIMITED)) == len(lines)
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=1, max_size=20))

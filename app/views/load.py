@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import streamlit as st
 
 from analysis.balance import relative_load, unlikely_max_over_mean
-from analysis.findings import chance_in_words, unused_experts
+from analysis.findings import chance_in_words, times, unused_experts
 from analysis.glossary import GLOSSARY
 from analysis.metrics import METRICS, balance_table, load_table, percentile_table
 from analysis.pooled import COLLAPSED, EVEN, PooledBalance, pooled_balance, transformers_auxiliary_loss
@@ -113,7 +113,7 @@ def show_map(relative: list[np.ndarray]) -> None:
         trace, charts.load_map(relative, [x.title for x in trace.layers], theme(), by_load=order == "load", clickable=True),
         f"load-map-by-{order}", key="load_map", on_select="rerun", selection_mode="points", alt="Heatmap of layers by experts: load relative to an even share, from one eighth to eight times.",
         definition="Load over the layer's mean load: orange carries more, blue less, a cross marks an expert without any token."
-        f" Uniform random routing would give at most about {chance:.2f} × at {layer.title}.",
+        f" Uniform random routing would give at most about {times(chance)} × at {layer.title}.",
         how="The scale is fixed, from ⅛× to 8×, neutral at an even share.",
         n=f"{min(ns):,} tokens per layer" if len(set(ns)) == 1 else f"{min(ns):,} to {max(ns):,} tokens per layer",
     )  # fmt: skip
@@ -172,7 +172,7 @@ def show_batches() -> tuple[str, pa.Table]:
         definition="MaxVio: how far the busiest expert lies above the mean load, as a share of it; 0 is even. Uniform routing would give at most about"
         f" {first['chance_batch']:.3f} in such a batch and {first['chance_run']:.3f} over the run.",
         how=f"(largest load - mean) / mean, arXiv 2408.15664. Batches are whole {ORDERS[order]}; in recorded order, sorted texts make batches of one kind,"
-        " shuffled they are like the run. Whiskers: most to least even batch.",
+        " shuffled they are like the run; a rest too short for a batch goes to the last. Whiskers: most to least even batch.",
         n=f"{first['batches']:,} batches of {first['batch_n']:,.0f} tokens on average at the first layer",
     )  # fmt: skip
     text.show_text(
@@ -342,7 +342,7 @@ show_figure(
     trace, charts.sorted_load(relative[site], theme()), f"load-{chosen.title}", key="bars",
     alt=f"Bars of the loads of {chosen.title}, busiest expert first, with a line at an even share.",
     definition=f"Load of each expert of {chosen.title} over their mean load, busiest first; 1 is an even share. Uniform random routing would give at"
-    f" most about {by_chance[site]:.2f} ×.",
+    f" most about {times(by_chance[site])} ×.",
     n=f"{stats.n_tokens(site):,} tokens, {int(stats.load(site).sum()):,} assignments",
 )  # fmt: skip
 if chosen.native_capacity is not None:

@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from analysis.balance import relative_load
-from analysis.findings import Finding, unused_experts
+from analysis.findings import Finding, times, unused_experts
 from analysis.metrics import METRICS
 from analysis.stability import dead_experts
 from analysis.trace import Trace
@@ -99,7 +99,7 @@ clicked = show_figure(
     trace, charts.load_map(relative, rows, theme(), mark, clickable=True), "load-map", key="load_map", on_select="rerun", selection_mode="points",
     alt=f"Heatmap of {len(rows)} layers by {len(relative[0])} experts: load relative to an even share.",
     definition="Load over the layer's mean load: orange carries more, blue less, a cross marks an expert without any token."
-    f" By chance the busiest cell of the first layer would reach about {chance['value'][0]:.2f} ×.",
+    f" By chance the busiest cell of the first layer would reach about {times(chance['value'][0])} ×.",
     how="The scale is fixed, from ⅛× to 8×, neutral at an even share. Experts of different layers are unrelated, even with the same number."
     + (f" Framed: {finding.claim}" if finding is not None else ""),
     n=f"{each} tokens per layer",

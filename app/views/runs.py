@@ -126,13 +126,13 @@ runs = all_runs()
 st.dataframe(
     pd.DataFrame(
         [
-            {"run": r.name, "model": r.model, "tokens": r.n_tokens, "documents": r.n_documents, "MB": r.bytes / 1e6,
+            {"run": r.name, "model": r.model, "tokens": r.n_tokens, "documents": r.n_documents, "MB": round(r.bytes / 1e6, 2),
              "recorded (UTC)": r.created[:16].replace("T", " "), "state": state(r)}
             for r in runs.values()
         ]
     ),
     hide_index=True,
-    column_config={"MB": st.column_config.NumberColumn(format="%.2f"), "tokens": st.column_config.NumberColumn(format="localized")},
+    column_config={name: st.column_config.NumberColumn(format="localized") for name in ("tokens", "documents", "MB")},
 )  # fmt: skip
 if not runs:
     st.info("Nothing recorded yet: paste some text above.")
@@ -148,7 +148,8 @@ else:
         rows = sum(trace.stats.n_tokens(x.index) for x in trace.layers)
         text.show_note(
             f"The table of decisions has {rows:,} rows, one per token and layer. Its file is made on the click; the browser shows nothing until then.",
-            "For scale: the 291,696 rows of the demo run, two experts each, are 43 MB as CSV and 9 MB as Parquet.",
+            "For scale, on one core: 1,250,000 rows of eight experts each take 2 s as Parquet of 51 MB, 4 s as CSV of 271 MB and 33 s as JSON of"
+            " 827 MB; the 291,696 rows of the demo run, two experts each, are 9, 35 and 115 MB.",
         )
     except RunError as error:
         text.show_error(str(error))

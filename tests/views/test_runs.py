@@ -1,7 +1,13 @@
 """The Runs page."""
 
+import json
 from pathlib import Path
 
+import pytest
+
+from analysis import export
+from analysis.store import open_run
+from app import downloads
 from app.text import plain
 from tests.synthetic import PLAIN
 
@@ -34,3 +40,19 @@ def test_headings_of_runs_keep_their_place_when_something_is_refused(runs: Path)
     test.button(key="record").click().run()
     assert before == {i: e.value for i, e in test.main.children.items() if e.type == "heading" or e.type == "markdown"}
     assert "Nothing was recorded" in test.error[0].value and any(plain("Take the numbers of demo-run") in v for v in before.values())
+
+
+def test_a_table_that_would_fill_the_memory_is_a_command(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(runs / "plain", PLAIN, [300, 40])
+    trace = open_run(runs / "plain")
+    for table in ("decisions", "tokens", "documents", "document-balance"):
+        assert 0 < export.growing_rows(trace, table) == len(json.loads(export.export_bytes(trace, table, "json"))["rows"])
+    assert export.growing_rows(trace, "load") == 0
+    monkeypatch.setattr(export, "MOST_ROWS", 500)
+    with pytest.raises(export.ExportError, match="680 rows would be made in memory"):
+        export.export_bytes(trace, "decisions", "csv")
+    monkeypatch.setattr(downloads, "MOST_ROWS", 500)
+    test = shown("runs", "plain")
+    assert not test.code and len(test.get("download_button")) == 3
+    test.selectbox(key="table").set_value("decisions").run()
+    assert "export RUN --table decisions" in test.code[0].value and not test.get("download_button") and "680 rows" in test.info[0].value
