@@ -51,15 +51,14 @@ def in_turn(make: Callable[[_Key], _Found], keys: Iterable[_Key]) -> Generator[_
 
 def coded_tokens(trace: Trace, stream: str, column: str, code: Callable[[pa.Array], np.ndarray],
                  progress: Callable[[int, int], None] | None = None) -> np.ndarray:  # fmt: skip
-    """int8 [tokens of the stream]: what ``code`` makes of ``column``, chunk by chunk as it is stored. ``progress`` is as for ``one_pass``."""
+    """int8 [tokens of the stream]: what ``code`` makes of ``column``, SPAN rows at a time. ``progress`` is as for ``one_pass``."""
     n = trace.n_tokens(stream)
     codes = np.empty(n, np.int8)
 
     def fill(start: int) -> int:
-        for chunk in trace.token_column(stream, column, start, min(start + SPAN, n)).chunks:
-            codes[start : start + len(chunk)] = code(chunk)
-            start += len(chunk)
-        return start
+        stop = min(start + SPAN, n)
+        codes[start:stop] = code(trace.stream_tokens(stream, start, stop, [column])[column].combine_chunks())
+        return stop
 
     with closing(in_turn(fill, range(0, n, SPAN))) as filled:
         for done in filled:

@@ -43,59 +43,17 @@ def token_class(text: str) -> str:
     return "word starts" if text[0].isspace() else "word parts"
 
 
-_LETTER_BIT, _DIGIT, _BREAK, _VISIBLE, _ASK_FIRST, _ASK = (1 << i for i in range(6))
-
-
-def _held(byte: int) -> int:
-    """What a text has that holds the byte; _ASK where only ``token_class`` knows: beyond ASCII, a raw byte's \\xNN, or, at its start, <|end|>, [SEP]."""
-    c = chr(byte)
-    if byte > 127 or c == "\\":
-        return _ASK
-    kind = _LETTER_BIT if c.isalpha() else _DIGIT if c.isnumeric() else _BREAK if c in "\r\n" else 0
-    return kind | (not c.isspace()) * _VISIBLE | (c in "<[") * _ASK_FIRST
-
-
-def _kind(held: int) -> str:
-    """``token_class`` of a text that has this, _ASK_FIRST standing for a visible start."""
-    if not held & _VISIBLE:
-        return "newlines" if held & _BREAK else "spaces"
-    if not held & _LETTER_BIT:
-        return "digits" if held & _DIGIT else "punctuation"
-    return "word parts" if held & _ASK_FIRST else "word starts"
-
-
-_HELD = np.array([_held(b) for b in range(256)], np.uint8)
-_KIND = np.array([CLASSES.index(_kind(b)) for b in range(32)], np.int8)
-
-
 def class_codes(trace: Trace, stream: str = "decoder", progress: Callable[[int, int], None] | None = None) -> np.ndarray:
     """int8 [tokens of the stream] into CLASSES; -1 where a token's text is not known. ``progress`` is as for ``one_pass``. Raises TraceError
     without tokens."""
-    return coded_tokens(trace, stream, "token", _chunk_codes, progress)
+    return coded_tokens(trace, stream, "token", _text_codes, progress)
 
 
-def _chunk_codes(text: pa.Array) -> np.ndarray:
+def _text_codes(text: pa.Array) -> np.ndarray:
     """int8 [tokens]: ``class_codes`` of texts, each distinct one looked at once."""
     coded = text if pa.types.is_dictionary(text.type) else text.dictionary_encode()
-    kinds = np.append(text_codes(coded.dictionary), np.int8(-1))
+    kinds = np.array([*(-1 if t is None else CLASSES.index(token_class(t)) for t in coded.dictionary.to_pylist()), -1], np.int8)
     return kinds.take(coded.indices.fill_null(-1).to_numpy(zero_copy_only=False))
-
-
-def text_codes(texts: pa.Array) -> np.ndarray:
-    """int8 [texts]: ``token_class`` of each, as its place in CLASSES, -1 for null.
-
-    Read off the bytes of all texts at once where these are ASCII: each part of a run has some 15,000 texts of its own.
-    """
-    texts = texts.cast(pa.string())
-    edges = np.frombuffer(texts.buffers()[1], np.int32, len(texts) + 1, 4 * texts.offset)
-    of = _HELD.take(np.append(np.frombuffer(texts.buffers()[2] or b"", np.uint8, edges[-1]), np.uint8(0)))  # one more, where the last ends
-    held, first = np.bitwise_or.reduceat(of, edges)[:-1], of[edges[:-1]]
-    codes = _KIND[(held & (_ASK_FIRST - 1)) | (first & _VISIBLE) << 1]
-    asked = (held & _ASK > 0) | (first & _ASK_FIRST > 0) | (np.diff(edges) == 0) | texts.is_null().to_numpy(zero_copy_only=False)
-    for i in np.flatnonzero(asked).tolist():
-        text = texts[i].as_py()
-        codes[i] = -1 if text is None else CLASSES.index(token_class(text))
-    return codes
 
 
 def by_class(trace: Trace, site: int, codes: np.ndarray | None = None, progress: Callable[[int, int], None] | None = None) -> Preferences:

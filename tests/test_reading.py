@@ -86,7 +86,7 @@ def test_what_is_made_side_by_side_comes_in_turn() -> None:
 
 
 def test_codes_of_tokens_are_those_of_their_column(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Read in spans that cut parts, of two streams: each chunk of texts has a dictionary of its own, and falls in its place."""
+    """Read in spans that cut parts, of two streams: each part has a dictionary of its own."""
     monkeypatch.setattr(reading, "SPAN", 19)
 
     def letters(texts: pa.Array) -> np.ndarray:
