@@ -22,12 +22,40 @@ _LANES, _WORDS = 8, 8  # tables are padded to whole vectors of experts, and to b
 _U = np.uintp
 
 
-def bits_of(words: np.ndarray, n_slots: int, k: int) -> np.ndarray | None:
-    """The bit table of a site with ``words`` uint64 [n], the experts of each row as bits.
+@intrinsic
+def _set_bits(context: Any, word: Any) -> Any:
+    """The number of bits set in a uint64, one instruction."""
+    return types.uint64(types.uint64), lambda context, builder, signature, args: builder.ctpop(args[0])
 
-    None where pairs are not counted faster by it: it costs slots^2 / 64 per row, scattering k^2; and where there are no words.
-    """
-    if n_slots**2 > 128 * k**2 or n_slots > 65:
+
+def worth_bits(n_slots: int, k: int) -> bool:
+    """Whether pairs are counted faster by bit tables, which cost slots^2 / 64 per row, scattering k^2; and fit in words."""
+    return n_slots**2 <= 128 * k**2 and n_slots <= 65
+
+
+def words_of(experts: np.ndarray) -> np.ndarray:
+    """uint64 [n]: the experts of each row as bits, of ids [n, k] that were checked, below 64; none where a row has not k different experts."""
+    words = np.empty(len(experts), np.uint64)
+    return words if _take_words(experts, words) == experts.size else words[:0]
+
+
+@compiled
+def _take_words(experts: np.ndarray, words: np.ndarray) -> int:
+    """The bits set in all words."""
+    found = 0
+    for t in range(experts.shape[0]):
+        word = _U(0)
+        for i in range(experts.shape[1]):
+            s = _U(experts[t, i] + 1)
+            word |= _U(s != _U(0)) << ((s - _U(1)) & _U(63))
+        words[t] = word
+        found += _set_bits(word)
+    return found
+
+
+def bits_of(words: np.ndarray, n_slots: int, k: int) -> np.ndarray | None:
+    """The bit table of a site with ``words`` uint64 [n], the experts of each row as bits. None unless ``worth_bits``."""
+    if not worth_bits(n_slots, k):
         return None
     blocks = -(-len(words) // (64 * _WORDS))
     padding = np.zeros(blocks * 64 * _WORDS - len(words), np.uint64)
@@ -60,12 +88,6 @@ def _turn(words: np.ndarray, bits: np.ndarray) -> None:
         for w in range(_WORDS):
             for e in range(lines):
                 bits[q + w, e + _U(_LANES)] = square[e, w]
-
-
-@intrinsic
-def _set_bits(context: Any, word: Any) -> Any:
-    """The number of bits set in a uint64, one instruction."""
-    return types.uint64(types.uint64), lambda context, builder, signature, args: builder.ctpop(args[0])
 
 
 @compiled

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from .capacity_answer import percent
 from .pair_tests import PairTest, Progress, pair_tests
@@ -21,7 +22,7 @@ from .reading import ROWS, Reading, assignments_reading, documents_of, one_pass
 from .specialization import Preferences, by_label, effects
 from .token_classes import class_codes, class_reading, present_classes
 from .token_use import DocumentUse, TokenUse, document_use, leading_ids, top_tokens, use_reading
-from .trace import Trace, gate_weights
+from .trace import Trace, gate_weights, id_dtype
 from .vocabulary import LEAST, TokenCounts, input_tokens
 
 LEAST_LIFT = 1.5  # a preference below it may be significant, but is no description
@@ -122,14 +123,16 @@ class ExpertCard(ExpertLoad):
     missing: tuple[str, ...]
 
 
-def site_evidence(trace: Trace, site: int, pairs: bool = True, use: bool = True, progress: Progress | None = None) -> SiteEvidence:
+def site_evidence(trace: Trace, site: int, pairs: bool = True, use: bool = True, progress: Progress | None = None,
+                  labels: Preferences | None = None) -> SiteEvidence:  # fmt: skip
     """All tests and tables of one site; without ``pairs`` those of other experts are None, which read it and its neighbours once more.
 
-    Without ``use``, ``token_use`` is None: for ``with_use``, which reads it once more. ``progress`` is told (tokens read, in all).
+    Without ``use``, ``token_use`` is None: for ``with_use``, which reads it once more. ``progress`` is told (tokens read, in all). ``labels``:
+    ``by_label``, where at hand.
     """
     before = site_before(trace, site)
     with ThreadPoolExecutor(1) as pool:  # each spends most of its time without Python's lock
-        tested = pool.submit(by_label, trace, site)
+        tested = pool.submit(lambda: labels or by_label(trace, site))
         classes, crossed, tokens, token_use = _read(trace, site, use, progress)
     labels = tested.result()
     missing = [] if labels.groups else ["labels: the run has none"]
@@ -149,12 +152,12 @@ def site_evidence(trace: Trace, site: int, pairs: bool = True, use: bool = True,
     return replace(found, partners=made["partners"], into=made.get("into"), onward=made.get("onward"))
 
 
-def with_use(trace: Trace, evidence: SiteEvidence) -> SiteEvidence:
-    """``evidence`` with its ``token_use``, where that can be known; one pass."""
+def with_use(trace: Trace, evidence: SiteEvidence, progress: Progress | None = None) -> SiteEvidence:
+    """``evidence`` with its ``token_use``, where that can be known; one pass. ``progress`` is told (tokens read, in all)."""
     if evidence.tokens is None or evidence.token_use is not None:
         return evidence
     ids = leading_ids(evidence.tokens, range(evidence.tokens.classes))
-    return replace(evidence, token_use=document_use(trace, evidence.tokens, ids))
+    return replace(evidence, token_use=document_use(trace, evidence.tokens, ids, progress=progress))
 
 
 def company(trace: Trace, site: int) -> dict[str, tuple[str, int]]:
@@ -202,7 +205,7 @@ def expert_card(trace: Trace, site: int, expert: int, evidence: SiteEvidence | N
     known = site_evidence(trace, site) if evidence is None else evidence
     used = load.assignments
     return ExpertCard(
-        **vars(load), description=describe(known, expert), labels=_uses(known.labels, expert), classes=_uses(known.classes, expert),
+        **vars(load), description=describe(known, expert), labels=group_uses(known.labels, expert), classes=group_uses(known.classes, expert),
         tokens=top_tokens(trace, known.tokens, expert, use=known.token_use) if known.tokens is not None else (),
         partners=neighbours(known.partners, expert, used), sources=neighbours(known.into, expert, used, column=True),
         targets=neighbours(known.onward, expert, used), missing=known.missing,
@@ -275,19 +278,21 @@ def _together(
 
 def _crossed(trace: Trace, site: int, labels: tuple[str, ...], classes: tuple[str, ...], codes: np.ndarray) -> Reading[Preferences]:
     """Effects of label x class; ``codes`` int [tokens] into ``classes``, -1 for none."""
-    layer = trace.layers[site]
+    layer, width = trace.layers[site], len(classes)
     place = {name: i for i, name in enumerate(labels)}
     of_document = {r["document"]: place.get(r["label"], -1) for r in trace.documents.to_pylist()}
     numbers, lengths = documents_of(trace, layer.stream)
-    label = np.repeat(np.array([of_document[d] for d in numbers.tolist()], np.int64), lengths)
-    group = np.where((label >= 0) & (codes >= 0), label * len(classes) + codes, -1)
-    size = len(labels) * len(classes)
+    size = len(labels) * width
+    label = np.repeat(np.array([of_document[d] for d in numbers.tolist()], id_dtype(size)), lengths)
+    group = np.where((label >= 0) & (codes >= 0), label * width + codes, -1)
     counts = yield from assignments_reading(layer, group, size)
-    return effects(site, "label and class", tuple(f"{a} {b}" for a in labels for b in classes),
-                   np.bincount(group[group >= 0], minlength=size), counts)  # fmt: skip
+    return effects(
+        site, "label and class", tuple(f"{a} {b}" for a in labels for b in classes), np.bincount(group + 1, minlength=size + 1)[1:], counts
+    )
 
 
-def _uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:
+def group_uses(found: Preferences | None, expert: int) -> tuple[GroupUse, ...]:
+    """The groups at one expert, by falling lift; none where nothing was looked at."""
     if found is None:
         return ()
     order = np.argsort(-np.nan_to_num(found.lift[:, expert]), kind="stable")
@@ -321,7 +326,8 @@ def neighbours(test: PairTest | None, expert: int, used: int, column: bool = Fal
 class Passage:
     """A stretch of one document, rows ``start`` to ``stop`` of the site's stream, from ``position`` of the document on.
 
-    texts    readable token texts.  weights  gate weight of the expert per token as executed; 0 where it was not used.
+    texts    readable token texts.  raw  bytes of tokens that are not whole characters, else None.
+    weights  gate weight of the expert per token as executed; 0 where it was not used.
     used     tokens that use it.  mass  sum of weights, by which passages are ranked.
     """
 
@@ -332,6 +338,7 @@ class Passage:
     start: int
     stop: int
     texts: tuple[str | None, ...]
+    raw: tuple[bytes | None, ...]
     weights: tuple[float, ...]
     used: int
     mass: float
@@ -343,45 +350,52 @@ def passages(trace: Trace, site: int, expert: int, most: int = 5, width: int = 2
     Chosen to show the expert at its strongest, not at its usual: read them beside its statistics. Documents are cut into
     stretches from their first token. One pass over the site, ``ROWS`` tokens at a time. TraceError without decisions or gate weights.
     """
-    stream = trace.layers[site].stream
-    rows = [r for r in trace.documents.to_pylist() if r["stack"] == stream and r["n_tokens"] and label in (None, r["label"])]
+    mine = pc.and_(pc.equal(trace.documents["stack"], trace.layers[site].stream), pc.greater(trace.documents["n_tokens"], 0))
+    rows = trace.documents.filter(mine if label is None else pc.and_(mine, pc.equal(trace.documents["label"], label))).sort_by("first_row")
+    first, size = rows["first_row"].to_numpy(), rows["n_tokens"].to_numpy()
 
-    def best(chunk: list[dict[str, Any]]) -> list[tuple[float, int, dict[str, Any]]]:
-        start, stop = chunk[0]["first_row"], chunk[-1]["first_row"] + chunk[-1]["n_tokens"]
-        routing = trace.routing(site, start, stop)
-        weight = np.where(routing.experts == expert, gate_weights(routing, f"run {trace.name!r}"), 0).sum(1, dtype=np.float64)
-        found = []
-        for row in chunk:
-            mine = weight[row["first_row"] - start : row["first_row"] - start + row["n_tokens"]]
-            masses = np.add.reduceat(mine, np.arange(0, len(mine), width))
-            at = int(masses.argmax())
-            if masses[at] > 0:
-                found.append((-float(masses[at]), row["first_row"] + at * width, row))
-        return sorted(found, key=lambda x: x[:2])[:most]
+    def best(some: slice) -> list[tuple[float, int, int]]:
+        """(- mass, first row, index into ``rows``) of the heaviest stretches of documents that lie close to each other."""
+        from .counting import weight_on  # pays for numba
+
+        row, n = first[some], size[some]
+        routing = trace.routing(site, int(row[0]), int(row[-1] + n[-1]))
+        weight = weight_on(routing.experts, gate_weights(routing, f"run {trace.name!r}"), expert)[_counting_on(row - row[0], n)]
+        each = -(-n // width)
+        ahead, nth = np.cumsum(each) - each, _counting_on(np.zeros(len(each), np.int64), each)
+        masses = np.add.reduceat(weight, np.repeat(np.cumsum(n) - n, each) + width * nth)
+        top = np.maximum.reduceat(masses, ahead)
+        heavy = np.flatnonzero(masses == np.repeat(top, each))
+        heavy = heavy[np.searchsorted(heavy, ahead)]  # the first of equals in each document
+        found = zip((-top).tolist(), (row + width * nth[heavy]).tolist(), range(some.start, some.stop), strict=True)
+        return sorted(x for x in found if x[0] < 0)[:most]
 
     with ThreadPoolExecutor(2) as pool:  # reading runs without Python's lock
-        found = sorted(chain.from_iterable(pool.map(best, _runs(rows))), key=lambda x: x[:2])[:most]
-    return tuple(_passage(trace, site, expert, at, min(at + width, row["first_row"] + row["n_tokens"]), row) for _, at, row in found)
+        found = sorted(chain.from_iterable(pool.map(best, _runs(first, size))))[:most]
+    return tuple(_passage(trace, site, expert, at, width, rows.slice(i, 1).to_pylist()[0]) for _, at, i in found)
 
 
-def _runs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Documents that lie side by side, in groups of about ROWS tokens."""
-    out: list[list[dict[str, Any]]] = []
-    size = 0
-    for row in sorted(rows, key=lambda r: r["first_row"]):
-        joined = bool(out) and out[-1][-1]["first_row"] + out[-1][-1]["n_tokens"] == row["first_row"]
-        if not joined or size + row["n_tokens"] > ROWS:
-            out.append([])
-            size = 0
-        out[-1].append(row)
-        size += row["n_tokens"]
-    return out
+def _counting_on(start: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """int64 [sum of n]: ``n`` numbers from each ``start`` on."""
+    return np.repeat(start - (np.cumsum(n) - n), n) + np.arange(n.sum())
 
 
-def _passage(trace: Trace, site: int, expert: int, start: int, stop: int, row: dict[str, Any]) -> Passage:
+def _runs(first: np.ndarray, size: np.ndarray) -> list[slice]:
+    """Documents in groups that span about ROWS tokens, without gaps that would be read in vain."""
+    out, begin = list[slice](), 0
+    for i in range(1, len(first)):
+        end = first[i - 1] + size[i - 1]
+        if first[i] + size[i] - first[begin] > ROWS or first[i] - end > ROWS // 4:
+            out.append(slice(begin, i))
+            begin = i
+    return [*out, slice(begin, len(first))] if len(first) else out
+
+
+def _passage(trace: Trace, site: int, expert: int, start: int, width: int, row: dict[str, Any]) -> Passage:
+    stop = min(start + width, row["first_row"] + row["n_tokens"])
     routing = trace.routing(site, start, stop)
     here = routing.experts == expert
     weights = np.where(here, gate_weights(routing, f"run {trace.name!r}"), 0).sum(1)
-    texts = trace.stream_tokens(trace.layers[site].stream, start, stop, ["token"])["token"].to_pylist()
-    return Passage(row["document"], row["name"], row["label"], start - row["first_row"], start, stop, tuple(texts), tuple(weights.tolist()), int(here.any(1).sum()),
-                   float(weights.sum(dtype=np.float64)))  # fmt: skip
+    tokens = trace.stream_tokens(trace.layers[site].stream, start, stop, ["token", "token_bytes"])
+    return Passage(row["document"], row["name"], row["label"], start - row["first_row"], start, stop, tuple(tokens["token"].to_pylist()),
+                   tuple(tokens["token_bytes"].to_pylist()), tuple(weights.tolist()), int(here.any(1).sum()), float(weights.sum(dtype=np.float64)))  # fmt: skip

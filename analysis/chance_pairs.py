@@ -6,6 +6,8 @@ run in pieces hands the same ``held`` in again: it holds what was seen of a docu
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from .counting import compiled
@@ -38,16 +40,46 @@ def add_chance_flow(here: np.ndarray, after: np.ndarray, ends: np.ndarray, held:
         tokens[0] += stop - start
         start = stop
         if piece < len(ends):
-            n = row[1:].sum()
-            for e in range(1, len(row)):
-                if row[e]:
-                    rest = 1 - use[e] / tokens[0]
-                    for f in range(1, len(column)):
-                        x = row[e] * column[f] / n
-                        expected[e, f] += x
-                        spread[e, f] += x * rest * (1 - use_after[f] / tokens[0])
-            for x in held:
-                x[:] = 0
+            _end_flow(held, expected, spread)
+
+
+@compiled
+def add_chance_flow_of(runs: np.ndarray, runs_after: np.ndarray, each: tuple, starts: np.ndarray, held: tuple, expected: np.ndarray,
+                       spread: np.ndarray) -> None:  # fmt: skip
+    """``add_chance_flow`` of documents from their loads int32 [documents, slots], where every token has ``each`` experts, here and after.
+
+    starts int64 [documents + 1]: their first rows, and the end of the last, which goes on.
+    """
+    use, row, use_after, column, tokens = held
+    for r in range(len(runs)):
+        for s in range(len(use)):
+            use[s] += runs[r, s]
+            row[s] += runs[r, s] * each[1]
+        for s in range(len(use_after)):
+            use_after[s] += runs_after[r, s]
+            column[s] += runs_after[r, s] * each[0]
+        tokens[0] += starts[r + 1] - starts[r]
+        if r + 1 < len(runs):
+            _end_flow(held, expected, spread)
+
+
+@partial(compiled, error_model="numpy")
+def _end_flow(held: tuple, expected: np.ndarray, spread: np.ndarray) -> None:
+    """Add a document that ``held`` holds, and forget it."""
+    use, row, use_after, column, tokens = held
+    n = np.float64(row[1:].sum())
+    to, without = np.empty(len(column)), np.empty(len(column))
+    for f in range(len(column)):
+        to[f], without[f] = column[f], 1 - use_after[f] / tokens[0]
+    for e in range(1, len(row)):
+        if row[e]:
+            rest, own, mine, more = 1 - use[e] / tokens[0], np.float64(row[e]), expected[e], spread[e]
+            for f in range(1, len(to)):
+                x = own * to[f] / n
+                mine[f] += x
+                more[f] += x * rest * without[f]
+    for x in held:
+        x[:] = 0
 
 
 @compiled
@@ -65,10 +97,28 @@ def add_chance_pairs(here: np.ndarray, ends: np.ndarray, held: tuple, expected: 
             sizes[m] += 1
         start = stop
         if piece < len(ends):
-            use[0] = 0
-            add_fixed_odds(use, sizes, expected, spread)
-            for x in held:
-                x[:] = 0
+            _end_pairs(held, expected, spread)
+
+
+@compiled
+def add_chance_pairs_of(runs: np.ndarray, starts: np.ndarray, held: tuple, expected: np.ndarray, spread: np.ndarray) -> None:
+    """``add_chance_pairs`` from loads, as ``add_chance_flow_of``."""
+    use, sizes = held
+    for r in range(len(runs)):
+        for s in range(len(use)):
+            use[s] += runs[r, s]
+        sizes[-1] += starts[r + 1] - starts[r]
+        if r + 1 < len(runs):
+            _end_pairs(held, expected, spread)
+
+
+@compiled
+def _end_pairs(held: tuple, expected: np.ndarray, spread: np.ndarray) -> None:
+    use, sizes = held
+    use[0] = 0
+    add_fixed_odds(use, sizes, expected, spread)
+    for x in held:
+        x[:] = 0
 
 
 @compiled

@@ -97,6 +97,16 @@ def _take_each(experts: np.ndarray, weights: np.ndarray, first: np.ndarray, word
 
 
 @compiled
+def weight_on(experts: np.ndarray, weights: np.ndarray, expert: int) -> np.ndarray:
+    """float64 [n]: the gate weight of one expert in each row of ids [n, k], 0 where a row has it not."""
+    out = np.zeros(experts.shape[0])
+    for t in range(experts.shape[0]):
+        for i in range(experts.shape[1]):
+            out[t] += weights[t, i] if experts[t, i] == expert else 0
+    return out
+
+
+@compiled
 def count_runs(slots: np.ndarray, starts: np.ndarray, by_run: np.ndarray) -> None:
     """Add the rows starts[r] to starts[r + 1] to by_run[r], int32 [runs, slots]."""
     for r in range(by_run.shape[0]):

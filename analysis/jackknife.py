@@ -16,7 +16,7 @@ from statistics import NormalDist
 import numpy as np
 
 from .information import Information, plug_in, plug_in_without
-from .reading import Reading, end_of, one_pass, owners
+from .reading import Reading, block_owners, documents_of, end_of, one_pass
 from .significance import MOST_UNITS
 from .specialization import DocumentCounts, label_information, labelled_documents
 from .token_use import DocumentUse, use_reading
@@ -52,7 +52,7 @@ def vocabulary_interval(trace: Trace, counts: TokenCounts, least: int = LEAST,
     beside it. Errs on the wide side (in the simulations 1.5 to 2.1 times what is needed) because ids that
     fall below ``least`` when a document is left out are left out too. One pass over the site; ``progress`` is told (tokens read, in all).
 
-    Nothing is drawn: the same run gives the same interval. Memory: an int32 for every such id at every expert, five int64 per token of the
+    Nothing is drawn: the same run gives the same interval. Memory: an int32 for every such id at every expert, two int64 per token of the
     stream, and one block of tokens. ``missing`` where the run holds statistics only, has too few documents, or one of them holds all frequent ids.
     """
     if trace.source is None or trace.load_tokens is None:
@@ -66,12 +66,12 @@ def interval_reading(trace: Trace, counts: TokenCounts, least: int = LEAST,
                      known: tuple[np.ndarray, np.ndarray] | None = None) -> Reading[DocumentInterval]:  # fmt: skip
     """``vocabulary_interval`` of a run with tokens and decisions, for a pass that others share; ``known``: what ``coded`` gives, where at hand."""
     kept = _Kept.of(counts, least)
-    value, owner = kept.value, owners(trace, trace.layers[counts.site].stream)
-    documents = int(owner[-1]) + 1 if len(owner) else 0
+    value, edges = kept.value, np.cumsum([0, *documents_of(trace, trace.layers[counts.site].stream)[1].tolist()])
+    documents = len(edges) - 1
     parts = min(documents, MOST_UNITS)
     total, number = np.full(parts, kept.share.sum()), np.full(parts, len(kept.ids))
     known = known or coded(trace, trace.layers[counts.site].stream, counts.kind)
-    yield from _leave_out(trace.layers[counts.site], known, owner * parts // max(documents, 1), kept, least, (total, number))
+    yield from _leave_out(trace.layers[counts.site], known, edges, parts, kept, least, (total, number))
     if documents < FEWEST:
         return DocumentInterval(value, np.nan, np.nan, documents, 0, f"fewer than {FEWEST} documents")
     if not number.all():
@@ -170,22 +170,23 @@ class _Kept:
         return cls(counts.classes, counts.ids[often], tokens, start, stop - start, counts.expert, counts.count, top[often] / tokens)
 
 
-def _leave_out(layer: LayerInfo, known: tuple[np.ndarray, np.ndarray], part: np.ndarray, kept: _Kept, least: int,
+def _leave_out(layer: LayerInfo, known: tuple[np.ndarray, np.ndarray], edges: np.ndarray, parts: int, kept: _Kept, least: int,
                sums: tuple[np.ndarray, np.ndarray]) -> Reading[None]:  # fmt: skip
-    """Change ``sums`` (float64 [parts] of the shares, int64 [parts] ids) to those without each part; ``part`` int64 [tokens] rises."""
+    """Change ``sums`` (float64 [parts] of the shares, int64 [parts] ids) to those without each part; document d is the rows edges[d] to edges[d + 1]."""
     from .counting import check_ids
     from .shuffling import DocumentCells, leave_out  # pay for numba
 
     every, code = known
     place = np.full(len(every) + 1, -1)  # the last for tokens that have no id
     place[np.searchsorted(every, kept.ids)] = np.arange(len(kept.ids))
-    row, cells = place[code], DocumentCells(len(kept.ids), layer.n_classes)
+    cells = DocumentCells(len(kept.ids), layer.n_classes)
     whole = tuple(
         np.require(x, np.int64, "W") for x in (kept.tokens, kept.start, kept.length, kept.expert, kept.count)
     )  # one kind of array: compiled once
     while (block := (yield)) is not None:
         start, experts = block
         check_ids(experts, layer.n_classes)
-        here = slice(start, start + len(experts))
-        leave_out(experts, part[here], row[here], cells.arrays(), whole, kept.share, least, *sums)
+        stop = start + len(experts)
+        part = block_owners(edges, start, stop) * parts // (len(edges) - 1)
+        leave_out(experts, part, place[code[start:stop]], cells.arrays(), whole, kept.share, least, *sums)
     leave_out(*end_of(layer), cells.arrays(), whole, kept.share, least, *sums)

@@ -7,17 +7,18 @@ TABLE_BYTES in all. Effects are those of ``paths``; knows nothing of screens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import ceil, log2
 
 import numpy as np
 import pyarrow as pa
 
 from .paths import PairCounts, coactivation, flow, partner_odds
-from .reading import ROWS, ahead, documents_of
+from .reading import ROWS, documents_of, in_turn
 from .significance import ALPHA, INTERVAL_DRAWS, MOST_UNITS, benjamini_hochberg, count_p, draws_for, interval, sign_flip_test
 from .trace import LayerInfo, Trace
 
@@ -182,11 +183,18 @@ class UnitPairs:
 
 def count_units(trace: Trace, pairs: Sequence[tuple[int, int]], lengths: np.ndarray, progress: Progress | None = None) -> list[UnitPairs]:
     """Pairs of experts at each (site, after) of one stream, in documents of these lengths; every site's decisions are decoded once for all, and pairs are counted side by side."""
-    sites, n = sorted({site for pair in pairs for site in pair}), int(lengths.sum())
+    layers, n = [trace.layers[i] for i in sorted({site for pair in pairs for site in pair})], int(lengths.sum())
     counts = [_Counting(trace.layers[a], trace.layers[b], lengths) for a, b in pairs]
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(len(counts)) as pool:  # the next block is read while one is counted
-        for start, stop, slots in ahead(_slots(trace, [trace.layers[site] for site in sites]), reader):
-            list(pool.map(partial(_Counting.add, start=start, stop=stop, slots=slots), counts))
+
+    def read(start: int) -> tuple[int, int, dict[int, _Rows]]:
+        return start, min(start + ROWS, n), _rows(trace, layers, start, min(start + ROWS, n))
+
+    with (
+        closing(in_turn(read, range(0, n, ROWS))) as blocks,
+        ThreadPoolExecutor(len(counts)) as pool,
+    ):  # the next ones are read while one is counted
+        for start, stop, rows in blocks:
+            list(pool.map(partial(_Counting.add, start=start, stop=stop, rows=rows), counts))
             if progress is not None:
                 progress(stop, n)
     return [x.found() for x in counts]
@@ -205,44 +213,92 @@ class _Counting:
         sizes = (shape[0], here.top_k + 1) if here == there else (shape[0], shape[0], shape[1], shape[1], 1)
         self.held = tuple(np.zeros(n, np.int64) for n in sizes)
 
-    def add(self, start: int, stop: int, slots: Mapping[int, np.ndarray]) -> None:
-        """Count rows ``start`` to ``stop``, the next ones; ``slots`` by site."""
-        from .bittables import count_pairs  # pays for numba
-        from .chance_pairs import add_chance_flow, add_chance_pairs
-
+    def add(self, start: int, stop: int, rows: Mapping[int, _Rows]) -> None:
+        """Count rows ``start`` to ``stop``, the next ones; ``rows`` by site."""
         last, ends, chance = self.last, self.ends, self.chance
+        here, after = rows[self.here.index], rows[self.there.index]
+        count = self._count_bits if len(here.words) and len(after.words) else self._count_slots
         for unit in range(int(np.searchsorted(last, start, "right")), int(np.searchsorted(last, stop - 1, "right")) + 1):
             first, end = max(int(last[unit - 1]) if unit else 0, start), min(int(last[unit]), stop)
-            here, after = (slots[x.index][first - start : end - start] for x in (self.here, self.there))
-            count_pairs(here, after, self.tables[unit])
             whole = ends[np.searchsorted(ends, first, "right") : np.searchsorted(ends, end, "right")] - first
-            if self.here == self.there:
-                add_chance_pairs(here, whole, self.held, chance, self.spread)
-            else:
-                add_chance_flow(here, after, whole, self.held, chance, self.spread)
+            count(here, after, slice(first - start, end - start), whole, self.tables[unit])
             if end == last[unit]:
                 lean = self.tables[unit] - chance
                 self.excess[unit] = np.where(np.abs(lean) > 1e-6 * (1 + chance), lean, 0)  # what only the fit left is no lean
                 self.expected += chance
                 chance[:] = 0
 
+    def _count_slots(self, here: _Rows, after: _Rows, at: slice, whole: np.ndarray, table: np.ndarray) -> None:
+        """Rows ``at`` of both, in which documents end at ``whole``, added to ``table`` and to what is by chance."""
+        from .bittables import count_pairs  # pays for numba
+        from .chance_pairs import add_chance_flow, add_chance_pairs
+
+        mine, later = here.slots[at], after.slots[at]
+        count_pairs(mine, later, table)
+        if self.here == self.there:
+            add_chance_pairs(mine, whole, self.held, self.chance, self.spread)
+        else:
+            add_chance_flow(mine, later, whole, self.held, self.chance, self.spread)
+
+    def _count_bits(self, here: _Rows, after: _Rows, at: slice, whole: np.ndarray, table: np.ndarray) -> None:
+        """The same of rows that all have k different experts, of which a document's loads are all that chance asks for."""
+        from .bittables import count_pairs_by_bits  # pays for numba
+        from .chance_pairs import add_chance_flow_of, add_chance_pairs_of
+
+        starts = np.concatenate([[0], whole, [at.stop - at.start]])
+        bits, loads = here.counted(at, starts)
+        if self.here == self.there:
+            count_pairs_by_bits(bits, bits.view(), table)  # both halves
+            add_chance_pairs_of(loads, starts, self.held, self.chance, self.spread)
+        else:
+            later, loads_after = after.counted(at, starts)
+            count_pairs_by_bits(bits, later, table)
+            each = self.here.top_k, self.there.top_k
+            add_chance_flow_of(loads, loads_after, each, starts, self.held, self.chance, self.spread)
+
     def found(self) -> UnitPairs:
         """What was counted of all rows."""
         return UnitPairs(self.tables[:, 1:, 1:], self.excess[:, 1:, 1:], self.expected[1:, 1:], self.spread[1:, 1:])
 
 
-def _slots(trace: Trace, layers: Sequence[LayerInfo]) -> Iterator[tuple[int, int, dict[int, np.ndarray]]]:
-    """(start, stop, slots [rows, k] by site) of a stream's rows, block by block."""
-    from .counting import check_ids, slots_of
+@dataclass(frozen=True)
+class _Rows:
+    """Checked ids [n, k] of a site, and uint64 [n] the experts of each row as bits: none unless pairs are counted faster by them."""
 
-    n = trace.n_tokens(layers[0].stream)
-    for start in range(0, n, ROWS):
-        stop, slots = min(start + ROWS, n), {}
-        for layer in layers:
-            experts = trace.experts(layer.index, start, stop)
-            check_ids(experts, layer.n_classes)
-            slots[layer.index] = slots_of(experts)
-        yield start, stop, slots
+    layer: LayerInfo
+    experts: np.ndarray
+    words: np.ndarray
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """For those who look at every row."""
+        from .counting import slots_of  # pays for numba
+
+        return slots_of(self.experts)
+
+    def counted(self, at: slice, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(table of bits, int32 [runs, slots] assignments) of rows ``at``, in which runs begin at ``starts``, and the end of the last."""
+        from .bittables import bits_of, count_runs_by_bits  # pay for numba
+
+        bits, loads = bits_of(self.words[at], n := self.layer.n_classes + 1, self.layer.top_k), np.zeros((len(starts) - 1, n), np.int32)
+        if bits is None:
+            raise ValueError(f"no words of {self.layer.title}")
+        count_runs_by_bits(bits, starts, loads)
+        return bits, loads
+
+
+def _rows(trace: Trace, layers: Sequence[LayerInfo], start: int, stop: int) -> dict[int, _Rows]:
+    """Rows ``start`` to ``stop`` of a stream, by site."""
+    from .bittables import words_of, worth_bits  # pay for numba
+    from .counting import check_ids
+
+    rows = {}
+    for layer in layers:
+        experts = trace.experts(layer.index, start, stop)
+        check_ids(experts, layer.n_classes)
+        worth = worth_bits(layer.n_classes + 1, layer.top_k)
+        rows[layer.index] = _Rows(layer, experts, words_of(experts) if worth else np.zeros(0, np.uint64))
+    return rows
 
 
 def _fitting(cells: int) -> int:

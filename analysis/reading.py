@@ -5,27 +5,67 @@ Memory is that of a block. Knows nothing of what is asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from .trace import LayerInfo, Trace, id_dtype
 
 ROWS = 65_536  # tokens read at a time
+SPAN = 16 * ROWS  # of a column of the tokens' table, whose row groups are whole parts: at most one in 16 is read twice
+READERS = 2  # threads: unpacking and checksums need no lock of Python's
+_Key = TypeVar("_Key")
 _Found = TypeVar("_Found")
 Reading = Generator[None, tuple[int, np.ndarray] | None, _Found]  # see ``one_pass``
 
 
-def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, executed experts [up to ``rows``, k], of ``id_dtype``) over a site's stream, in order; bounded memory."""
-    ids = id_dtype(layer.n_classes)  # one type whatever the source: kernels are compiled for it once
-    for start in range(0, trace.n_tokens(layer.stream), rows):
-        stop = min(start + rows, trace.n_tokens(layer.stream))
-        yield start, np.ascontiguousarray(trace.experts(layer.index, start, stop), ids)
+def blocks(trace: Trace, layer: LayerInfo, rows: int = ROWS) -> Generator[tuple[int, np.ndarray], None, None]:
+    """(first row, executed experts [up to ``rows``, k], of ``id_dtype``) over a site's stream, in order; bounded memory: the next READERS are
+    read while one is worked on."""
+    ids, n = id_dtype(layer.n_classes), trace.n_tokens(layer.stream)  # one type whatever the source: kernels are compiled for it once
+
+    def read(start: int) -> tuple[int, np.ndarray]:
+        return start, np.ascontiguousarray(trace.experts(layer.index, start, min(start + rows, n)), ids)
+
+    yield from in_turn(read, range(0, n, rows))
+
+
+def in_turn(make: Callable[[_Key], _Found], keys: Iterable[_Key]) -> Generator[_Found, None, None]:
+    """``make`` of every key, in order, by READERS threads that are as many keys ahead."""
+    made: deque[Future[_Found]] = deque()
+    with ThreadPoolExecutor(READERS) as readers:
+        for key in keys:
+            made.append(readers.submit(make, key))
+            if len(made) > READERS:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+
+
+def coded_tokens(trace: Trace, stream: str, column: str, code: Callable[[pa.Array], np.ndarray],
+                 progress: Callable[[int, int], None] | None = None) -> np.ndarray:  # fmt: skip
+    """int8 [tokens of the stream]: what ``code`` makes of ``column``, chunk by chunk as it is stored. ``progress`` is as for ``one_pass``."""
+    n = trace.n_tokens(stream)
+    codes = np.empty(n, np.int8)
+
+    def fill(start: int) -> int:
+        for chunk in trace.token_column(stream, column, start, min(start + SPAN, n)).chunks:
+            codes[start : start + len(chunk)] = code(chunk)
+            start += len(chunk)
+        return start
+
+    with closing(in_turn(fill, range(0, n, SPAN))) as filled:
+        for done in filled:
+            if progress is not None:
+                progress(done, n)
+    return codes
 
 
 def one_pass(trace: Trace, site: int, *readings: Reading[Any], progress: Callable[[int, int], None] | None = None) -> list[Any]:
@@ -35,9 +75,9 @@ def one_pass(trace: Trace, site: int, *readings: Reading[Any], progress: Callabl
     them work side by side. ``progress`` is told (tokens read, in all) by the caller's thread; what it raises ends the pass.
     """
     n = trace.n_tokens(trace.layers[site].stream)
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor() as pool:  # the memory of blocks is used again by one thread alone
+    with closing(blocks(trace, trace.layers[site])) as read, ThreadPoolExecutor() as pool:
         list(pool.map(next, readings))
-        for start, experts in ahead(blocks(trace, trace.layers[site]), reader):
+        for start, experts in read:
             list(pool.map(partial(_sent, (start, experts)), readings))
             if progress is not None:
                 progress(start + len(experts), n)
@@ -46,14 +86,6 @@ def one_pass(trace: Trace, site: int, *readings: Reading[Any], progress: Callabl
 
 def _sent(block: tuple[int, np.ndarray], reading: Reading[Any]) -> None:
     reading.send(block)
-
-
-def ahead(items: Iterator[_Found], pool: ThreadPoolExecutor) -> Iterator[_Found]:
-    """``items``, of which the next is made while one is worked on."""
-    made = pool.submit(next, items, None)
-    while (item := made.result()) is not None:
-        made = pool.submit(next, items, None)
-        yield item
 
 
 def end_of(layer: LayerInfo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,12 +104,17 @@ def _finished(reading: Reading[_Found]) -> _Found:
 
 def assignments_reading(layer: LayerInfo, group: np.ndarray, n_groups: int) -> Reading[np.ndarray]:
     """int64 [groups, classes]: assignments of the tokens of each group; ``group`` int [tokens], -1 for none."""
-    width = layer.n_classes + 1  # a row and a column more, for tokens of no group and places without an expert: no test in the pass
-    first, counts = (group + 1) * width + 1, np.zeros((n_groups + 1) * width, np.int64)
+    from .counting import check_ids
+    from .shuffling import count_groups  # pay for numba
+
+    counts = np.zeros((1, n_groups + 1, layer.n_classes + 1), np.int64)  # places more for no group and no expert
+    if len(group) and not -1 <= group.min() <= group.max() < n_groups:  # a kernel would count it out of bounds
+        raise ValueError(f"groups {group.min()} to {group.max()} of {n_groups}")
     while (block := (yield)) is not None:
         start, experts = block
-        counts += np.bincount((experts + first[start : start + len(experts), None]).ravel(), minlength=len(counts))
-    return counts.reshape(n_groups + 1, width)[1:, 1:]
+        check_ids(experts, layer.n_classes)
+        count_groups(experts, np.array([0, len(experts)]), group[start : start + len(experts)], counts)
+    return counts[0, 1:, 1:]
 
 
 def documents_of(trace: Trace, stream: str) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +124,7 @@ def documents_of(trace: Trace, stream: str) -> tuple[np.ndarray, np.ndarray]:
     return rows["document"].to_numpy().astype(np.int64), rows["n_tokens"].to_numpy().astype(np.int64)
 
 
-def owners(trace: Trace, stream: str) -> np.ndarray:
-    """int64 [tokens of the stream]: which of ``documents_of`` each token is of."""
-    lengths = documents_of(trace, stream)[1]
-    return np.repeat(np.arange(len(lengths)), lengths)
+def block_owners(edges: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """int64 [stop - start]: which of ``documents_of`` rows ``start`` to ``stop`` are of, where document d is the rows edges[d] to edges[d + 1]."""
+    first, last = np.searchsorted(edges, (start, stop - 1), "right") - 1
+    return np.repeat(np.arange(first, last + 1), np.diff(np.clip(edges[first : last + 2], start, stop)))

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from .counting import compiled
+from .counting import compiled, count_runs
 
 DRAWN, FREQUENT = 1 << 24, 1_024  # from so many draws on, cells are drawn of the rows that hold so many, and not each draw
 MOST_DRAWN = 10**9  # beyond, numpy refuses to draw cells
@@ -163,6 +163,17 @@ def _share(used: float, squares: float, crossed: float, size: float, size_square
 
 
 @compiled
+def count_reached(null: np.ndarray, least: np.ndarray, most: np.ndarray, surely: np.ndarray, perhaps: np.ndarray) -> None:
+    """Add to surely and perhaps int64 [cells] how many of null float32 [draws, cells] are, but for their sign, at least ``most``, and ``least``, float32 [cells]."""
+    for d in range(null.shape[0]):
+        row = null[d]
+        for c in range(null.shape[1]):
+            value = abs(row[c])
+            surely[c] += value >= most[c]
+            perhaps[c] += value >= least[c]
+
+
+@compiled
 def neighbours_alike(
     words: np.ndarray, first: np.ndarray, ends: np.ndarray, order: np.ndarray, chance: np.ndarray, out: np.ndarray
 ) -> None:
@@ -201,11 +212,13 @@ class DocumentCells:
 
 
 @compiled
-def count_groups(experts: np.ndarray, document: np.ndarray, group: np.ndarray, tables: np.ndarray) -> None:
-    """Add to tables int64 [documents, groups, classes + 1] the experts [n, k], from -1 (counted as class 0) on, of tokens with a group, int64 [n], not -1."""
-    for t in range(experts.shape[0]):
-        if group[t] >= 0:
-            row = tables[_U(document[t]), _U(group[t])]
+def count_groups(experts: np.ndarray, edges: np.ndarray, group: np.ndarray, tables: np.ndarray) -> None:
+    """Add to tables int64 [documents, groups + 1, classes + 1] the experts [n, k] of tokens of each group [n], both from -1 (counted in place 0)
+    on: no branch, in a fifth of the time. Document d is the rows edges[d] to edges[d + 1]."""
+    for d in range(tables.shape[0]):
+        mine = tables[d]
+        for t in range(edges[d], edges[d + 1]):
+            row = mine[_U(group[t] + 1)]
             for j in range(experts.shape[1]):
                 row[_U(experts[t, j] + 1)] += 1
 
@@ -292,9 +305,13 @@ def warm_up() -> None:
     one, none = np.ones(2, np.int64), np.full((2, 1), -1, np.int16)
     dealt_table(one, one, one, 2, 0)
     compare_deals(np.ones((2, 6)), np.zeros((1, 2), np.int64), np.ones((1, 1)), 0.5)
+    single = np.ones(1, np.float32)
+    count_reached(single[None], single, single, np.zeros(1, np.int64), np.zeros(1, np.int64))
     neighbours_alike(np.ones((2, 1), np.uint64), one, one + 1, np.arange(2), np.zeros(2), np.zeros((2, 2), np.int64))
     cells, two = DocumentCells(1, 1).arrays(), np.zeros(2, np.int64)
-    count_groups(none, two, two, np.zeros((1, 1, 2), np.int64))
+    code = np.zeros(2, np.int8)
+    count_groups(none, two, code, np.zeros((1, 1, 2), np.int64))
+    count_runs((code + 1)[:, None], two, np.zeros((1, 2), np.int32))
     count_leaning(none, one, two, cells, one, np.zeros((1, 1), np.int64), np.zeros((1, 1)), np.zeros((1, 1)))
     cells = DocumentCells(1, 1).arrays()
     leave_out(none, two, two, cells, (one, two, one, two, one), np.ones(1), 1, np.zeros(1), one)

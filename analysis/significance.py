@@ -25,6 +25,7 @@ LEAST, MOST = 999, 50_000  # permutations
 INTERVAL_DRAWS = 1_000  # of a bootstrap
 MOST_UNITS = 400  # documents beyond this are joined into units, so that a test's cost does not grow with the corpus
 CHUNK_BYTES = 4 << 20  # what a processor's cache holds
+CERTAIN = 1e-6  # chance, below which it is not drawn whether it happens
 _TIE = 1e-9  # relative; equal statistics differ in the last bits when documents are summed in another order
 
 
@@ -74,13 +75,14 @@ def benjamini_hochberg(p: np.ndarray, family: int | None = None) -> np.ndarray:
     """
     q = np.full(p.shape, np.nan)
     known = np.isfinite(p)
-    values = p[known]
+    low = p < 1  # the others, often most, have q = 1 and come last
+    values, many = p[low], int(known.sum()) if family is None else family
     order = np.argsort(values)[::-1]
-    n = len(values)
-    ranked = np.minimum.accumulate(values[order] * (n if family is None else family) / np.arange(n, 0, -1))
-    out = np.empty(n)
+    ranked = np.minimum.accumulate(values[order] * many / np.arange(len(values), 0, -1))
+    out = np.empty(len(values))
     out[order] = np.minimum(ranked, 1)
-    q[known] = out
+    q[known] = 1
+    q[low] = out
     return q
 
 
@@ -216,7 +218,8 @@ def sign_flip_test(excess: np.ndarray, draws: int | None = None, seed: int = 0, 
 
     excess float64 [units, *cells]: per unit, count minus what the unit's own loads predict (0 where it cannot tell).
     The statistic is |sum| / sqrt(sum of squares). Units without any excess say nothing and are left out of the count.
-    Fewer than 2 telling units give NaN. Without ``family`` that p is NaN and ``maximum`` empty, and the same p takes half of the time.
+    Fewer than 2 telling units give NaN. Without ``family`` that p is NaN and ``maximum`` empty, and the same p takes half of the time or less:
+    signs are not drawn for cells that none will reach, by Hoeffding's inequality, but with a chance below CERTAIN.
     """
     cells = excess.shape[1:]
     flat = excess.reshape(len(excess), int(np.prod(cells)))
@@ -239,7 +242,9 @@ def sign_flip_test(excess: np.ndarray, draws: int | None = None, seed: int = 0, 
             exceeded += (null >= bar).sum(0)
             maxima[at] = null.max(1, initial=0)
     else:
-        exceeded = _reached(signs, scaled, bar)
+        exceeded = np.zeros(flat.shape[1], np.int64)
+        near = np.arange(len(bar)) if exact else np.flatnonzero(2 * bar.size * len(signs) * np.exp(-(bar**2) / 2) >= CERTAIN)
+        exceeded[near] = _reached(signs, scaled[:, near], bar[near])
     telling = (flat != 0).sum(0)
     result = _result(observed, exceeded, maxima, exact, np.full(flat.shape[1], min(2.0 ** (1 - int(telling.max(initial=0))), 1)))
     p, of_all, statistic = (np.where(telling >= 2, x, np.nan).reshape(cells) for x in (result.p, result.family, observed))
@@ -253,6 +258,8 @@ def _reached(signs: np.ndarray, scaled: np.ndarray, bar: np.ndarray) -> np.ndarr
 
     In single precision, and again in double where its error bound (Higham 2002, 3.5) leaves it open.
     """
+    from .shuffling import count_reached  # pays for numba
+
     slack = (len(scaled) + 4) * 2.0**-24 * np.abs(scaled).sum(0)
     least, most = (
         np.nextafter((bar - slack).astype(np.float32), np.float32(-1)),
@@ -260,14 +267,16 @@ def _reached(signs: np.ndarray, scaled: np.ndarray, bar: np.ndarray) -> np.ndarr
     )
     coarse, exceeded = scaled.astype(np.float32), np.zeros(len(bar), np.int64)
     for at in _chunks(len(signs), len(bar)):
-        null = np.abs(signs[at].astype(np.float32) @ coarse)
-        surely = null >= most
-        row, cell = np.nonzero((null >= least) > surely)
-        if len(row) > null.size // 256:  # many are equal: sums of few units
+        null, surely, perhaps = signs[at].astype(np.float32) @ coarse, np.zeros(len(bar), np.int64), np.zeros(len(bar), np.int64)
+        count_reached(null, least, most, surely, perhaps)
+        if perhaps.sum() - surely.sum() > null.size // 256:  # many are equal: sums of few units
             exceeded += (np.abs(signs[at] @ scaled) >= bar).sum(0)
             continue
-        exact = np.abs(np.einsum("nu,un->n", signs[at][row], scaled[:, cell]))
-        exceeded += surely.sum(0) + np.bincount(cell[exact >= bar[cell]], minlength=len(bar))
+        unsure = np.flatnonzero(perhaps > surely)
+        some = np.abs(null[:, unsure])
+        row, cell = np.nonzero((some >= least[unsure]) & (some < most[unsure]))
+        exact, cell = np.abs(np.einsum("nu,un->n", signs[at][row], scaled[:, unsure[cell]])), unsure[cell]
+        exceeded += surely + np.bincount(cell[exact >= bar[cell]], minlength=len(bar))
     return exceeded
 
 
@@ -276,11 +285,16 @@ def shares_p(total: np.ndarray, expected: np.ndarray, n: np.ndarray) -> np.ndarr
 
     exp(-n KL(total / n || expected / n)): Hoeffding 1963, whatever the shares' distributions. Arrays that broadcast to one shape; 1 for no share.
     """
+    total, expected, n = np.broadcast_arrays(total, expected, n)
+    out = np.ones(total.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
         found, rate = np.minimum(total / n, 1), np.minimum(expected / n, 1)
+        over = found > rate * (1 + _TIE)
+        found, rate = found[over], rate[over]
         used = np.where(found > 0, found * np.log(found / rate), 0)
         free = np.where(found < 1, (1 - found) * np.log((1 - found) / (1 - rate)), 0)
-        return np.where(found > rate * (1 + _TIE), np.exp(-n * (used + free)), 1.0)
+        out[over] = np.exp(-n[over] * (used + free))
+    return out
 
 
 def count_p(observed: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:

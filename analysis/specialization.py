@@ -8,7 +8,7 @@ Knows nothing of screens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count as count_from
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .information import Information, ceiling, plug_in, table_information
-from .reading import Reading, one_pass
+from .reading import Reading, coded_tokens, one_pass
 from .significance import (
     ALPHA,
     INTERVAL_DRAWS,
@@ -191,15 +191,16 @@ def label_effects(trace: Trace, site: int) -> Preferences:
 
 
 def by_group(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: np.ndarray, draws: int | None = None,
-             seed: int = 0) -> Preferences:  # fmt: skip
+             seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Preferences:  # fmt: skip
     """Preferences of any kind of token: ``codes`` int [tokens of the site's stream] into ``groups``, -1 for none.
 
     Null: within each document the kind has nothing to do with the expert, so documents lean to either side alike
     (signs of whole documents flipped), and no surer than if the kind were dealt at random to each document's tokens, in bunches as large as
     ``KindCounts.dispersion`` says: signs know nothing of counts too small to lean either way. ``significant`` also asks that
-    shares over all documents lean the same way as those within them. One streaming pass over the site's decisions. Raises TraceError without them.
+    shares over all documents lean the same way as those within them. One streaming pass over the site's decisions, which ``progress`` is told
+    of as by ``one_pass``. Raises TraceError without them.
     """
-    return one_pass(trace, site, group_reading(trace, site, kind, groups, codes, draws, seed))[0]
+    return one_pass(trace, site, group_reading(trace, site, kind, groups, codes, draws, seed), progress=progress)[0]
 
 
 def group_reading(trace: Trace, site: int, kind: str, groups: Sequence[str], codes: np.ndarray, draws: int | None = None,
@@ -223,8 +224,8 @@ def group_reading(trace: Trace, site: int, kind: str, groups: Sequence[str], cod
     return replace(result, within=within, significant=result.significant & agree, missing=few)
 
 
-def by_position(trace: Trace, site: int) -> Preferences:
-    """Preferences of stretches of positions, 0, 1-2, 3-6, 7-14, ...: doubling, as the statistics count them.
+def by_position(trace: Trace, site: int, progress: Callable[[int, int], None] | None = None) -> Preferences:
+    """Preferences of stretches of positions, 0, 1-2, 3-6, 7-14, ...: doubling, as the statistics count them. ``progress`` as for ``by_group``.
 
     A run of statistics alone gives shares and effects without test; its ``tokens`` leave out natively dropped assignments.
     """
@@ -233,9 +234,9 @@ def by_position(trace: Trace, site: int) -> Preferences:
     if trace.source is None or trace.load_tokens is None:
         plain = effects(site, "position", names, -(-load.sum(1) // trace.layers[site].top_k), load)
         return replace(plain, method="no test: the run holds statistics only, no decisions of single documents", missing=_NO_DOCUMENTS)
-    position = trace.stream_tokens(trace.layers[site].stream, columns=["position"])["position"].to_numpy()
-    bucket = np.floor(np.log2(np.arange(1, int(position.max(initial=0)) + 2))).astype(np.int64)[position]
-    return by_group(trace, site, "position", names, np.where(bucket < len(names), bucket, -1))
+    place = np.where(np.arange(32) < len(names), np.arange(32), -1).astype(np.int8)  # of a bucket: positions are int32
+    codes = coded_tokens(trace, trace.layers[site].stream, "position", lambda x: place.take(np.frexp(x.to_numpy() + 1.0)[1] - 1))
+    return by_group(trace, site, "position", names, codes, progress=progress)
 
 
 def effects(site: int, kind: str, groups: tuple[str, ...], tokens: np.ndarray, count: np.ndarray) -> Preferences:

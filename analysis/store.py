@@ -108,7 +108,7 @@ class StoredRouting:
         return join_scores(found)
 
     def tokens(self, stream: str, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        """Rows start to stop of a stream, ``columns`` of schema TOKENS."""
+        """Rows start to stop of a stream, ``columns`` of schema TOKENS; each part's texts with a dictionary of their own."""
         there = [c for c in columns if self._version > 1 or c != "predicted"]
         tables = []
         for part, a, b in self._pieces(stream, start, stop):
@@ -117,7 +117,7 @@ class StoredRouting:
                 file, footer = self._open(name)
                 tables.append(read_tokens(file, stream, a, b, there, alone, footer))
         with _naming(self._place, "tokens"):  # a footer may tell another schema than those of the other parts
-            rows = pa.concat_tables(tables).unify_dictionaries()
+            rows = pa.concat_tables(tables)
         if len(there) < len(columns):
             rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
         return rows.select(columns)

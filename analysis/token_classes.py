@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 
-from .reading import Reading, one_pass
+from .reading import Reading, coded_tokens, one_pass
 from .specialization import Preferences, group_reading
 from .trace import Trace, TraceError
 
@@ -43,19 +43,67 @@ def token_class(text: str) -> str:
     return "word starts" if text[0].isspace() else "word parts"
 
 
-def class_codes(trace: Trace, stream: str = "decoder") -> np.ndarray:
-    """int64 [tokens of the stream] into CLASSES; -1 where a token's text is not known. Raises TraceError without tokens."""
-    text = trace.stream_tokens(stream, columns=["token"])["token"].combine_chunks()
+_LETTER_BIT, _DIGIT, _BREAK, _VISIBLE, _ASK_FIRST, _ASK = (1 << i for i in range(6))
+
+
+def _held(byte: int) -> int:
+    """What a text has that holds the byte; _ASK where only ``token_class`` knows: beyond ASCII, a raw byte's \\xNN, or, at its start, <|end|>, [SEP]."""
+    c = chr(byte)
+    if byte > 127 or c == "\\":
+        return _ASK
+    kind = _LETTER_BIT if c.isalpha() else _DIGIT if c.isnumeric() else _BREAK if c in "\r\n" else 0
+    return kind | (not c.isspace()) * _VISIBLE | (c in "<[") * _ASK_FIRST
+
+
+def _kind(held: int) -> str:
+    """``token_class`` of a text that has this, _ASK_FIRST standing for a visible start."""
+    if not held & _VISIBLE:
+        return "newlines" if held & _BREAK else "spaces"
+    if not held & _LETTER_BIT:
+        return "digits" if held & _DIGIT else "punctuation"
+    return "word parts" if held & _ASK_FIRST else "word starts"
+
+
+_HELD = np.array([_held(b) for b in range(256)], np.uint8)
+_KIND = np.array([CLASSES.index(_kind(b)) for b in range(32)], np.int8)
+
+
+def class_codes(trace: Trace, stream: str = "decoder", progress: Callable[[int, int], None] | None = None) -> np.ndarray:
+    """int8 [tokens of the stream] into CLASSES; -1 where a token's text is not known. ``progress`` is as for ``one_pass``. Raises TraceError
+    without tokens."""
+    return coded_tokens(trace, stream, "token", _chunk_codes, progress)
+
+
+def _chunk_codes(text: pa.Array) -> np.ndarray:
+    """int8 [tokens]: ``class_codes`` of texts, each distinct one looked at once."""
     coded = text if pa.types.is_dictionary(text.type) else text.dictionary_encode()
-    at = {name: i for i, name in enumerate(CLASSES)}
-    kinds = np.array([*(-1 if t is None else at[token_class(t)] for t in coded.dictionary.to_pylist()), -1])
-    return np.asarray(kinds[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
+    kinds = np.append(text_codes(coded.dictionary), np.int8(-1))
+    return kinds.take(coded.indices.fill_null(-1).to_numpy(zero_copy_only=False))
 
 
-def by_class(trace: Trace, site: int, codes: np.ndarray | None = None) -> Preferences:
-    """Preferences of the token classes that occur. Null and cost as in ``by_group``; ``codes`` are class_codes where at hand."""
+def text_codes(texts: pa.Array) -> np.ndarray:
+    """int8 [texts]: ``token_class`` of each, as its place in CLASSES, -1 for null.
+
+    Read off the bytes of all texts at once where these are ASCII: each part of a run has some 15,000 texts of its own.
+    """
+    texts = texts.cast(pa.string())
+    edges = np.frombuffer(texts.buffers()[1], np.int32, len(texts) + 1, 4 * texts.offset)
+    of = _HELD.take(np.append(np.frombuffer(texts.buffers()[2] or b"", np.uint8, edges[-1]), np.uint8(0)))  # one more, where the last ends
+    held, first = np.bitwise_or.reduceat(of, edges)[:-1], of[edges[:-1]]
+    codes = _KIND[(held & (_ASK_FIRST - 1)) | (first & _VISIBLE) << 1]
+    asked = (held & _ASK > 0) | (first & _ASK_FIRST > 0) | (np.diff(edges) == 0) | texts.is_null().to_numpy(zero_copy_only=False)
+    for i in np.flatnonzero(asked).tolist():
+        text = texts[i].as_py()
+        codes[i] = -1 if text is None else CLASSES.index(token_class(text))
+    return codes
+
+
+def by_class(trace: Trace, site: int, codes: np.ndarray | None = None, progress: Callable[[int, int], None] | None = None) -> Preferences:
+    """Preferences of the token classes that occur. Null and cost as in ``by_group``; ``codes`` are class_codes where at hand.
+
+    ``progress`` is told of the site's decisions, as by ``one_pass``."""
     codes = class_codes(trace, trace.layers[site].stream) if codes is None else codes
-    return one_pass(trace, site, class_reading(trace, site, *present_classes(codes)))[0]
+    return one_pass(trace, site, class_reading(trace, site, *present_classes(codes)), progress=progress)[0]
 
 
 def class_reading(trace: Trace, site: int, names: Sequence[str], codes: np.ndarray) -> Reading[Preferences]:
@@ -64,11 +112,11 @@ def class_reading(trace: Trace, site: int, names: Sequence[str], codes: np.ndarr
 
 
 def present_classes(codes: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """(the classes that occur, int64 [tokens] into them); ``codes`` of ``class_codes``."""
-    present = np.flatnonzero(np.bincount(codes[codes >= 0], minlength=len(CLASSES)))
-    place = np.full(len(CLASSES) + 1, -1)
+    """(the classes that occur, int8 [tokens] into them); ``codes`` of ``class_codes``."""
+    present = [i for i in range(len(CLASSES)) if (codes == i).any()]
+    place = np.full(len(CLASSES) + 1, -1, np.int8)
     place[present] = np.arange(len(present))
-    return tuple(CLASSES[i] for i in present), place[codes]
+    return tuple(CLASSES[i] for i in present), place[codes]  # -1 stays -1
 
 
 def whole_words(texts: Sequence[str]) -> np.ndarray:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from .reading import Reading, end_of, one_pass, owners
-from .significance import benjamini_hochberg, family_p, shares_p
+from .reading import Reading, block_owners, documents_of, end_of, one_pass
+from .significance import CERTAIN, benjamini_hochberg, family_p, shares_p
 from .trace import Trace
 from .vocabulary import LEAST, TokenCounts, coded, on_cores, token_texts
 
-CERTAIN = 1e-6  # chance, below which it is not drawn whether it happens
 DRAWS = 199  # shuffles of a token's test: no p below 1 / (DRAWS + 1) can show
 
 
@@ -66,14 +65,15 @@ class DocumentUse:
     tests: TokenTests
 
 
-def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None, least: int = LEAST) -> DocumentUse | None:
+def document_use(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None, least: int = LEAST,
+                 progress: Callable[[int, int], None] | None = None) -> DocumentUse | None:  # fmt: skip
     """In how many documents ``ids`` (ascending, of counts.ids; default all) lean to experts: the fewer, the less memory.
 
-    One pass over the site; None for a run without decisions or tokens.
+    One pass over the site; None for a run without decisions or tokens. ``progress`` is told (tokens read, in all).
     """
     if trace.source is None or trace.load_tokens is None:
         return None
-    return one_pass(trace, counts.site, use_reading(trace, counts, ids, least))[0]
+    return one_pass(trace, counts.site, use_reading(trace, counts, ids, least), progress=progress)[0]
 
 
 def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None, least: int = LEAST,
@@ -88,14 +88,14 @@ def use_reading(trace: Trace, counts: TokenCounts, ids: np.ndarray | None = None
     place = np.full(len(every) + 1, len(ids))
     place[np.searchsorted(every, ids)] = np.arange(len(ids))
     place[-1] = -1  # tokens that have no id
-    row, document = place[code], owners(trace, layer.stream)
+    edges = np.cumsum([0, *documents_of(trace, layer.stream)[1].tolist()])
     cells, documents = DocumentCells(len(ids), layer.n_classes), np.zeros(len(ids), np.int64)
     leaning, share, rate = (np.zeros((len(ids), layer.n_classes), t) for t in (np.int64, np.float64, np.float64))
     while (block := (yield)) is not None:
         start, experts = block
         check_ids(experts, layer.n_classes)
-        here = slice(start, start + len(experts))
-        count_leaning(experts, document[here], row[here], cells.arrays(), documents, leaning, share, rate)
+        stop = start + len(experts)
+        count_leaning(experts, block_owners(edges, start, stop), place[code[start:stop]], cells.arrays(), documents, leaning, share, rate)
     count_leaning(*end_of(layer), cells.arrays(), documents, leaning, share, rate)
     p, family = shares_p(share, rate, documents[:, None]), int((counts.tokens >= least).sum()) * layer.n_classes
     return DocumentUse(ids, documents, leaning, TokenTests(p, benjamini_hochberg(p, max(family, p.size)), family))
@@ -112,7 +112,7 @@ def top_tokens(trace: Trace, counts: TokenCounts, expert: int, least: int = LEAS
                seed: int = 0, use: DocumentUse | None = None) -> tuple[TokenUse, ...]:  # fmt: skip
     """The expert's ids by falling lift, among those seen at least ``least`` times and used more often than elsewhere.
 
-    Ties by falling number of documents (with ``use``), by falling count, then by id: an expert that takes every occurrence of many ids gives
+    Without ``draws`` each p is 1. Ties by falling number of documents (with ``use``), by falling count, then by id: an expert that takes every occurrence of many ids gives
     them all one lift. Empty where nothing is. ``use``: ``document_use`` of the same counts, of all ids or at least of ``leading_ids``.
     """
     return top_tokens_of(trace, counts, [expert], least, most, draws, seed, use)[0]
@@ -133,6 +133,7 @@ class _Looked:
     """The ids that are looked at, I of them, all int64: ``ids``, ``tokens`` and ``dealt`` [I], tokens and assignments of each.
 
     all_dealt, all_tokens  of every id.  place [V + 1]: index into ids of those of the counts, I for the others.  cells: of each expert.
+    sizes  (the values of ``dealt``, how many ids have each).
     """
 
     ids: np.ndarray
@@ -142,6 +143,7 @@ class _Looked:
     all_tokens: int
     place: np.ndarray
     cells: list[np.ndarray]
+    sizes: tuple[np.ndarray, np.ndarray]
 
     @classmethod
     def at(cls, counts: TokenCounts, least: int) -> _Looked:
@@ -151,7 +153,8 @@ class _Looked:
         place[often] = np.arange(len(often))
         order = counts.expert.astype(np.uint16).argsort(kind="stable")
         cells = np.split(order, np.cumsum(np.bincount(counts.expert, minlength=counts.classes))[:-1])
-        return cls(counts.ids[often], counts.tokens[often], dealt[often], int(dealt.sum()), int(counts.tokens.sum()), place, cells)
+        return cls(counts.ids[often], counts.tokens[often], dealt[often], int(dealt.sum()), int(counts.tokens.sum()), place, cells,
+                   np.unique(dealt[often], return_counts=True))  # fmt: skip
 
     def highest(self, counts: TokenCounts, expert: int, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
         """(high, used, share, lift, total): the ``most`` ids of highest lift and what ties with the last of these, as indices into ids;
@@ -181,7 +184,7 @@ def _top_uses(counts: TokenCounts, looked: _Looked, expert: int, *, most: int, d
     rate = total / looked.all_dealt
     expected, spread = looked.dealt * rate, np.sqrt(looked.dealt)  # binomial error but for a factor all ids share
     standing = (used - expected) / spread
-    if draws * _reached(looked.dealt, rate, float(standing[order].min())) < CERTAIN:
+    if not draws or draws * _reached(*looked.sizes, rate, float(standing[order].min())) < CERTAIN:
         maximum = np.full(draws, -np.inf)  # no draw comes near
     else:
         colours = np.append(looked.dealt, looked.all_dealt - looked.dealt.sum())  # rare ids together: none of them is looked at
@@ -195,8 +198,8 @@ def _top_uses(counts: TokenCounts, looked: _Looked, expert: int, *, most: int, d
                      *(x[i] for x in told)) for i, at in enumerate(order)]  # fmt: skip
 
 
-def _reached(dealt: np.ndarray, rate: float, standing: float) -> float:
-    """Bound on P(an id's assignments, dealt at random, exceed what is expected by ``standing`` x sqrt(dealt)), summed over ids.
+def _reached(dealt: np.ndarray, times: np.ndarray, rate: float, standing: float) -> float:
+    """Bound on P(an id's assignments, dealt at random, exceed what is expected by ``standing`` x sqrt(dealt)), summed over ids, ``times`` of each.
 
     Hoeffding 1963: draws without return keep the binomial's bound exp(-n KL(q || rate)).
     """
@@ -204,4 +207,4 @@ def _reached(dealt: np.ndarray, rate: float, standing: float) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         exponent = q * np.log(q / rate) + (1 - q) * np.log((1 - q) / (1 - rate))
         bound = np.exp(-dealt * exponent)
-    return float(np.where(q >= 1, np.where(q > 1, 0.0, rate**dealt), np.where(q <= rate, 1.0, bound)).sum())
+    return float(times @ np.where(q >= 1, np.where(q > 1, 0.0, rate**dealt), np.where(q <= rate, 1.0, bound)))

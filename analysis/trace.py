@@ -269,6 +269,13 @@ class Trace:
 
         Of a run on disk only the row groups and columns that are needed are read, and not kept. Raises TraceError without tokens.
         """
+        return self._token_rows(stream, start, stop, columns).unify_dictionaries()
+
+    def token_column(self, stream: str, column: str, start: int, stop: int) -> pa.ChunkedArray:
+        """One column of ``stream_tokens`` as it is stored: each chunk of texts has a dictionary of its own, which takes as long to unify as to read."""
+        return self._token_rows(stream, start, stop, [column])[column]
+
+    def _token_rows(self, stream: str, start: int, stop: int | None, columns: Sequence[str]) -> pa.Table:
         if self.load_tokens is None:
             raise TraceError(f"run {self.name!r} holds statistics only, no tokens: capture it again with tokens")
         if self.load_rows is not None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .reading import Reading, owners
+from .reading import Reading, documents_of
 from .significance import MOST_UNITS
 from .trace import Trace
 
@@ -61,39 +61,51 @@ def kind_reading(trace: Trace, site: int, n_groups: int, codes: np.ndarray) -> R
     from .counting import check_ids  # pays for numba
 
     layer = trace.layers[site]
-    owner = owners(trace, layer.stream)
-    n, width = int(owner[-1]) + 1 if len(owner) else 0, layer.n_classes
-    known, units = codes >= 0, min(n, MOST_UNITS)
-    tokens = np.bincount(owner[known] * n_groups + codes[known], minlength=n * n_groups).reshape(n, n_groups)
+    edges = np.append(0, np.cumsum(documents_of(trace, layer.stream)[1]))
+    n, width = len(edges) - 1, layer.n_classes
+    units, tokens = min(n, MOST_UNITS), _group_tokens(codes, edges, n_groups)
     total = np.maximum(tokens.sum(1), 1)
     part = tokens / total[:, None]
     load, counts, weighted = np.zeros((n, width), np.int64), np.zeros((units, n_groups, width), np.int64), np.zeros((n_groups, width))
     unit = np.arange(n) * units // max(n, 1)
     while (block := (yield)) is not None:
         check_ids(block[1], width)
-        here = slice(block[0], block[0] + len(block[1]))
-        for first, table in _document_tables(block[1], owner[here], codes[here], n_groups, width):
+        for first, table in _document_tables(*block, edges, codes, n_groups, width):
             mine = slice(first, first + len(table))
             load[mine] += table.sum(1)
             starts = np.flatnonzero(np.diff(unit[mine], prepend=-1))
             counts[unit[mine][starts]] += np.add.reduceat(table, starts)
             weighted += np.einsum("dg,dge->ge", part[mine], table)
     rate = load / total[:, None]
-    edges = np.searchsorted(unit, np.arange(units + 1))
-    expected = np.array([tokens[a:b].T @ rate[a:b] for a, b in pairwise(edges.tolist())]).reshape(counts.shape)
+    bounds = np.searchsorted(unit, np.arange(units + 1))
+    expected = np.array([tokens[a:b].T @ rate[a:b] for a, b in pairwise(bounds.tolist())]).reshape(counts.shape)
     shared = tokens * (1 - part)
-    return KindCounts(counts, np.add.reduceat(tokens, edges[:-1]) if n else tokens, (tokens > 0).sum(0), np.diff(edges), expected,
-                       shared.T @ (rate * (1 - rate)), counts.sum(0) - weighted, expected.sum(0) - weighted, np.add.reduceat(shared, edges[:-1]) if n else shared)  # fmt: skip
+    return KindCounts(counts, np.add.reduceat(tokens, bounds[:-1]) if n else tokens, (tokens > 0).sum(0), np.diff(bounds), expected,
+                       shared.T @ (rate * (1 - rate)), counts.sum(0) - weighted, expected.sum(0) - weighted, np.add.reduceat(shared, bounds[:-1]) if n else shared)  # fmt: skip
 
 
-def _document_tables(experts: np.ndarray, owner: np.ndarray, codes: np.ndarray, n_groups: int,
+def _group_tokens(codes: np.ndarray, edges: np.ndarray, n_groups: int) -> np.ndarray:
+    """int64 [documents, groups]: tokens of each group in the rows edges[d] to edges[d + 1]. ValueError for a code of no group."""
+    from .counting import count_runs
+
+    if len(codes) != edges[-1] or (len(codes) and not -1 <= codes.min() <= codes.max() < n_groups):  # a kernel would count it out of bounds
+        raise ValueError(f"{len(codes):,} codes for {edges[-1]:,} tokens of {n_groups} kinds, or a code of no kind")
+    found = np.zeros((len(edges) - 1, n_groups + 1), np.int32)
+    count_runs((codes + 1)[:, None], edges, found)
+    return found[:, 1:].astype(np.int64)
+
+
+def _document_tables(start: int, experts: np.ndarray, edges: np.ndarray, codes: np.ndarray, n_groups: int,
                      classes: int) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
-    """(first document, int64 [documents, groups, classes] assignments) of a block, in pieces; what the block has of a document cut by its ends."""
+    """(first document, int64 [documents, groups, classes] assignments) of a block, in pieces; what the block has of a document cut by its ends.
+    Document d is the rows edges[d] to edges[d + 1]; the block has those from ``start`` on."""
     from .shuffling import count_groups
 
     most = max(CELLS // ((n_groups + 1) * (classes + 1)), 1)
-    for first in range(int(owner[0]), int(owner[-1]) + 1, most):
-        a, b = np.searchsorted(owner, (first, first + most))
-        table = np.zeros((int(owner[b - 1]) - first + 1, n_groups, classes + 1), np.int64)  # a column more for places without an expert
-        count_groups(experts[a:b], owner[a:b] - first, codes[a:b], table)
-        yield first, table[..., 1:]
+    stop = start + len(experts)
+    last = int(np.searchsorted(edges, stop))
+    for first in range(int(np.searchsorted(edges, start, "right")) - 1, last, most):
+        mine = np.clip(edges[first : min(first + most, last) + 1], start, stop) - start
+        table = np.zeros((len(mine) - 1, n_groups + 1, classes + 1), np.int64)  # places more for no group and no expert
+        count_groups(experts, mine, codes[start:stop], table)
+        yield first, table[:, 1:, 1:]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from analysis.trace import Trace
 
+EVERY = 0.1  # seconds: a block takes a tenth of that
+LONG = 1 << 20  # assignments of a layer, from which on to read them takes longer than a look
 _Found = TypeVar("_Found")
 
 
@@ -41,17 +45,23 @@ def each_layer(trace: Trace, known: dict[int, _Found], make: Callable[[Sequence[
     return [known[x.index] for x in trace.layers]
 
 
-def one_layer(site: int, known: dict[int, _Found], make: Callable[[Callable[[int, int], None]], _Found]) -> _Found:
-    """What was found of one site, which ``make`` makes if it is not ``known`` yet, telling (tokens read, tokens in all) as it goes on.
+def one_layer(
+    site: int, known: dict[int, _Found], make: Callable[[Callable[..., None]], _Found], place: DeltaGenerator | None = None
+) -> _Found:
+    """What was found of one site, which ``make`` makes if it is not ``known`` yet, telling (tokens read, tokens in all) as it goes on, and
+    ``what`` of them is read if it is not the decisions.
 
-    A person who leaves in the middle stops it at the next telling. Nothing is shown of what is done at the first one.
+    A person who leaves in the middle stops it at the next telling. It is told EVERY so often, and not of what is done before,
+    in the ``place`` of what comes, such as its headline, so that nothing below moves.
     """
     if site not in known:
-        place = st.empty()
+        place, last = st.empty() if place is None else place, monotonic()
 
-        def tell(done: int, total: int) -> None:
-            if done < total:
-                place.progress(done / total, text=f"Reading the layer's decisions: {done:,} of {total:,} tokens …")
+        def tell(done: int, total: int, what: str = "the layer's decisions") -> None:
+            nonlocal last
+            if done < total and monotonic() >= last + EVERY:
+                place.progress(done / total, text=f"Reading {what}: {done:,} of {total:,} tokens …")
+                last = monotonic()
 
         try:
             known[site] = make(tell)

@@ -8,7 +8,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from analysis import pair_tests
+from analysis import bittables, pair_tests
 from analysis.chance_pairs import add_fixed_odds
 from analysis.pair_tests import (
     LAST_SITE,
@@ -34,6 +34,16 @@ def routed(experts: list[np.ndarray], lengths: list[int], classes: int) -> Trace
     part = make_part(layers, lengths)
     routing = tuple(SiteRouting(x.astype(np.int16), old.weights, x.astype(np.int16)) for x, old in zip(experts, part.routing, strict=True))
     return make_trace(layers, [replace(part, routing=routing)])
+
+
+class _Given:
+    """A source of these decisions, whatever an invariant would say of them."""
+
+    def __init__(self, routing: tuple[SiteRouting, ...]) -> None:
+        self.routing = routing
+
+    def experts(self, site: int, start: int, stop: int) -> np.ndarray:
+        return self.routing[site].experts[start:stop]
 
 
 def drawn(seed: int, lengths: list[int], classes: int = 6, k: int = 2, spread: float = 1.0) -> list[np.ndarray]:
@@ -95,6 +105,38 @@ def test_pairs_of_units_are_those_of_the_decisions(layers: tuple, monkeypatch: p
                 np.testing.assert_allclose(np.where(mine, found.excess[unit], 0), np.where(mine, want - mine, 0), atol=1e-5)
                 expected += mine
             np.testing.assert_allclose(found.expected, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("fault", ["none", "missing", "twice"])
+@pytest.mark.parametrize("shape", [((6, 2), (6, 2)), ((64, 8), (40, 5)), ((3, 1), (6, 2))], ids=["small", "wide", "one"])
+def test_pairs_by_bits_are_those_row_by_row(shape: tuple, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over blocks and units that documents cross; a row with no expert, or one twice, is looked at on its own, with its block."""
+    (e, k), (f, j) = shape
+    rng, lengths = np.random.default_rng(0), [700, 3, 1, 1_300, 64, 640, 9]
+    n, sites = sum(lengths), []
+    for classes, each in shape:
+        sites.append(rng.random((n, classes)).argpartition(each - 1)[:, :each])
+    if fault == "missing":
+        sites[0][1_500, 0] = -1
+    elif fault == "twice" and k > 1:
+        sites[0][1_500, 0] = sites[0][1_500, 1]
+    layers = site(0, e, k), site(1, f, j)
+    part = make_part(layers, lengths)
+    routing = tuple(SiteRouting(x.astype(np.int16), old.weights, x.astype(np.int16)) for x, old in zip(sites, part.routing, strict=True))
+    trace, asked = make_trace(layers, [part]), [(0, 0), (0, 1)]
+    trace = replace(trace, source=_Given(routing))
+    monkeypatch.setattr(pair_tests, "ROWS", 600)
+    monkeypatch.setattr(pair_tests, "MOST_UNITS", 3)
+    by_words, rows = [], pair_tests._rows
+    monkeypatch.setattr(pair_tests, "_rows", lambda *a: by_words.append(rows(*a)) or by_words[-1])
+    found = count_units(trace, asked, np.array(lengths))
+    used = [all(len(x.words) for x in some.values()) for some in by_words]
+    assert len(used) == -(-n // 600) and sum(used) == len(used) - (fault != "none" and (k > 1 or fault == "missing"))
+    monkeypatch.setattr(bittables, "worth_bits", lambda *_: False)
+    for mine, other in zip(found, count_units(trace, asked, np.array(lengths)), strict=True):
+        for name in ("tables", "excess", "expected", "spread"):
+            assert np.array_equal(getattr(mine, name), getattr(other, name)), name
+    assert not any(len(x.words) for some in by_words[len(used) :] for x in some.values())
 
 
 def test_pairs_of_several_sites_are_tested_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,6 +218,17 @@ def test_sign_flips_in_single_precision_count_the_same(ties: bool) -> None:
     assert np.isnan(coarse.family).all() and coarse.draws == 2_000 and not len(coarse.maximum)
 
 
+def test_signs_that_none_can_reach_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells that lean further and further: p as if all were drawn, and few are."""
+    excess = np.random.default_rng(0).normal(size=(200, 60)) + np.linspace(0, 2, 60)
+    looked, reached = [], significance._reached
+    monkeypatch.setattr(significance, "_reached", lambda s, x, bar: looked.append(len(bar)) or reached(s, x, bar))
+    found = sign_flip_test(excess, 999, family=False)
+    monkeypatch.setattr(significance, "CERTAIN", 0.0)
+    assert np.array_equal(found.p, sign_flip_test(excess, 999, family=False).p) and np.array_equal(found.p, sign_flip_test(excess, 999).p)
+    assert looked[1] == 60 > looked[0] + 20 and looked[0] >= 10
+
+
 @pytest.mark.parametrize("n", [1, 2, 17, 1000])
 def test_intervals_are_percentiles_to_the_bit(n: int) -> None:
     values = np.random.default_rng(n).normal(size=(n, 4, 3))

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis.token_classes import CLASSES, by_class, class_codes, prose_example, token_class, whole_words
+from analysis.token_classes import CLASSES, by_class, class_codes, prose_example, text_codes, token_class, whole_words
 from analysis.trace import Trace
 from tests.synthetic import PLAIN, make_part, make_trace
 
@@ -41,6 +41,18 @@ def test_text_of_ascii_is_looked_at_as_any_other() -> None:
         else:
             expected = "digits" if any(unicodedata.category(c) == "Nd" for c in text) else "punctuation"
         assert token_class(text) == expected, repr(text)
+
+
+def test_texts_are_classed_together_as_one_by_one() -> None:
+    """Every text of one or two characters below 128 and those of KINDS, between nulls; also of a slice, and of none."""
+    texts = [None, *(t for kind in KINDS.values() for t in kind), *map(chr, range(300)), None, *(f"{chr(a)}{chr(b)}" for a in range(128) for b in range(128)),
+             " <s>", "<S>", "a[SEP]", "[SEP]x", " \\xe4", "\\xE4", "x\x80", "", None, " "]  # fmt: skip
+    expected = [-1 if t is None else CLASSES.index(token_class(t)) for t in texts]
+    assert set(expected) == set(range(-1, len(CLASSES)))
+    for type_ in (pa.string(), pa.large_string()):
+        array = pa.array(texts, type_)
+        assert text_codes(array).tolist() == expected and text_codes(array)[:0].tolist() == text_codes(array[:0]).tolist()
+        assert all(text_codes(array[a:b]).tolist() == expected[a:b] for a, b in ((1, 40), (40, 41), (350, 9_000), (16_000, None)))
 
 
 def of_text(layers: tuple = PLAIN, seed: int = 0) -> Trace:

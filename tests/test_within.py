@@ -54,3 +54,11 @@ def test_within_documents_by_hand(rows: int, cells: int, units: int, monkeypatch
         p = [sign_flip_test(counted.counts - counted.expected).p, count_p(*counts)]
         np.testing.assert_allclose(found.p, np.maximum(*p))
         assert (p[0] > p[1]).any() and (p[0] < p[1]).any() and (found.family_p >= found.p).all()
+
+
+def test_a_code_of_no_kind_is_an_error() -> None:
+    """A kernel would count it out of bounds."""
+    trace = random_trace(2, [9, 30])
+    for codes in (np.full(39, 3), np.full(39, -2), np.zeros(38, int)):
+        with pytest.raises(ValueError, match="codes for 39 tokens of 3 kinds"):
+            by_group(trace, 0, "kind", "xyz", codes)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from analysis.cards import (
     company,
     expert_card,
     expert_load,
+    group_uses,
     known_tokens,
     neighbours,
     passages,
@@ -32,7 +34,7 @@ from analysis.glossary import GLOSSARY
 from analysis.neighbours import Similarities, WeightsError, expert_similarities
 from analysis.pair_tests import PairTest, pair_tests
 from analysis.significance import ALPHA
-from analysis.specialization import Preferences
+from analysis.specialization import Preferences, by_label
 from analysis.token_use import DRAWS, TokenUse, top_tokens
 from analysis.trace import LayerInfo, Trace
 from app import captions, charts, text
@@ -41,30 +43,45 @@ from app.downloads import computed_downloads
 from app.figures import show_figure
 from app.layers import kept, one_layer
 from app.runs_folder import model_folder
-from app.selection import choice, current_trace, expert_search, layer_picker, recording_id
+from app.selection import answered, choice, current_trace, expert_search, layer_picker, recording_id
 from app.strip_data import hues
 
+LARGE = 4  # layers whose tokens are kept with the documents that use them, 100 MB each
 SHOWN, WIDE = 8, 362  # other experts in a table; pixels of one of three tables side by side, or of a telephone
 VERDICT = {1: "more", -1: "less"}
 
 
+def label_preferences(trace: Trace, site: int) -> Preferences:
+    """What kinds of text the layer's experts serve, from counts by document; the page Specialization keeps those of all layers at the same place."""
+    known = kept(run, ("preferences", "label"))
+    if site not in known:
+        known[site] = by_label(trace, site)
+    return cast(Preferences, known[site])
+
+
 def evidence(trace: Trace, site: int) -> SiteEvidence:
     """What the layer's experts serve, tested, without the tokens and the pairs, which come further down."""
-    make = partial(site_evidence, trace, site, False, False)
+    make = partial(site_evidence, trace, site, False, False, labels=texts)
     return one_layer(site, kept(run, ("evidence",)), lambda tell: replace(make(tell), tokens=None))
 
 
-@st.cache_resource(max_entries=8, show_spinner="Counting the documents in which each token leans to an expert …")
-def token_evidence(_trace: Trace, _known: SiteEvidence, run: str, site: int) -> SiteEvidence:
-    """``_known`` with what is known of the layer's tokens; few are kept, as they are large. ``run`` names the trace with its date."""
-    return with_use(_trace, replace(_known, tokens=known_tokens(_trace, site)))
+def token_evidence() -> SiteEvidence:
+    """``known`` with what is known of the layer's tokens; few are kept, as they are large."""
+    layers = kept(run, ("tokens and documents",))
+    found = one_layer(site, layers, lambda tell: with_use(trace, replace(known, tokens=known_tokens(trace, site)), tell))
+    for other in list(layers)[:-LARGE]:
+        layers.pop(other, None)
+    return found
 
 
-@st.cache_resource(max_entries=256, show_spinner="Dealing this expert's assignments to the tokens again …")
-def token_uses(_trace: Trace, _known: SiteEvidence, run: str, site: int, expert: int) -> tuple[TokenUse, ...]:
+def token_uses() -> tuple[TokenUse, ...]:
     """The expert's tokens by lift; none where they cannot be known."""
-    whole = token_evidence(_trace, _known, run, site)
-    return () if whole.tokens is None else top_tokens(_trace, whole.tokens, expert, use=whole.token_use)
+    experts = kept(run, ("top tokens",)).setdefault(site, {})
+    if expert not in experts:
+        whole = token_evidence()
+        with st.spinner("Dealing this expert's assignments to the tokens again …"):
+            experts[expert] = () if whole.tokens is None else top_tokens(trace, whole.tokens, expert, use=whole.token_use)
+    return cast(tuple[TokenUse, ...], experts[expert])
 
 
 @st.cache_resource(max_entries=64, show_spinner="Looking for passages …")
@@ -73,8 +90,8 @@ def examples(_trace: Trace, run: str, site: int, expert: int, label: str | None)
     return passages(_trace, site, expert, label=label)
 
 
-def uses(rows: Sequence[GroupUse], what: str, found: Preferences | None) -> None:
-    """Groups by lift, with interval and whether they are more than chance."""
+def uses(rows: Sequence[GroupUse], what: str, found: Preferences | None, of: str) -> None:
+    """Groups by lift, with interval and whether they are more than chance; the one that is looked at, ``of``, is marked."""
     if missing := found.missing if found is not None else "":
         text.show_note(missing)
     show_figure(
@@ -82,7 +99,7 @@ def uses(rows: Sequence[GroupUse], what: str, found: Preferences | None) -> None
         key=f"uses-{what}", alt=f"Bars of log2 enrichment by {what}, with intervals.",
         definition=f"Expert {expert} of {trace.layers[site].title}: the share of the {what}'s tokens that use it over that of all others;"
         f" 1× is no preference. {'No bar can be tested.' if missing else 'Faded: not distinguishable from chance at a false discovery rate of 5%.'}",
-        n=f"{card.n:,} tokens in {len(rows):,} groups",
+        n=f"{load.n:,} tokens in {len(rows):,} groups",
         how="Intervals (95%, over documents) are for one bar alone, not corrected; a bar may clear 1× and still be faded."
         + (f" Test: {found.method}; corrected for the cells of this layer and this look only." if found is not None and not missing else ""),
     )  # fmt: skip
@@ -221,10 +238,8 @@ def show_passages() -> None:
     label = of.removeprefix("label-") if of.startswith("label-") else None
     found = examples(trace, run, site, expert, label)
     for i, p in enumerate(found):
-        rows = trace.stream_tokens(layer.stream, p.start, p.stop, ["token", "token_bytes"])
         weights = np.array(p.weights, np.float32)[:, None]
-        token_strip(text.token_texts(rows["token"].to_pylist(), rows["token_bytes"].to_pylist()),
-                    ["\n" in (t or "") for t in rows["token"].to_pylist()], [np.where(weights > 0, expert, -1)], [weights], [layer.title], hues(trace, [layer]),
+        token_strip(text.token_texts([t or "" for t in p.texts], p.raw), ["\n" in (t or "") for t in p.texts], [np.where(weights > 0, expert, -1)], [weights], [layer.title], hues(trace, [layer]),
                     f"passage-{run}-{site}-{expert}-{i}", layer=0, spotlight=expert, slot=f"passage-{i}", compact=True)  # fmt: skip
         with st.container(horizontal=True, vertical_alignment="center"):
             with st.container(width="content"):
@@ -253,7 +268,7 @@ with st.container(horizontal=True):
     asking = st.empty()
 load = expert_load(trace, site, expert)
 title, counted = f"{load.title[:1].upper()}{load.title[1:]}", site in kept(run, ("evidence",))
-answer = st.empty()
+answer = st.container(key="answer").empty()  # which keeps room for what is to come
 if not counted:
     with answer:
         text.show_heading(f"{title}: counting what kinds of text and token use it …")
@@ -271,6 +286,14 @@ numbers.metric(
 numbers.metric("Mean gate weight", f"{load.mean_gate:.2f}" if load.assignments else "–", border=True, help="Where it is used; as executed.")
 if not counted:
     asking.selectbox("Looking at", ["counting …"], key="counting", disabled=True, width=180)
+texts = label_preferences(trace, site)
+if load.assignments and texts.groups:  # from counts alone: it stands while decisions are read
+    st.header("Which texts use it?")
+    uses(group_uses(texts, expert), "label", texts, answered("of", {"all": "", **{f"label-{g}": g for g in texts.groups}}, "all"))
+about_kinds = st.empty()
+if load.assignments and trace.load_tokens is not None:
+    with about_kinds:
+        st.header("Which kinds of token?")
 known = evidence(trace, site)
 with asking.container():
     kinds = {f"{p.kind}-{g}": text.visible_name(g) for p in (known.labels, known.classes) if p is not None for g in p.groups}
@@ -282,13 +305,11 @@ with answer:
 if not card.assignments:
     st.info("No token of this run uses this expert: there is nothing to tell. Choose another one, or a longer run.")
     st.stop()
-if card.labels:
-    st.header("Which texts use it?")
-    uses(card.labels, "label", known.labels)
 if card.classes:
-    st.header("Which kinds of token?")
-    uses(card.classes, "class", known.classes)
-tokens = token_uses(trace, known, run, site, expert)
+    uses(card.classes, "class", known.classes, of)
+else:
+    about_kinds.empty()
+tokens = token_uses()
 if tokens:
     st.header("Which tokens, most of all?")
     st.dataframe(
@@ -307,7 +328,8 @@ if tokens:
 if trace.load_tokens is not None:
     st.header("Where in the text?")
     show_passages()
-beside = st.container()
+st.header("Whom does it work with?")
+company_tables = show_company()
 weights = show_weights()
 for sentence in card.missing:
     text.show_note(f"Not known: {sentence}.")
@@ -318,9 +340,7 @@ tables = {
     for name, uses_ in (("labels", card.labels), ("token classes", card.classes), ("tokens", tokens))
     if uses_
 }
-with beside:
-    st.header("Whom does it work with?")
-    tables |= show_company()
+tables |= company_tables
 if weights is not None:
     tables["weights"] = "one row per other expert of the layer: cosine similarity of weights", weights
 if tables:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from threading import Event
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from analysis.glossary import GLOSSARY
 from analysis.information import Information
@@ -20,7 +22,7 @@ from analysis.pair_tests import coactivation_test, flow_test
 from analysis.paths import saturation
 from analysis.significance import ALPHA
 from analysis.specialization import Preferences, by_label, by_position, seriation
-from analysis.token_classes import by_class
+from analysis.token_classes import by_class, class_codes
 from analysis.token_use import TokenUse, leading_ids, top_tokens_of
 from analysis.trace import Trace
 from analysis.vocabulary import (
@@ -37,7 +39,7 @@ from app import captions, charts, text
 from app.downloads import computed_downloads
 from app.every_layer import show_every_layer
 from app.figures import show_figure
-from app.layers import kept, layer_by_layer, one_layer
+from app.layers import LONG, kept, layer_by_layer, one_layer
 from app.repeats import show_repeats
 from app.selection import choice, comparable_runs, current_trace, layer_picker, open_expert, recording_id, section, theme
 
@@ -67,10 +69,23 @@ SHOWN = 8  # tokens per expert
 
 
 @st.cache_resource(max_entries=64, show_spinner="Testing every cell against shuffled labels …")
-def preferences(_trace: Trace, run: str, site: int, kind: str) -> Preferences:
-    """Effects and tests of one site; ``run`` names the trace with its date."""
-    made: dict[str, Callable[[Trace, int], Preferences]] = {"label": by_label, "class": by_class, "position": by_position}
-    return made[kind](_trace, site)
+def label_preferences(_trace: Trace, run: str, site: int) -> Preferences:
+    """Effects and tests of labels at one site, from statistics; ``run`` names the trace with its date."""
+    return by_label(_trace, site)
+
+
+def tested(kind: str) -> Callable[..., Preferences]:
+    """What gives effects and tests of one site by reading its decisions, and may be told of as ``one_layer`` has it. The texts of a stream's
+    tokens are read once for all sites asked for."""
+    codes: dict[str, np.ndarray] = {}
+
+    def of_classes(site: int, tell: Callable[..., None] | None = None) -> Preferences:
+        stream = trace.layers[site].stream
+        if stream not in codes:
+            codes[stream] = class_codes(trace, stream, tell and partial(tell, what="the tokens' texts"))
+        return by_class(trace, site, codes[stream], tell)
+
+    return of_classes if kind == "class" else partial(by_position, trace)
 
 
 @st.cache_resource(max_entries=8, show_spinner="Measuring every layer …")
@@ -80,12 +95,13 @@ def informations(_trace: Trace, run: str) -> list[tuple[Information, DocumentInt
         return list(pool.map(lambda x: label_information_and_interval(_trace, x.index), _trace.layers))
 
 
-def show_preferences(found: Preferences, site: int) -> None:
-    """Headline, heatmap and definitions of one kind of groups."""
+def show_preferences(found: Preferences, site: int, place: DeltaGenerator) -> None:
+    """Headline in its ``place``, heatmap and definitions of one kind of groups."""
     layer = trace.layers[site]
     rows = trace.documents.filter(pc.equal(trace.documents["stack"], layer.stream))
     documents = pc.count(rows["label"]).as_py() if found.kind == "label" else len(rows)
-    text.show_heading(captions.preferences_headline(found, layer))
+    with place:
+        text.show_heading(captions.preferences_headline(found, layer))
     if found.missing:
         st.page_link("views/runs.py", label="Record more text →")
     text.show_note(f"An expert's number means nothing without its layer: expert 3 of {layer.title} is unrelated to expert 3 of any other.",
@@ -135,6 +151,13 @@ def vocabulary(_trace: Trace, run: str, site: int, variant: str) -> tuple[Inform
         return alone.result(), words.result()
 
 
+@st.cache_resource(max_entries=32, show_spinner=False)
+def by_lift(_trace: Trace, run: str, site: int, variant: str) -> tuple[tuple[TokenUse, ...], ...]:
+    """Each expert's tokens by lift, from counts alone."""
+    counts = counted(_trace, run, site, variant)
+    return top_tokens_of(_trace, counts, range(counts.classes), most=SHOWN, draws=0)
+
+
 def served(variant: str) -> tuple[tuple[tuple[TokenUse, ...], ...], DocumentInterval]:
     """(each expert's tokens by lift, interval of eq. 8) of the layer chosen: one pass over its decisions, told as it goes on."""
 
@@ -164,23 +187,29 @@ def show_vocabulary() -> dict[str, tuple[str, pa.Table]]:
         " min(H(token id), H(expert) - log2 k) where every token has k experts. The share is (measured - by chance) / (at most - by chance). Dealt at random, a token may get one expert twice: with few tokens, chance can exceed what is possible."
         f" By chance: {alone.null}.",
     )
+    table, about = st.container(key="uses").empty(), st.empty()
+    if words.n_frequent and trace.source is not None and alone.n >= LONG and site not in kept(run, ("tokens by expert", asked)):
+        show_uses(table, {"by lift; what documents say of them is being counted …": by_lift(trace, run, site, asked)})
+        with about:
+            text.show_note(f"The {SHOWN} tokens each expert is used for most, by lift, from counts alone. Which are beyond chance is told once every decision is"
+                           " read; of tokens with one lift, those in most documents then take these places.")  # fmt: skip
     found, interval = served(asked)
+    if words.n_frequent:
+        show_uses(table, {title: [tuple(t for t in uses if claimed(t) == beyond) for uses in found]
+                          for title, beyond in ((f"beyond chance (q up to {ALPHA:.0%})", True), ("cannot be told from chance", False))})  # fmt: skip
+        with about:
+            text.show_note(
+                f"The {SHOWN} tokens it is used for most, by lift; in brackets: in how many of the documents that hold the token it uses the expert more often than"
+                " the rest of the document does, and q. By chance a token uses an expert as often as the rest of its document; few documents tell little.",
+                f"q: the false discovery rate at which the token is still claimed, corrected for every id seen {words.least:,} times at every expert of this layer"
+                " (Benjamini and Hochberg). Its unit is the document: each that holds the token gives the share of its occurrences there that use the expert, expected"
+                " to be the document's own rate (Hoeffding's bound, one-sided). The file has q, this p, and a p that takes each occurrence for independent."
+                f" Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
+                " are left out. Where an expert takes every occurrence, all lifts tie at the highest. A token of one document may be that document's habit.",
+            )
     show_interval(interval, words)
     if "predicted" not in variants:
         text.show_note(PREDICTED_NEXT)
-    if words.n_frequent:
-        st.dataframe(pd.DataFrame({title: ["   ".join(map(told, (t for t in uses if claimed(t) == beyond))) for uses in found]
-                                   for title, beyond in ((f"beyond chance (q up to {ALPHA:.0%})", True), ("cannot be told from chance", False))},
-                                  index=pd.Index(range(len(found)), name="expert")))  # fmt: skip
-        text.show_note(
-            f"The {SHOWN} tokens it is used for most, by lift; in brackets: in how many of the documents that hold the token it uses the expert more often than"
-            " the rest of the document does, and q. By chance a token uses an expert as often as the rest of its document; few documents tell little.",
-            f"q: the false discovery rate at which the token is still claimed, corrected for every id seen {words.least:,} times at every expert of this layer"
-            " (Benjamini and Hochberg). Its unit is the document: each that holds the token gives the share of its occurrences there that use the expert, expected"
-            " to be the document's own rate (Hoeffding's bound, one-sided). The file has q, this p, and a p that takes each occurrence for independent."
-            f" Lift: share of the token's occurrences that use the expert, over the expert's share of all tokens; ids seen fewer than {words.least:,} times"
-            " are left out. Where an expert takes every occurrence, all lifts tie at the highest. A token of one document may be that document's habit.",
-        )
     tokens = pa.Table.from_pylist([{"expert": e, "token_is": asked, **vars(t)} for e, uses in enumerate(found) for t in uses])
     tables = {
         "tokens by expert": (
@@ -257,8 +286,17 @@ def show_followed(variants: Mapping[str, str], least: int) -> pa.Table:
     return table
 
 
+def show_uses(place: DeltaGenerator, columns: Mapping[str, Sequence[Sequence[TokenUse]]]) -> None:
+    """A row of tokens per expert, in each of the columns."""
+    rows = {title: ["   ".join(map(told, uses)) for uses in experts] for title, experts in columns.items()}
+    with place:
+        st.dataframe(pd.DataFrame(rows, index=pd.Index(range(len(next(iter(rows.values())))), name="expert")))
+
+
 def told(use: TokenUse) -> str:
-    """A token with its lift, and by document."""
+    """A token with its lift, and by document where that is known."""
+    if use.documents is None:
+        return f"{text.visible_token(shown(use))} {use.lift:.1f}x"
     q = "" if use.q is None else f", q {use.q:.1g}" if use.q >= 0.001 else ", q < 0.001"
     return f"{text.visible_token(shown(use))} {use.lift:.1f}x ({use.leaning} of {use.documents}{q})"
 
@@ -275,13 +313,15 @@ def shown(use: TokenUse) -> str:
 
 def show_pairs(kind: str) -> pa.Table:
     """Lift of pairs of experts, in one layer or from one to the next, with the pairs that chance alone could give crossed out."""
-    test = coactivation_test if kind == "pairs" else flow_test
-    found = one_layer(site, kept(run, ("pair tests", kind)), lambda tell: test(trace, site, tell))
+    test, place = coactivation_test if kind == "pairs" else flow_test, st.container(key="answer").empty()
+    found = one_layer(site, kept(run, ("pair tests", kind)), lambda tell: test(trace, site, tell), place)
     pairs, here, weak = found.counts, trace.layers[site].title, np.isfinite(found.counts.lift) & ~found.significant
     if not pairs.observed.shape[1]:
-        text.show_heading(f"{here.capitalize()} is the last routed layer: choose an earlier one to see where its tokens go on.")
+        with place:
+            text.show_heading(f"{here.capitalize()} is the last routed layer: choose an earlier one to see where its tokens go on.")
         return pa.table({"row": pa.array([], pa.int64())})
-    text.show_heading(captions.pairs_headline(found, here))
+    with place:
+        text.show_heading(captions.pairs_headline(found, here))
     show_figure(
         trace, charts.lift_map(pairs.lift, "expert" if kind == "pairs" else f"expert at {here}", "expert" if kind == "pairs" else "expert at the next layer",
                                theme(), None if found.missing else weak),
@@ -340,10 +380,12 @@ with st.container(horizontal=True, vertical_alignment="bottom"):
     kind = choice("by", "Look", offered, next(iter(offered)), draw=st.segmented_control, absent={"runs": NO_RUNS})
 tables: dict[str, tuple[str, pa.Table]] = {}
 if kind in ("label", "class", "position"):
-    found = preferences(trace, run, site, kind)
-    show_preferences(found, site)
+    test = partial(label_preferences, trace, run) if kind == "label" else tested(kind)
+    place = st.container(key="answer").empty()
+    found = test(site) if kind == "label" else one_layer(site, kept(run, ("preferences", kind)), partial(test, site), place)
+    show_preferences(found, site, place)
     tables[KINDS[kind]] = f"one row per {kind} and expert", found.table()
-    tables |= show_every_layer(trace, run, found, lambda i: preferences(trace, run, i, kind))
+    tables |= show_every_layer(trace, run, found, test)
     if kind == "label":
         show_layers()
 elif kind == "token":

@@ -91,9 +91,12 @@ def test_what_statistics_tell_comes_first_and_the_rest_in_its_place(runs: Path, 
     headings = [m.value for m in stopped.markdown if m.value.startswith("## ")]
     assert stopped.exception and len(headings) == 1 and headings[0].endswith("counting what kinds of text and token use it …")
     assert stopped.selectbox(key="counting").disabled
+    [texts] = stopped.get("plotly_chart")  # from counts alone
+    assert [h.value for h in stopped.header] == ["Which texts use it?", "Which kinds of token?"]
     test = shown("expert", "demo-run")
     assert not test.exception and [m.value for m in test.metric] == [m.value for m in stopped.metric] != []
     assert not [m.value for m in test.markdown if "counting" in m.value] and test.selectbox(key="of").value == "all"
+    assert test.get("plotly_chart")[0].proto.spec == texts.proto.spec
 
 
 def test_what_was_clicked_is_marked_and_its_passages_are_offered(runs: Path) -> None:
@@ -109,3 +112,17 @@ def test_what_was_clicked_is_marked_and_its_passages_are_offered(runs: Path) -> 
     assert [parse_qs(x.query_string) for x in links if x.label.startswith("See it")] == [
         {"run": ["demo-run"], "layer": ["layer 5"], "doc": [str(p.document + 1)], "token": [str(p.position)]} for p in found
     ]
+
+
+def test_few_layers_keep_the_documents_of_their_tokens(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another expert of a layer costs no pass, nor does one that was seen; a layer seen long ago is counted again for a new one."""
+    st.cache_resource.clear()
+    asked, use = [], cards.document_use
+    monkeypatch.setattr(cards, "document_use", lambda trace, counts, *a, **k: asked.append(counts.site) or use(trace, counts, *a, **k))
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
+    test.query_params["run"] = "demo-run"
+    test.switch_page("views/expert.py")
+    for layer, expert in ((0, 1), (0, 2), (1, 1), (2, 1), (3, 1), (4, 1), (0, 1), (0, 3)):
+        test.query_params.update({"layer": f"layer {layer}", "expert": str(expert)})
+        assert not test.run().exception
+    assert asked == [0, 1, 2, 3, 4, 0]

@@ -1,8 +1,11 @@
 """Work on layers that takes seconds: told, left and gone on with."""
 
+import pytest
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 from streamlit.testing.v1 import AppTest
 
+from app import layers
 from tests.synthetic import PLAIN
 
 
@@ -30,6 +33,24 @@ def test_one_layers_work_is_told_stopped_and_kept() -> None:
     assert test.session_state["told"] == [1, 1, 2, 3] and test.markdown[0].value == "1 row" and not test.exception
     test.run()
     assert test.session_state["told"] == [1, 1, 2, 3] and test.markdown[0].value == "1 row"
+
+
+def test_work_is_told_of_every_so_often_and_as_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script() -> None:
+        from app.layers import one_layer
+
+        def make(tell: object) -> str:
+            for done in range(1, 6):
+                tell(done * 1_000, 5_000, **({"what": "the texts"} if done < 3 else {}))
+            return "found"
+
+        one_layer(0, {}, make)
+
+    said, at = [], iter([0, 0.2, 0.2, 0.25, 0.31, 0.31, 0.35])
+    monkeypatch.setattr(layers, "monotonic", lambda: next(at))
+    monkeypatch.setattr(DeltaGenerator, "progress", lambda self, value, text: said.append((value, text)))
+    assert not AppTest.from_function(script).run().exception
+    assert said == [(0.2, "Reading the texts: 1,000 of 5,000 tokens …"), (0.6, "Reading the layer's decisions: 3,000 of 5,000 tokens …")]
 
 
 def test_layers_done_are_kept_when_a_view_is_left() -> None:

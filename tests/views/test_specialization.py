@@ -9,15 +9,17 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from analysis import jackknife, vocabulary
+from analysis import jackknife, specialization, token_classes, vocabulary
 from analysis.capture import capture
 from analysis.jackknife import vocabulary_interval
 from analysis.repetition import repetition
-from analysis.specialization import by_label
+from analysis.specialization import by_label, by_position
 from analysis.store import open_run
+from analysis.token_classes import by_class
 from analysis.token_use import document_use, leading_ids, top_tokens_of
 from analysis.vocabulary import VARIANTS, context_independence, input_tokens
-from app import charts
+from app import charts, layers
+from app.captions import preferences_headline
 from app.text import plain
 from tests import tiny
 from tests.synthetic import PLAIN
@@ -71,6 +73,30 @@ def test_every_layer_side_by_side_is_each_layers_own_map(runs: Path) -> None:
         f"{x.title}: {int((f.significant & (f.lift >= 1.5)).any(0).sum())} of 16 experts" for x, f in zip(trace.layers, found, strict=True)
     ]
     assert "by label, every layer" in test.selectbox(key="table").options
+
+
+@pytest.mark.parametrize("by", ["class", "position"])
+def test_kinds_of_token_are_read_once(runs: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's decisions once, whatever is looked at next; the tokens' texts once for all layers side by side."""
+    asked, texts, read, coded = [], [], specialization.one_pass, token_classes.class_codes
+    for module in (specialization, token_classes):
+        monkeypatch.setattr(module, "one_pass", lambda trace, site, *r, **options: asked.append(site) or read(trace, site, *r, **options))
+    monkeypatch.setattr(token_classes, "class_codes", lambda *a: texts.append(a[1]) or coded(*a))
+    st.cache_resource.clear()
+    test = shown("specialization", "demo-run")
+    test.query_params["by"] = by
+    test.run()
+    trace = open_run(ROOT / "data" / "demo-run")
+    expected = {"class": by_class, "position": by_position}[by](trace, asked[0])
+    said = plain(preferences_headline(expected, trace.layers[asked[0]]))
+    assert not test.exception and any(said in m.value for m in test.markdown)
+    del asked[1:], texts[:]
+    test.query_params["every_layer"] = "open"
+    test.run()
+    assert not test.exception and sorted(asked) == [x.index for x in trace.layers]
+    assert texts == {"class": ["decoder"], "position": []}[by]
+    test.run()
+    assert len(asked) == len(trace.layers)
 
 
 def test_neighbouring_tokens_are_tested_where_they_can_be(runs: Path) -> None:
@@ -167,6 +193,40 @@ def test_tokens_that_documents_cannot_tell_from_chance_stand_apart(runs: Path) -
     assert [x.count("x (") for x in beyond] == told and 0 < sum(told) < sum(map(len, found))
     assert [x.count("x (") for x in untold] == [len(uses) - n for uses, n in zip(found, told, strict=True)]
     assert not any("Its unit is the document" not in c.proto.help for c in test.caption if "in brackets" in c.value) and not test.exception
+
+
+def test_tokens_by_lift_stand_while_their_documents_are_counted(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large run; they carry the lifts that they keep, and nothing that only documents tell."""
+
+    def left(*_: object, **__: object) -> None:
+        raise InterruptedError
+
+    st.cache_resource.clear()
+    first = ("demo-run", {"by": "token", "layer": "layer 5"})
+    with monkeypatch.context() as reading:
+        reading.setattr(jackknife, "one_pass", left)
+        small = asked_for(*first)
+        reading.setattr(layers, "LONG", 1)
+        st.cache_resource.clear()
+        stopped = asked_for(*first)
+    assert small.exception and stopped.exception and not small.dataframe
+    [column] = stopped.dataframe[0].value.columns
+    assert "is being counted" in column and any("from counts alone" in c.value for c in stopped.caption)
+    test = asked_for(*first)
+    assert not test.exception and not any("from counts alone" in c.value for c in test.caption)
+    early, late = stopped.dataframe[0].value, test.dataframe[0].value
+    for one, row in zip(early[column], late.to_numpy().tolist(), strict=True):
+        lifts = sorted(re.findall(r"([\d.]+)x", one), key=float)
+        assert lifts == sorted(re.findall(r"([\d.]+)x", "".join(row)), key=float) and "(" not in one.replace("(1/", "")
+
+
+def asked_for(run: str, choices: dict[str, str]) -> AppTest:
+    """The page with these choices in its address."""
+    test = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=180)
+    for key, value in {"run": run, **choices}.items():
+        test.query_params[key] = value
+    test.switch_page("views/specialization.py")
+    return test.run()
 
 
 @pytest.mark.parametrize("by", ["pairs", "flow"])
