@@ -403,9 +403,8 @@ def _naming(place: Place, name: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "damaged" if place.folder else "damaged or out of reach"
-        told = (
-            str(error)[:300] if place.folder is None and isinstance(error, OSError) else type(error).__name__
-        )  # what a store denied, and why
+        denied = place.folder is None and isinstance(error, OSError)  # by a store that says why
+        told = str(error)[:300] if denied else type(error).__name__
         raise RunError(f"{place.name}/{name} is {reason}: restore it, or capture the run again ({told})") from error
 
 

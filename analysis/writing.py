@@ -112,9 +112,7 @@ class RunWriter:
         try:
             yield
         except (pa.ArrowException, OSError, ValueError, LookupError, BadZipFile) as error:
-            if (
-                isinstance(error, OSError) and error.errno is not None
-            ):  # the disk or the store, not what lies there; what pyarrow finds has no number
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk: what pyarrow finds in a file has no number
                 raise
             raise RunError(
                 f"{self.place.name}/{what} is damaged ({type(error).__name__}): delete that part's record, progress/part-*.json, and repeat the command, or delete the run"
@@ -283,10 +281,7 @@ def _part_records(place: Place, folder: Path) -> dict[int, dict[str, Any]]:
     for name in names:
         with suppress(ValueError, LookupError, TypeError, AttributeError):  # a damaged record is none: its part is captured again
             record = json.loads((folder / name).read_text(encoding="utf-8"))
-            if (
-                _record(record["index"]) == name
-                and "first_document" in record
-                and all(sizes.get(f) == s["bytes"] for f, s in record["files"].items())
-            ):
+            whole = all(sizes.get(f) == s["bytes"] for f, s in record["files"].items())
+            if whole and _record(record["index"]) == name and "first_document" in record:
                 records[record["index"]] = record
     return records
