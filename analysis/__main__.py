@@ -314,7 +314,8 @@ def _runs(arguments: argparse.Namespace) -> int:
     found = list_runs(arguments.folder)
     for run in found:
         state = "" if run.complete else "  UNFINISHED"
-        _say(f"{run.name:32} {run.n_tokens:>12,} tokens  {run.bytes / 1e6:>9.1f} MB  {run.created}  {run.model}{state}")
+        took = "" if run.seconds is None else f"in {run.seconds:,.0f} s"
+        _say(f"{run.name:32} {run.n_tokens:>12,} tokens  {run.bytes / 1e6:>9.1f} MB  {took:>10}  {run.created}  {run.model}{state}")
     if not found:
         _say(f"no runs in {arguments.folder}")
     return 0

@@ -343,7 +343,10 @@ def _same_counts(a: pa.Table, b: pa.Table, unknown: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run as listed: sizes in bytes, ``created`` in ISO 8601 UTC, ``complete`` False for an interrupted capture."""
+    """A run as listed: sizes in bytes, ``created`` in ISO 8601 UTC, ``complete`` False for an interrupted capture.
+
+    ``seconds`` from the begin of its capture to its end, pauses of an interrupted one among them; None where the manifest does not say.
+    """
 
     name: str
     folder: Path
@@ -354,6 +357,7 @@ class RunSummary:
     created: str
     bytes: int
     complete: bool
+    seconds: float | None = None
 
 
 def list_runs(root: str | Path) -> tuple[RunSummary, ...]:
@@ -372,7 +376,7 @@ def list_runs(root: str | Path) -> tuple[RunSummary, ...]:
             tokens = sum(n for p in m["parts"] for n in p["rows"].values())
             documents = sum(p["documents"] for p in m["parts"])
             found.append(RunSummary(folder.name, folder, m["model"]["name"], m["model"]["family"], tokens, documents,
-                                    m["created"], size, True))  # fmt: skip
+                                    m["created"], size, True, m.get("seconds")))  # fmt: skip
         elif (folder / "progress" / "capture.json").is_file():
             found.append(RunSummary(folder.name, folder, "unfinished", "", 0, 0, "", size, False))
     return tuple(sorted(found, key=lambda r: r.created, reverse=True))
@@ -430,6 +434,8 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
             raise ValueError("a file without size or digest")
     if not isinstance(manifest["options"], dict):
         raise ValueError("options that are none")
+    if not isinstance(manifest.get("seconds"), int | float | None):
+        raise ValueError("a duration that is none")
     for text in (manifest["created"], manifest["model"]["name"], manifest["model"]["family"]):
         if not isinstance(text, str):
             raise ValueError("a name that is no text")

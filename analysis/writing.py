@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -162,6 +163,7 @@ class RunWriter:
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": self._lasted(),
             "model": self.card.to_json(),
             "options": self.options,
             "parts": self._records,
@@ -173,6 +175,11 @@ class RunWriter:
         write_json(self.folder / MANIFEST, manifest)
         self.place.store(self.folder, MANIFEST)
         self.place.remove("progress")
+
+    def _lasted(self) -> float | None:
+        """Seconds since the capture was begun, pauses among them; None where its record is of an earlier version, or a clock was put back."""
+        begun = json.loads((self.folder / CAPTURE).read_text(encoding="utf-8")).get("begun")
+        return None if begun is None or (lasted := time.time() - begun) < 0 else round(lasted, 1)
 
     def _part_statistics(self) -> Iterator[Statistics]:
         """The statistics of each part, read when it is its turn."""
@@ -256,7 +263,7 @@ def _check_same_capture(place: Place, folder: Path, card: ModelCard, options: Ma
     known = {"model": card.to_json(), "options": dict(options), "schema_version": SCHEMA_VERSION, "progress files": _PROGRESS}
     mine = json.loads(json.dumps(known))
     if not place.holds(CAPTURE):
-        write_json(folder / CAPTURE, mine)
+        write_json(folder / CAPTURE, {**mine, "begun": time.time()})
         place.store(folder, CAPTURE)
         return
     place.fetch(folder, CAPTURE)

@@ -66,9 +66,9 @@ def spread(model: Path, out: Path | str, texts: list[str] = TEXTS, **given: Any)
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every file of a run; of the manifest all but the time it was made."""
+    """Every file of a run; of the manifest all but when it was made and in what time."""
     files = {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    files["run.json"] = b"\n".join(x for x in files["run.json"].split(b"\n") if b'"created"' not in x)
+    files["run.json"] = b"\n".join(x for x in files["run.json"].split(b"\n") if b'"created"' not in x and b'"seconds"' not in x)
     return files
 
 

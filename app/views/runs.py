@@ -128,12 +128,13 @@ st.dataframe(
     pd.DataFrame(
         [
             {"run": r.name, "model": r.model, "tokens": r.n_tokens, "documents": r.n_documents, "MB": round(r.bytes / 1e6, 2),
-             "recorded (UTC)": r.created[:16].replace("T", " "), "state": state(r)}
+             "recorded (UTC)": r.created[:16].replace("T", " "), "seconds to record": r.seconds, "state": state(r)}
             for r in runs.values()
         ]
     ),
     hide_index=True,
-    column_config={name: st.column_config.NumberColumn(format="localized") for name in ("tokens", "documents", "MB")},
+    column_config={name: st.column_config.NumberColumn(format="localized", help=LASTED if name == "seconds to record" else None)
+                   for name in ("tokens", "documents", "MB", "seconds to record")},
 )  # fmt: skip
 if not runs:
     st.info("Nothing recorded yet: paste some text above.")
