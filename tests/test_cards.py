@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from analysis import cards, reading
-from analysis.cards import NONE, describe, expert_card, neighbours, passages, site_evidence, with_use
+from analysis.cards import NONE, describe, expert_card, neighbours, site_evidence, with_use
 from analysis.pair_tests import coactivation_test, flow_test
+from analysis.passages import passages
 from analysis.specialization import effects
 from analysis.store import open_run
 from analysis.trace import SiteRouting, Trace, TraceError
@@ -209,7 +210,7 @@ def test_passages_of_one_label_short_documents_and_blocks(monkeypatch: pytest.Mo
     trace = make_trace()
     whole = passages(trace, 0, 3, most=9, width=4)
     assert {p.label for p in passages(trace, 0, 3, label="a")} == {"a"} and max(p.stop - p.start for p in whole) == 4
-    monkeypatch.setattr(cards, "ROWS", 4)
+    monkeypatch.setattr("analysis.passages.ROWS", 4)
     assert passages(trace, 0, 3, most=9, width=4) == whole and len(whole) > 5
     with pytest.raises(TraceError, match="statistics only"):
         passages(replace(trace, source=None, load_tokens=None), 0, 3)

@@ -14,12 +14,13 @@ from streamlit.testing.v1 import AppTest
 from analysis.__main__ import main
 from analysis.capacity import apply_capacity, compare_policies
 from analysis.capture import capture, capture_parts
-from analysis.cards import expert_card, passages
+from analysis.cards import expert_card
 from analysis.copying import copy_run
 from analysis.export import describe, export_table
 from analysis.files import stamp
 from analysis.memory import kept_routing
 from analysis.models import model_card
+from analysis.passages import passages
 from analysis.places import Place
 from analysis.policies import MissingScores
 from analysis.rounding import NOT_STORED, by_falling_weight

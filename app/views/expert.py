@@ -16,7 +16,6 @@ import streamlit as st
 from analysis.cards import (
     GroupUse,
     Neighbour,
-    Passage,
     SiteEvidence,
     company,
     expert_card,
@@ -24,7 +23,6 @@ from analysis.cards import (
     group_uses,
     known_tokens,
     neighbours,
-    passages,
     site_before,
     site_evidence,
     with_use,
@@ -33,6 +31,7 @@ from analysis.checkpoints import weights_digest
 from analysis.glossary import GLOSSARY
 from analysis.neighbours import Similarities, WeightsError, expert_similarities
 from analysis.pair_tests import PairTest, pair_tests
+from analysis.passages import Passage, passages
 from analysis.significance import ALPHA
 from analysis.specialization import Preferences, by_label
 from analysis.token_use import DRAWS, TokenUse, top_tokens

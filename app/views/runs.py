@@ -17,6 +17,7 @@ from app.runs_folder import DEMO, all_runs, allowed_models, runs_root
 from app.selection import open_named
 
 LIMITS = Limits()
+LASTED = "From the begin of the capture to its end: the model's work, writing, counting, and the pauses of one that was interrupted."
 session = session_id()
 
 

@@ -23,10 +23,11 @@ from analysis import __version__, expert_capacity
 from analysis.balance import relative_load
 from analysis.capacity import capacity_curves, pool_curves, shuffled_curves
 from analysis.capacity_answer import drops_in_words, mean_curves, range_in_words, shuffle_shares
-from analysis.cards import expert_card, passages
+from analysis.cards import expert_card
 from analysis.findings import first_finding
 from analysis.glossary import GLOSSARY
 from analysis.overflow import FACTORS
+from analysis.passages import passages
 from analysis.slots import PRESETS
 from analysis.specialization import by_label
 from analysis.stability import maxvio_table

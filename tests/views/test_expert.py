@@ -11,9 +11,10 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from analysis import cards
-from analysis.cards import neighbours, passages
+from analysis.cards import neighbours
 from analysis.neighbours import expert_similarities
 from analysis.pair_tests import coactivation_test, flow_test
+from analysis.passages import passages
 from analysis.significance import ALPHA
 from analysis.store import open_run
 from app.text import plain

@@ -9,7 +9,7 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from analysis import jackknife, specialization, token_classes, vocabulary
+from analysis import jackknife, specialization, token_classes
 from analysis.capture import capture
 from analysis.jackknife import vocabulary_interval
 from analysis.repetition import repetition
@@ -18,7 +18,7 @@ from analysis.store import open_run
 from analysis.token_classes import by_class
 from analysis.token_use import document_use, leading_ids, top_tokens_of
 from analysis.vocabulary import VARIANTS, context_independence, input_tokens
-from app import charts, layers
+from app import charts, served_tokens
 from app.captions import preferences_headline
 from app.text import plain
 from tests import tiny
@@ -156,8 +156,10 @@ def test_a_run_of_too_few_documents_says_that_it_has_no_interval(runs: Path, mon
 
 
 def test_what_reads_every_decision_waits_until_its_part_is_opened(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, whole = [], vocabulary.vocabulary_table
-    monkeypatch.setattr(vocabulary, "vocabulary_table", lambda trace, **options: asked.append(options["layers"]) or whole(trace, **options))
+    asked, whole = [], served_tokens.vocabulary_table
+    monkeypatch.setattr(
+        served_tokens, "vocabulary_table", lambda trace, **options: asked.append(options["layers"]) or whole(trace, **options)
+    )
     st.cache_resource.clear()
     test = shown("specialization", "demo-run")
     test.query_params["by"] = "token"
@@ -206,7 +208,7 @@ def test_tokens_by_lift_stand_while_their_documents_are_counted(runs: Path, monk
     with monkeypatch.context() as reading:
         reading.setattr(jackknife, "one_pass", left)
         small = asked_for(*first)
-        reading.setattr(layers, "LONG", 1)
+        reading.setattr(served_tokens, "LONG", 1)
         st.cache_resource.clear()
         stopped = asked_for(*first)
     assert small.exception and stopped.exception and not small.dataframe
