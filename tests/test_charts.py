@@ -10,6 +10,7 @@ import pytest
 from analysis.cards import GroupUse
 from analysis.specialization import Preferences, effects
 from app import captions, charts, palette
+from app.charts.drawing import times_ticks
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -250,6 +251,16 @@ def test_bars_of_enrichment_are_read_in_times() -> None:
     assert list(figure.data[0].x) == [5.9, -4.2]
     told = charts.rows(figure)
     assert told["high"].to_pylist() == [None, -4] and told["low"].to_pylist() == [-0.4, -4.5]  # unknown, not zero
+
+
+def test_small_effects_have_ticks_of_round_ratios() -> None:
+    for low, high in ((-0.03, 0.02), (0.1, 0.4), (-0.9, 0.05), (-1e-4, 2e-4), (-0.5, -0.4), (0.0, 0.99)):
+        ticks = times_ticks(low, high)
+        ratios = np.array([float(t[:-1]) for t in ticks["ticktext"]])
+        inside = (np.log2(ratios) >= min(low, 0)) & (np.log2(ratios) <= max(high, 0))
+        assert 1.0 in ratios and len(set(ticks["ticktext"])) == len(ratios) and 3 <= inside.sum() <= 9
+        assert np.allclose(np.log2(ratios), ticks["tickvals"])
+    assert times_ticks(0.0, 0.0) == {"tickvals": [0], "ticktext": ["1×"]} and times_ticks(0.2, 1.0)["ticktext"] == ["1×", "2×"]
 
 
 def test_the_share_of_all_stands_in_the_legend_and_on_no_bar() -> None:

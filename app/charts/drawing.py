@@ -48,6 +48,20 @@ def times(octaves: int) -> str:
     return {-3: "⅛×", -2: "¼×", -1: "½×"}.get(octaves, f"{2**octaves:,}×" if octaves >= 0 else f"1/{2**-octaves:,}×")
 
 
+def times_ticks(low: float, high: float) -> dict[str, Any]:
+    """Ticks of an axis of log2 that holds ``low`` to ``high`` and 0: octaves, every second one of many; within one, some round ratios."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if 0 < high - low < 1:
+        span = 2**high - 2**low
+        ten = 10 ** np.floor(np.log10(span / 4))
+        step = next(n * ten for n in (1, 2, 5, 10) if span <= 8 * n * ten)
+        ratios = 1 + step * np.arange(np.floor((2**low - 1) / step), np.ceil((2**high - 1) / step) + 1)
+        return {"tickvals": np.log2(ratios), "ticktext": [f"{r:.6g}×" for r in ratios]}
+    first, last = int(np.floor(low)), int(np.ceil(high))
+    octaves = [o for o in range(first, last + 1) if last - first <= 10 or o % 2 == 0]
+    return {"tickvals": octaves, "ticktext": [times(o) for o in octaves]}
+
+
 def numbers(n: int, step: int | None = None) -> dict[str, Any]:
     """An axis of n experts: up to LABELLED every one has its number, upright or on its side, since the order need not tell it; above, every ``step``."""
     return {"dtick": 1 if n <= LABELLED else step, "autotickangles": [0, 90], "tickfont": {"size": 12 if n <= LABELLED // 2 else 9}}

@@ -14,7 +14,7 @@ from analysis.jackknife import DocumentInterval
 from analysis.specialization import Preferences
 from app import palette
 
-from .drawing import ABOVE, AGAIN, MOST_MARKS, OCTAVES, OVER, cells_over, crosses, numbers, sized, times, times_bar
+from .drawing import ABOVE, AGAIN, MOST_MARKS, OCTAVES, OVER, cells_over, crosses, numbers, sized, times_bar, times_ticks
 
 GRID = 2  # small maps side by side: half of a telephone's width still shows a row of 64 experts
 LEAST_USES = 20  # tokens an expert must have for its row of effects to be coloured
@@ -122,11 +122,8 @@ def enrichment_bars(names: Sequence[str], uses: Sequence[GroupUse], mark: str | 
                              " q = %{customdata[4]:.2g}<extra></extra>")
     )  # fmt: skip
     reach = [x for x in (value, low, high) for x in x[np.isfinite(x)]]
-    first, last = int(np.floor(min(reach, default=0.0))), int(np.ceil(max(reach, default=0.0)))
-    octaves = [o for o in range(min(first, 0), max(last, 0) + 1) if last - first <= 10 or o % 2 == 0]
-    figure.update_xaxes(
-        title="times as often as elsewhere", zeroline=True, zerolinecolor="#888", tickvals=octaves, ticktext=[times(o) for o in octaves]
-    )
+    ticks = times_ticks(min(reach, default=0.0), max(reach, default=0.0))
+    figure.update_xaxes(title="times as often as elsewhere", zeroline=True, zerolinecolor="#888", **ticks)
     figure.update_yaxes(autorange="reversed", type="category")
     return sized(figure, max(200, 26 * len(names) + 80))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pandas as pd
 import streamlit as st
@@ -17,7 +17,7 @@ from app.runs_folder import DEMO, all_runs, allowed_models, runs_root
 from app.selection import open_named
 
 LIMITS = Limits()
-LASTED = "From the begin of the capture to its end: the model's work, writing, counting, and the pauses of one that was interrupted."
+LASTED = "From the begin of the capture to its end: the model's work, writing, counting, and the pauses of one that was interrupted; – in runs of earlier versions."
 session = session_id()
 
 
@@ -26,6 +26,13 @@ def new_name(wanted: str) -> str:
     if wanted.strip():
         return valid_run_name(wanted.strip().lower())
     return datetime.now(UTC).strftime("run-%Y%m%d-%H%M%S")
+
+
+def lasted(seconds: float | None) -> str:
+    """Seconds, or hours:minutes:seconds of what took longer than a minute; a dash where the run does not say."""
+    if seconds is None:
+        return "–"
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
 def start(model: str, pasted: str, split: bool, uploads: list, wanted: str) -> None:
@@ -129,13 +136,13 @@ st.dataframe(
     pd.DataFrame(
         [
             {"run": r.name, "model": r.model, "tokens": r.n_tokens, "documents": r.n_documents, "MB": round(r.bytes / 1e6, 2),
-             "recorded (UTC)": r.created[:16].replace("T", " "), "seconds to record": r.seconds, "state": state(r)}
+             "recorded (UTC)": r.created[:16].replace("T", " "), "recorded in": lasted(r.seconds), "state": state(r)}
             for r in runs.values()
         ]
     ),
     hide_index=True,
-    column_config={name: st.column_config.NumberColumn(format="localized", help=LASTED if name == "seconds to record" else None)
-                   for name in ("tokens", "documents", "MB", "seconds to record")},
+    column_config={n: st.column_config.NumberColumn(format="localized") for n in ("tokens", "documents", "MB")}
+    | {"recorded in": st.column_config.Column(help=LASTED)},
 )  # fmt: skip
 if not runs:
     st.info("Nothing recorded yet: paste some text above.")
