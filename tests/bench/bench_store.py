@@ -61,7 +61,9 @@ def main() -> None:
         print(f"{TOKENS} tokens x {SITES} sites x top-{TOP_K} of {EXPERTS} = {decisions / 1e6:.1f} M decisions")
         print(f"routing      {routing.stat().st_size / decisions:.3f} bytes per decision")
         print(f"scores       {scores.stat().st_size / decisions:.3f} bytes per decision (random float32 scores: an upper bound)")
-        print(f"write        {decisions / write / 1e6:.1f} M decisions per CPU second, their scores {decisions / score / 1e6:.1f}, without fsync and digests")
+        print(
+            f"write        {decisions / write / 1e6:.1f} M decisions per CPU second, their scores {decisions / score / 1e6:.1f}, without fsync and digests"
+        )
         print(f"read all     {decisions / read / 1e6:.1f} M decisions per second of wall time, warm")
         print(f"read 500     {one * 1e3:.1f} ms for 500 rows of one site")
     count = best(lambda: part_statistics(part, layers), time.process_time)
