@@ -58,6 +58,8 @@ from .trace import (
 MANIFEST = "run.json"
 READABLE = (1, SCHEMA_VERSION)
 MOST_CLASSES = 1 << 20  # per site; what claims more is damage, and would be believed with memory
+MOST_SECONDS = 1e10  # a capture of 300 years
+KINDS = ("tokens", "routing", "scores")  # of a part's files
 STATISTICS = (("stats.parquet", CORE), ("token_stats.parquet", BY_TOKEN), ("document_stats.parquet", BY_DOCUMENT))
 _Piece = tuple[Mapping[str, Any], int, int]  # a part, and the start and stop within it of the rows that are asked for
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -425,7 +427,7 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
             raise ValueError("documents or rows that are missing between two parts, or in both")
         documents += part["documents"]
         before |= {stream: first + part["rows"][stream] for stream, first in part["first_rows"].items()}
-        if set(part["files"]) != {f"{kind}/part-{i:05d}.parquet" for kind in ("tokens", "routing", "scores")}:
+        if set(part["files"]) != {f"{kind}/part-{i:05d}.parquet" for kind in KINDS}:
             raise ValueError("a part lists other files")
     if set(manifest["files"]) != {"documents.parquet", *(n for n, _ in STATISTICS)}:
         raise ValueError("the run lists other files")
@@ -434,7 +436,7 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
             raise ValueError("a file without size or digest")
     if not isinstance(manifest["options"], dict):
         raise ValueError("options that are none")
-    if not isinstance(manifest.get("seconds"), int | float | None):
+    if (seconds := manifest.get("seconds")) is not None and not 0 <= seconds <= MOST_SECONDS:  # nor NaN
         raise ValueError("a duration that is none")
     for text in (manifest["created"], manifest["model"]["name"], manifest["model"]["family"]):
         if not isinstance(text, str):

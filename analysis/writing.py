@@ -26,12 +26,11 @@ from .layout import write_routing, write_scores, write_table
 from .longtables import LongTable, write_long
 from .places import Place, RunError
 from .stats import BY_DOCUMENT, BY_TOKEN, CORE, Statistics, following_sites, merge_statistics, part_statistics
-from .store import MANIFEST, STATISTICS, open_run, valid_run_name
+from .store import KINDS, MANIFEST, MOST_SECONDS, STATISTICS, open_run, valid_run_name
 from .trace import SCHEMA_VERSION, LayerInfo, ModelCard, Part, Trace
 
 CAPTURE = "progress/capture.json"  # what is being captured, there before any part
 _LOCK = "progress/lock"
-_KINDS = ("tokens", "routing", "scores")  # of a part's files
 _DOCUMENTS = "documents-{}.parquet"  # of a part
 _PROGRESS = ("core-{}.npz", "by_token-{}.npz", "by_document-{}.npz")  # the statistics of a part, as STATISTICS those of the run
 
@@ -170,7 +169,7 @@ class RunWriter:
             "files": {n: stamp(self.folder / n) for n in names},
         }
         own = {f for record in self._records for f in record["files"]}
-        self.place.discard(*(n for n in self.place.sizes() if n not in own and any(fnmatch(n, f"{kind}/*.parquet") for kind in _KINDS)))
+        self.place.discard(*(n for n in self.place.sizes() if n not in own and any(fnmatch(n, f"{kind}/*.parquet") for kind in KINDS)))
         self.place.store(self.folder, *names)
         write_json(self.folder / MANIFEST, manifest)
         self.place.store(self.folder, MANIFEST)
@@ -179,7 +178,8 @@ class RunWriter:
     def _lasted(self) -> float | None:
         """Seconds since the capture was begun, pauses among them; None where its record is of an earlier version, or a clock was put back."""
         begun = json.loads((self.folder / CAPTURE).read_text(encoding="utf-8")).get("begun")
-        return None if begun is None or (lasted := time.time() - begun) < 0 else round(lasted, 1)
+        lasted = time.time() - begun if isinstance(begun, int | float) else -1
+        return round(lasted, 1) if 0 <= lasted <= MOST_SECONDS else None
 
     def _part_statistics(self) -> Iterator[Statistics]:
         """The statistics of each part, read when it is its turn."""
@@ -206,7 +206,7 @@ def write_part(place: Place, part: Part, layers: Sequence[LayerInfo]) -> dict[st
     """
     number = f"{part.index:05d}"
     stats = part_statistics(part, layers)
-    files = [f"{kind}/part-{number}.parquet" for kind in _KINDS]
+    files = [f"{kind}/part-{number}.parquet" for kind in KINDS]
     progress = [_of_part(name, part.index) for name in (_DOCUMENTS, *_PROGRESS)]
     with place.workspace() as folder:
         write_atomically(folder / files[0], lambda p: write_table(part.tokens, p))

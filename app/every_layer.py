@@ -1,19 +1,28 @@
-"""The Specialization page's section that shows the maps of all layers side by side."""
+"""What labels say of a layer's experts, kept for every page; and the Specialization page's maps of all layers side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 
-from analysis.specialization import Preferences, seriation
+from analysis.specialization import Preferences, by_label, seriation
 from analysis.trace import Trace
 
 from . import captions, charts, text
 from .figures import show_figure
 from .layers import each_layer, kept
 from .selection import section, theme
+
+
+def label_preferences(trace: Trace, run: str, site: int) -> Preferences:
+    """Effects and tests of labels at one site, from counts by document; ``run`` names the trace with its date."""
+    known = kept(run, ("preferences", "label"))
+    if site not in known:
+        known[site] = by_label(trace, site)
+    return cast(Preferences, known[site])
 
 
 def show_every_layer(trace: Trace, run: str, here: Preferences, test: Callable[[int], Preferences]) -> dict[str, tuple[str, pa.Table]]:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import os
 import random
 import tempfile
@@ -305,7 +306,7 @@ def test_broken_manifest(tmp_path: Path, content: str) -> None:
         ('"parts": [', '"parts": [3,'),
         ('"bytes"', '"b"'),
         ('"created"', '"c"'),
-        ('"seconds": ', '"seconds": "long", "s": '),
+        *[('"seconds": ', f'"seconds": {s}, "s": ') for s in ('"long"', "NaN", "-1", "1e300")],
         ('"name": "made up"', '"name": 5'),
         ('"tokens/part-00001.parquet"', '"../../../outside"'),
         ('"stats.parquet"', '"/etc/hostname"'),
@@ -388,19 +389,19 @@ def test_a_run_says_how_long_its_capture_took(tmp_path: Path, monkeypatch: pytes
     """From its begin to its end, over an interruption; not known where the clock was put back, or the capture was begun by an earlier version."""
     now = [1_000.0]
     monkeypatch.setattr("analysis.writing.time.time", lambda: now[0])
-    for name, known, end in (("sound", True, 1_100.0), ("back", True, 900.0), ("older", False, 1_100.0)):
+    cases = (("sound", {}, 1_100.0), ("back", {}, 900.0), ("older", {"begun": None}, 1_100.0), ("odd", {"begun": "x"}, 1_100.0), ("never", {"begun": -math.inf}, 0.0))  # fmt: skip
+    for name, changed, end in cases:
         now[0], parts = 1_000.0, make_parts(PLAIN)
         with RunWriter.open(tmp_path / name, card(PLAIN), {}) as writer:
             writer.write(parts[0])
         record = tmp_path / name / "progress" / "capture.json"
-        if not known:
-            record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "begun"}))
+        record.write_text(json.dumps({k: v for k, v in (json.loads(record.read_text()) | changed).items() if v is not None}))
         with RunWriter.open(tmp_path / name, card(PLAIN), {}) as writer:
             for part in parts[1:]:
                 writer.write(part)
             now[0] = end
             writer.commit()
-    assert {r.name: r.seconds for r in list_runs(tmp_path)} == {"sound": 100.0, "back": None, "older": None}
+    assert {r.name: r.seconds for r in list_runs(tmp_path)} == {"sound": 100.0} | dict.fromkeys(("back", "older", "odd", "never"))
     assert open_run(tmp_path / "older").n_tokens() == open_run(tmp_path / "sound").n_tokens()
 
 

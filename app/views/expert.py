@@ -33,12 +33,13 @@ from analysis.neighbours import Similarities, WeightsError, expert_similarities
 from analysis.pair_tests import PairTest, pair_tests
 from analysis.passages import Passage, passages
 from analysis.significance import ALPHA
-from analysis.specialization import Preferences, by_label
+from analysis.specialization import Preferences
 from analysis.token_use import DRAWS, TokenUse, top_tokens
 from analysis.trace import LayerInfo, Trace
 from app import captions, charts, text
 from app.components.token_strip import token_strip
 from app.downloads import computed_downloads
+from app.every_layer import label_preferences
 from app.figures import show_figure
 from app.layers import kept, one_layer
 from app.runs_folder import model_folder
@@ -48,14 +49,6 @@ from app.strip_data import hues
 LARGE = 4  # layers whose tokens are kept with the documents that use them, 100 MB each
 SHOWN, WIDE = 8, 362  # other experts in a table; pixels of one of three tables side by side, or of a telephone
 VERDICT = {1: "more", -1: "less"}
-
-
-def label_preferences(trace: Trace, site: int) -> Preferences:
-    """What kinds of text the layer's experts serve, from counts by document; the page Specialization keeps those of all layers at the same place."""
-    known = kept(run, ("preferences", "label"))
-    if site not in known:
-        known[site] = by_label(trace, site)
-    return cast(Preferences, known[site])
 
 
 def evidence(trace: Trace, site: int) -> SiteEvidence:
@@ -285,7 +278,7 @@ numbers.metric(
 numbers.metric("Mean gate weight", f"{load.mean_gate:.2f}" if load.assignments else "–", border=True, help="Where it is used; as executed.")
 if not counted:
     asking.selectbox("Looking at", ["counting …"], key="counting", disabled=True, width=180)
-texts = label_preferences(trace, site)
+texts = label_preferences(trace, run, site)
 if load.assignments and texts.groups:  # from counts alone: it stands while decisions are read
     st.header("Which texts use it?")
     uses(group_uses(texts, expert), "label", texts, answered("of", {"all": "", **{f"label-{g}": g for g in texts.groups}}, "all"))

@@ -17,12 +17,12 @@ from analysis.information import Information
 from analysis.jackknife import DocumentInterval, label_information_and_interval
 from analysis.pair_tests import coactivation_test, flow_test
 from analysis.paths import saturation
-from analysis.specialization import Preferences, by_label, by_position, seriation
+from analysis.specialization import Preferences, by_position, seriation
 from analysis.token_classes import by_class, class_codes
 from analysis.trace import Trace
 from app import captions, charts, text
 from app.downloads import computed_downloads
-from app.every_layer import show_every_layer
+from app.every_layer import label_preferences, show_every_layer
 from app.figures import show_figure
 from app.layers import kept, one_layer
 from app.repeats import show_repeats
@@ -44,12 +44,6 @@ MEANT = {"label": (*_TESTED, "label_information"), "class": _WITHIN, "position":
          "token": ("token_information", "vocabulary_specialization", "predicted_next_token", "lift", "leaning_documents", "false_discovery_rate"),
          "runs": ("router_saturation",)}  # fmt: skip
 NO_RUNS = "No other run here is over the same tokens; record or open one to compare."
-
-
-@st.cache_resource(max_entries=64, show_spinner="Testing every cell against shuffled labels …")
-def label_preferences(_trace: Trace, run: str, site: int) -> Preferences:
-    """Effects and tests of labels at one site, from statistics; ``run`` names the trace with its date."""
-    return by_label(_trace, site)
 
 
 def tested(kind: str) -> Callable[..., Preferences]:
@@ -185,7 +179,11 @@ tables: dict[str, tuple[str, pa.Table]] = {}
 if kind in ("label", "class", "position"):
     test = partial(label_preferences, trace, run) if kind == "label" else tested(kind)
     place = st.container(key="answer").empty()
-    found = test(site) if kind == "label" else one_layer(site, kept(run, ("preferences", kind)), partial(test, site), place)
+    if kind == "label":
+        with place, st.spinner("Testing every cell against shuffled labels …"):
+            found = label_preferences(trace, run, site)
+    else:
+        found = one_layer(site, kept(run, ("preferences", kind)), partial(test, site), place)
     show_preferences(found, site, place)
     tables[KINDS[kind]] = f"one row per {kind} and expert", found.table()
     tables |= show_every_layer(trace, run, found, test)

@@ -119,7 +119,12 @@ def test_a_link_opens_the_same_view_and_back_undoes(page: Page, address: str) ->
     expect(page.locator(".token.chosen[data-at='9']")).to_have_count(1)
 
 
-def test_the_choices_of_a_page_that_was_left_do_not_come_into_the_address_of_the_next(page: Page, address: str) -> None:
+@pytest.mark.parametrize(
+    ("left_page", "path", "title"), [("Load", "load", "Who carries the load"), ("Overview", "", "What does this router do")]
+)
+def test_the_choices_of_a_page_that_was_left_do_not_come_into_the_address_of_the_next(
+    page: Page, address: str, left_page: str, path: str, title: str
+) -> None:
     """The words of a page from when it begins are held back until Back was pressed, and those of the page that was come back to until
     the browser has taken them in: what a busy machine does now and then."""
     held: list[bytes | str] | None = None
@@ -149,8 +154,8 @@ def test_the_choices_of_a_page_that_was_left_do_not_come_into_the_address_of_the
     page.wait_for_url("**&map=expert**")  # what the page fills in by itself is in the address, too
     rest(page)
     before, armed = page.url, True
-    page.get_by_role("link", name="Load", exact=True).click()
-    page.wait_for_url("**/load**")
+    page.get_by_role("link", name=left_page, exact=True).click()
+    page.wait_for_url(re.compile(rf"^{address}/{path}(\?|$)"))
     while not ended:
         page.wait_for_timeout(100)
     left, held, armed = held, [], False
@@ -159,7 +164,7 @@ def test_the_choices_of_a_page_that_was_left_do_not_come_into_the_address_of_the
     assert socket is not None and left is not None
     for message in left:
         socket.send(message)
-    expect(page.get_by_role("heading", name="Who carries the load")).to_be_visible()
+    expect(page.get_by_role("heading", name=title)).to_be_visible()
     page.wait_for_timeout(1_000)  # the last thing a page draws puts its choices into the address
     assert page.url == before
     later, held = held, None
