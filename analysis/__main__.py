@@ -24,9 +24,10 @@ from .glossary import GLOSSARY
 from .metrics import METRICS, balance_table
 from .paths import saturation
 from .places import Place
-from .store import RunError, delete_run, list_runs, open_run, same_counts, valid_run_name, verify_run
+from .store import RunError, delete_run, list_runs, open_run, valid_run_name
 from .trace import TraceError
 from .untrusted import UNLIMITED, Prompt, UploadError, read_prompts
+from .verifying import same_counts, verify_run
 from .whatif import EXAMPLES, Example, weigh
 
 if TYPE_CHECKING:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from .layout import PART_TOKENS, part_tokens
 from .places import Place, RunError
 from .stats import Statistics, merge_statistics
-from .store import count_part, open_run, read_manifest
+from .store import open_run, read_manifest
 from .tokens import Pieces
 from .trace import ModelCard, Part, Trace
+from .verifying import count_part
 from .writing import CAPTURE, RunWriter, write_part
 
 if TYPE_CHECKING:

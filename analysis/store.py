@@ -1,4 +1,4 @@
-"""Runs on disk, read: listed, opened, verified, deleted. Parquet that any reader opens; ``writing`` writes them.
+"""Runs on disk, read: listed, opened, deleted. Parquet that any reader opens; ``writing`` writes them.
 
 A run is a folder, or lies below an address (places). ``run.json`` is written last, and its presence is the commit; it lists every file with
 its size and sha256. While a capture is under way the folder has ``progress/`` instead, from which it is resumed.
@@ -21,24 +21,22 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .files import scratch
 from .layout import Footer, read_experts, read_routing, read_scores, read_tokens, room_for
-from .longtables import LongTable, where
+from .longtables import LongTable
 from .memory import join_scores
 from .places import Place
 from .places import RunError as RunError
-from .rounding import WEIGHTS, rounded
-from .stats import BY_DOCUMENT, BY_TOKEN, CORE, NAMES, Statistics, following_sites, merge_statistics, occurring, part_statistics
+from .rounding import WEIGHTS
+from .stats import BY_DOCUMENT, BY_TOKEN, CORE, NAMES, Statistics, following_sites
 from .trace import (
     DOCUMENTS,
     SCHEMA_VERSION,
@@ -46,12 +44,9 @@ from .trace import (
     TOKENS,
     LayerInfo,
     ModelCard,
-    Part,
     SiteRouting,
     SiteScores,
     Trace,
-    TraceError,
-    check_part,
     id_dtype,
 )  # fmt: skip
 
@@ -85,7 +80,7 @@ class StoredRouting:
         layers, pieces = [self._layers[i] for i in sites], self._pieces(self._layers[sites[0]].stream, start, stop)
         whole, n = tuple[SiteRouting, ...](), sum(b - a for _, a, b in pieces)
         for name, at, a, b in self._files("routing", pieces):
-            with _naming(self._place, name):
+            with naming(self._place, name):
                 file, footer = self._open(name)
                 whole = whole or tuple(room_for(x, n, "c0" in footer.metadata.schema.names, self._weighted) for x in layers)
                 read_routing(file, layers, a, b, [_rows(r, at, at + b - a) for r in whole], footer)
@@ -96,7 +91,7 @@ class StoredRouting:
         layer, pieces = self._layers[site], self._pieces(self._layers[site].stream, start, stop)
         whole = np.empty((sum(b - a for _, a, b in pieces), layer.top_k), id_dtype(layer.n_classes))
         for name, at, a, b in self._files("routing", pieces):
-            with _naming(self._place, name):
+            with naming(self._place, name):
                 file, footer = self._open(name)
                 read_experts(file, layer, a, b, whole[at : at + b - a], footer)
         return whole
@@ -104,7 +99,7 @@ class StoredRouting:
     def scores(self, site: int, start: int, stop: int) -> SiteScores:
         layer, found = self._layers[site], []
         for name, _, a, b in self._files("scores", self._pieces(layer.stream, start, stop)):
-            with _naming(self._place, name):
+            with naming(self._place, name):
                 file, footer = self._open(name)
                 found.append(read_scores(file, layer, a, b, footer))
         return join_scores(found)
@@ -115,10 +110,10 @@ class StoredRouting:
         tables = []
         for part, a, b in self._pieces(stream, start, stop):
             name, alone = f"tokens/part-{part['index']:05d}.parquet", sum(map(bool, part["rows"].values())) <= 1
-            with _naming(self._place, name):
+            with naming(self._place, name):
                 file, footer = self._open(name)
                 tables.append(read_tokens(file, stream, a, b, there, alone, footer))
-        with _naming(self._place, "tokens"):  # a footer may tell another schema than those of the other parts
+        with naming(self._place, "tokens"):  # a footer may tell another schema than those of the other parts
             rows = pa.concat_tables(tables).unify_dictionaries()
         if len(there) < len(columns):
             rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
@@ -196,7 +191,7 @@ def open_run(run: str | Path) -> Trace:
     _check_sizes(place, listed_files(manifest))
     try:
         card = ModelCard.from_json(manifest["model"])
-        with _naming(place, "documents.parquet"):
+        with naming(place, "documents.parquet"):
             with pq.ParquetFile(place.file("documents.parquet"), page_checksum_verification=True) as file:
                 documents = file.read(columns=DOCUMENTS.names).select(DOCUMENTS.names).cast(DOCUMENTS)
         core, tokens, by_document = (_long(place, n, schema) for n, schema in STATISTICS)
@@ -210,12 +205,12 @@ def open_run(run: str | Path) -> Trace:
     def load_tokens() -> pa.Table:
         tables = []
         for name in (f"tokens/part-{p['index']:05d}.parquet" for p in parts):
-            with _naming(place, name):
+            with naming(place, name):
                 rows = pq.read_table(place.file(name), page_checksum_verification=True)
                 if manifest["schema_version"] == 1:
                     rows = rows.append_column(TOKENS.field("predicted"), pa.nulls(len(rows), pa.int32()))
                 tables.append(rows.select(TOKENS.names))
-        with _naming(place, "tokens"):
+        with naming(place, "tokens"):
             return pa.concat_tables(tables).unify_dictionaries()
 
     options = {**manifest["options"], "created": manifest["created"]}
@@ -223,30 +218,9 @@ def open_run(run: str | Path) -> Trace:
     return Trace(card, documents, stats, source, load_tokens, options, place.name, source.tokens)
 
 
-def verify_run(run: str | Path) -> tuple[str, ...]:
-    """Problems found, in words; empty where the run is sound: digests, no stray files, invariants, statistics."""
-    try:
-        place = Place.of(run)
-        manifest = read_manifest(place)
-        listed, there = listed_files(manifest), place.sizes()
-        problems = [f"{n}: missing" if n not in there else f"{n}: its sha256 differs from the manifest" for n, s in listed.items()
-                    if n not in there or place.digest(n) != s["sha256"]]  # fmt: skip
-        problems += [f"{n}: not part of the run" for n in sorted(there.keys() - {MANIFEST, *listed})]
-        if problems:
-            return tuple(problems)
-        trace = open_run(run)
-        with scratch() as sums:  # which goes with the next one where this process is killed
-            again = merge_statistics(_counted_again(place, trace, manifest["parts"]), sums)
-            differing = _other_counts(trace.stats, again, trace.weights_kept)
-            problems += [f"{n}: counts differ from those of the recorded decisions" for n in differing]
-    except (RunError, TraceError, pa.ArrowException, OSError) as error:
-        return (str(error),)
-    return tuple(problems)
-
-
 def _long(place: Place, name: str, schema: pa.Schema) -> LongTable:
-    with _naming(place, name):
-        return LongTable(place.file(name), schema, partial(_naming, place, name), NAMES)
+    with naming(place, name):
+        return LongTable(place.file(name), schema, partial(naming, place, name), NAMES)
 
 
 def _check_sizes(place: Place, listed: Mapping[str, Mapping[str, Any]]) -> None:
@@ -265,82 +239,6 @@ def _size(path: str) -> int:
     except OSError:
         return -1
     return there.st_size if stat.S_ISREG(there.st_mode) else -1
-
-
-def _counted_again(place: Place, trace: Trace, parts: Sequence[Mapping[str, Any]]) -> Iterator[Statistics]:
-    """Statistics of each part, checked and counted again from the stored decisions; what only the capture knew is 0: probability sums, and
-    gate mass where weights are not stored.
-
-    Raises TraceError for a part that breaks an invariant, or parts that together are not the documents' tokens.
-    """
-    for stream in {x.stream for x in trace.layers}:
-        rows = sum(record["rows"].get(stream, 0) for record in parts)
-        if rows != trace.n_tokens(stream):
-            raise TraceError(f"{place.name}: {rows} tokens in the parts of stream {stream}, {trace.n_tokens(stream)} in documents.parquet")
-        number, first, n = (trace.documents_in(stream)[c].to_numpy() for c in ("document", "first_row", "n_tokens"))
-        if not (np.array_equal(number, np.arange(len(n))) and np.array_equal(first, np.cumsum(n) - n)):
-            raise TraceError(
-                f"{place.name}: documents.parquet does not number the documents or rows of stream {stream} one after the other"
-            )
-    for record in parts:
-        yield count_part(place, trace, record)  # in a function, so that no part is held while the next is read
-
-
-def count_part(place: Place, trace: Trace, record: Mapping[str, Any]) -> Statistics:
-    """The statistics of the part that a manifest's ``record`` lists, checked and counted from its decisions. Raises TraceError, RunError."""
-    part = stored_part(place, trace, record)
-    check_part(part, trace.layers)
-    if trace.weights_kept == "8-bit" and not all(np.array_equal(rounded(w), w) for r in part.routing if (w := r.weights) is not None):
-        raise TraceError(
-            f"{place.name}: routing/part-{part.index:05d}.parquet has gate weights that are not rounded, as run.json says they are"
-        )
-    return part_statistics(part, trace.layers)
-
-
-def stored_part(place: Place, trace: Trace, record: Mapping[str, Any]) -> Part:
-    """The part that a manifest's ``record`` lists, read again; its probability sums are 0, its documents are all of the run's."""
-    name = f"tokens/part-{record['index']:05d}.parquet"
-    with _naming(place, name):
-        tokens = pq.read_table(place.file(name), page_checksum_verification=True)
-    own = {"parts": [record], "schema_version": SCHEMA_VERSION, "options": trace.options}  # so that footers, a MB each, go with the part
-    trace = replace(trace, source=StoredRouting(place, trace.layers, own))
-    ranges = [(record["first_rows"][x.stream], record["rows"][x.stream]) for x in trace.layers]
-    routing = tuple(trace.routing(i, a, a + n) for i, (a, n) in enumerate(ranges))
-    scores = tuple(trace.scores(i, a, a + n) for i, (a, n) in enumerate(ranges))
-    zeros = tuple(np.zeros(x.n_classes) for x in trace.layers)
-    return Part(record["index"], tokens, trace.documents, routing, scores, zeros, record["first_rows"], trace.weights_kept)
-
-
-def same_counts(a: Statistics, b: Statistics, weights: str = "exact") -> bool:
-    """Whether two statistics agree in every key, count and sum, but for what only the capture knew: the probability sums, and the gate mass
-    of a run that keeps its weights as "none"."""
-    return not list(_other_counts(a, b, weights))
-
-
-def _other_counts(stored: Statistics, counted: Statistics, weights: str) -> Iterator[str]:
-    """The files whose rows are not those counted again: compared statistic by statistic or site by site, whose order is free in long tables."""
-    pairs = zip(STATISTICS, (stored.core_rows, stored.token_rows, stored.document_rows),
-                (counted.core_rows, counted.token_rows, counted.document_rows), strict=True)  # fmt: skip
-    for (name, schema), a, b in pairs:
-        by = [("statistic", n) for n in sorted(NAMES)] if schema is CORE else [("site", i) for i in range(len(stored.classes))]
-        tables = ((where(a, *key), where(b, *key)) for key in by)
-        same = [len(x) if _same_counts(x, y, ("probability", *(("load",) if weights == "none" else ()))) else -1 for x, y in tables]
-        if min(same) < 0 or sum(same) != a.num_rows:
-            yield name
-
-
-def _same_counts(a: pa.Table, b: pa.Table, unknown: Sequence[str]) -> bool:
-    """Equal keys and counts, and sums within 1e-9, but for those of the statistics ``unknown``."""
-    if "statistic" in a.column_names:
-        a, b = occurring(a), occurring(b)
-    columns = [n for n in a.column_names if n != "sum"]
-    if not a.select(columns).combine_chunks().equals(b.select(columns).combine_chunks()):
-        return False
-    if "sum" not in a.column_names:
-        return True
-    derivable = pc.invert(pc.is_in(a["statistic"], pa.array(unknown)))
-    mine, other = (t["sum"].filter(derivable).to_numpy() for t in (a, b))
-    return bool(np.allclose(mine, other, rtol=1e-9, atol=1e-9))
 
 
 @dataclass(frozen=True)
@@ -403,7 +301,7 @@ def listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def _naming(place: Place, name: str) -> Iterator[None]:
+def naming(place: Place, name: str) -> Iterator[None]:
     """Turn whatever a damaged or vanished file raises on reading into a RunError that names it."""
     try:
         yield

@@ -13,9 +13,10 @@ import torch
 from analysis import layout
 from analysis.capture import CaptureCancelled, CaptureError, PromptTooLong, capture, capture_parts, plan_documents, plan_parts, recording
 from analysis.routers import find_sites
-from analysis.store import RunError, read_manifest, verify_run
+from analysis.store import RunError, read_manifest
 from analysis.tokens import Pieces
 from analysis.trace import NO_EXPERT
+from analysis.verifying import verify_run
 from analysis.writing import RunWriter
 
 from . import tiny

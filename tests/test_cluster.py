@@ -23,7 +23,8 @@ from analysis.files import stamp
 from analysis.models import ModelError, load_model
 from analysis.places import Place, digest
 from analysis.stats import merge_statistics
-from analysis.store import RunError, count_part, open_run, read_manifest, verify_run
+from analysis.store import RunError, open_run, read_manifest
+from analysis.verifying import count_part, verify_run
 from analysis.writing import CAPTURE
 
 from . import tiny

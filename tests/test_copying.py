@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from analysis.copying import copy_run
-from analysis.store import RunError, open_run, verify_run
+from analysis.store import RunError, open_run
+from analysis.verifying import verify_run
 
 from .conftest import ROOT
 from .s3server import CREDENTIALS, bucket

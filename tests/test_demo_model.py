@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from analysis.models import load_model
-from analysis.store import open_run, verify_run
+from analysis.store import open_run
+from analysis.verifying import verify_run
 from data.fast_olmoe import forward, orthogonalised
 from data.model_card import information
 from data.train_demo import balance_at, model_config, plan, prepare, run

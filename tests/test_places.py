@@ -25,8 +25,9 @@ from analysis.copying import copy_run
 from analysis.files import scratch
 from analysis.models import load_model
 from analysis.places import Place
-from analysis.store import RunError, open_run, read_manifest, same_counts, verify_run
+from analysis.store import RunError, open_run, read_manifest
 from analysis.trace import ModelCard
+from analysis.verifying import same_counts, verify_run
 from analysis.writing import RunWriter
 
 from .conftest import ROOT

@@ -17,7 +17,8 @@ from analysis.capture import CaptureError, capture
 from analysis.export import describe, export_table
 from analysis.files import stamp
 from analysis.rounding import LARGEST_ERROR, ROUNDED, STEPS, rounded
-from analysis.store import RunError, open_run, verify_run
+from analysis.store import RunError, open_run
+from analysis.verifying import verify_run
 from app.model_card import origin
 from app.report import report_html
 from app.text import plain

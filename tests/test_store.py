@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import store
+from analysis import verifying
 from analysis.files import stamp
 from analysis.layout import write_table
 from analysis.longtables import LongTable
 from analysis.metrics import METRICS
-from analysis.store import RunError, delete_run, list_runs, open_run, valid_run_name, verify_run
+from analysis.store import RunError, delete_run, list_runs, open_run, valid_run_name
 from analysis.trace import TOKENS, LayerInfo, Part, SiteRouting, Trace
+from analysis.verifying import verify_run
 from analysis.writing import RunWriter
 
 from .synthetic import MANY, PLAIN, SPECIAL, TWO_STREAMS, card, differences, make_part, make_parts, make_trace, site
@@ -260,8 +261,8 @@ def test_verify_counts_in_scratch_that_a_killed_one_does_not_leave(tmp_path: Pat
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     seen: list[str] = []
-    counted = store._counted_again
-    monkeypatch.setattr(store, "_counted_again", lambda *given: [seen.extend(os.listdir(tmp_path / "scratch")), *counted(*given)][1:])
+    counted = verifying.counted_again
+    monkeypatch.setattr(verifying, "counted_again", lambda *given: [seen.extend(os.listdir(tmp_path / "scratch")), *counted(*given)][1:])
     assert verify_run(tmp_path / "run") == () and [s.startswith("routerscope-scratch-") for s in seen] == [True]
     assert not os.listdir(tmp_path / "scratch")
 

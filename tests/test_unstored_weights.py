@@ -25,8 +25,9 @@ from analysis.places import Place
 from analysis.policies import MissingScores
 from analysis.rounding import NOT_STORED, by_falling_weight
 from analysis.stats import first_choices, part_statistics
-from analysis.store import RunError, open_run, read_manifest, same_counts, stored_part, verify_run
+from analysis.store import RunError, open_run, read_manifest
 from analysis.trace import TraceError
+from analysis.verifying import same_counts, stored_part, verify_run
 from analysis.writing import RunWriter
 from app.model_card import origin
 from app.report import report_html

@@ -10,7 +10,8 @@ import pytest
 from analysis.capture import PlannedDocument, plan_parts
 from analysis.cluster import _check_stored
 from analysis.places import Place
-from analysis.store import RunError, verify_run
+from analysis.store import RunError
+from analysis.verifying import verify_run
 from analysis.writing import RunWriter, write_part
 
 from .synthetic import PLAIN, card, make_part, make_parts

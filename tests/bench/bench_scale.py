@@ -30,7 +30,8 @@ from typing import Any
 
 from analysis.places import Place
 from analysis.stats import merge_statistics, part_statistics
-from analysis.store import _counted_again, open_run, read_manifest
+from analysis.store import open_run, read_manifest
+from analysis.verifying import counted_again
 from analysis.writing import RunWriter
 from tests.bench.bench_stats import peak_memory
 from tests.bench.questions import ENGINES, FROM_STATISTICS, QUERIES
@@ -71,7 +72,7 @@ def write_run(folder: Path, shape: tuple[int, int, int], decisions: int) -> Figu
 def count_again(run: Run) -> object:
     """All statistics once more, from the stored decisions, as ``verify`` counts them."""
     with tempfile.TemporaryDirectory() as scratch:
-        return merge_statistics(_counted_again(Place.of(run.folder), run.trace, read_manifest(run.folder)["parts"]), Path(scratch))
+        return merge_statistics(counted_again(Place.of(run.folder), run.trace, read_manifest(run.folder)["parts"]), Path(scratch))
 
 
 def measure(query: str, engine: str, folder: Path, tiny: Path) -> Figures | dict[str, str]:

@@ -19,8 +19,9 @@ import torch
 from analysis.layout import write_routing
 from analysis.places import Place
 from analysis.rounding import rounded
-from analysis.store import open_run, read_manifest, stored_part
+from analysis.store import open_run, read_manifest
 from analysis.trace import Trace
+from analysis.verifying import stored_part
 
 SAMPLE = 200  # tokens written as JSON lines, where all would take minutes
 

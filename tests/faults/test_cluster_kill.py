@@ -15,7 +15,7 @@ import pytest
 from analysis.capture import capture
 from analysis.cluster import Cluster, capture_on_cluster
 from analysis.models import load_model
-from analysis.store import verify_run
+from analysis.verifying import verify_run
 from tests.raylets import documents, saved, two_nodes
 from tests.test_cluster import contents
 

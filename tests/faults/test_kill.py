@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.store import RunError, delete_run, open_run, verify_run
+from analysis.store import RunError, delete_run, open_run
+from analysis.verifying import verify_run
 from tests.synthetic import differences
 from tests.writer import main as write_run
 
