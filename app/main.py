@@ -12,19 +12,20 @@ from app.text import show_error
 
 st.set_page_config(page_title="Routerscope", page_icon="app/static/favicon.png", layout="wide")
 
-pages = [
-    st.Page("views/overview.py", title="Overview", default=True),
-    st.Page("views/tokens.py", title="Tokens", url_path="tokens"),
-    st.Page("views/load.py", title="Load", url_path="load"),
-    st.Page("views/capacity.py", title="Capacity", url_path="capacity"),
-    st.Page("views/specialization.py", title="Specialization", url_path="specialization"),
-    st.Page("views/expert.py", title="Expert", url_path="expert"),
-    st.Page("views/model.py", title="Model", url_path="model"),
-    st.Page("views/runs.py", title="Runs", url_path="runs"),
-    st.Page("views/glossary.py", title="Glossary", url_path="glossary"),
-]
-page = st.navigation(pages, position="top")
-others = [x.url_path for x in pages if x.url_path != page.url_path]
+page = st.navigation(
+    [
+        st.Page("views/overview.py", title="Overview", default=True),
+        st.Page("views/tokens.py", title="Tokens", url_path="tokens"),
+        st.Page("views/load.py", title="Load", url_path="load"),
+        st.Page("views/capacity.py", title="Capacity", url_path="capacity"),
+        st.Page("views/specialization.py", title="Specialization", url_path="specialization"),
+        st.Page("views/expert.py", title="Expert", url_path="expert"),
+        st.Page("views/model.py", title="Model", url_path="model"),
+        st.Page("views/runs.py", title="Runs", url_path="runs"),
+        st.Page("views/glossary.py", title="Glossary", url_path="glossary"),
+    ],
+    position="top",
+)
 try:
     header()
 except RunError as error:  # the folder of runs is none
@@ -40,8 +41,8 @@ except RunError as error:  # a file of the run that only this view needs is miss
     show_error(str(error))
 except StopException:  # a page that has said all it can still gives its figures and stands in the URL
     figures.take_figures()
-    publish(others)
+    publish(page.url_path)
     raise
 figures.take_figures()
-publish(others)
+publish(page.url_path)
 jobs.warm_up()

@@ -140,8 +140,8 @@ def _read_link() -> None:
     st.session_state["_link"] = None if acts else asked
 
 
-def publish(others: Sequence[str]) -> None:
-    """At the end of every page: its choices become the URL, unless that is by then of one of the ``others``, by url_path; probes the theme.
+def publish(page: str) -> None:
+    """At the end of every page, whose url_path is ``page``: its choices become the URL; probes the theme.
 
     A choice made on the page is a step of the browser's history. What a page fills in by itself replaces the address in
     place, or every page would cost two presses of Back.
@@ -150,7 +150,7 @@ def publish(others: Sequence[str]) -> None:
     stale, by_hand = dict(st.query_params) != chosen, st.session_state["_link"] is None
     if stale and by_hand:
         st.query_params.from_dict(chosen)
-    theme_probe(theme(), others, urlencode(chosen) if stale and not by_hand else None, acted)
+    theme_probe(theme(), page, urlencode(chosen) if stale and not by_hand else None, acted)
     st.session_state["_published"] = chosen
 
 

@@ -6,7 +6,7 @@ runs again whenever the theme changes, and reruns the script only where what Pyt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
@@ -16,13 +16,13 @@ _probe = st.components.v2.component(
 )
 
 
-def theme_probe(drawn: str, others: Sequence[str], query: str | None, on_change: Callable[[], None]) -> None:
+def theme_probe(drawn: str, page: str, query: str | None, on_change: Callable[[], None]) -> None:
     """Put the probe at the end of a page that was drawn for the theme ``drawn``; it draws nothing itself.
 
-    ``query`` replaces the query of the address, unless that is of one of the ``others`` by now, pages by url_path, without a step of history,
-    which Streamlit has no call for.
+    ``query`` replaces the query of the address, while it is that of ``page`` (its url_path), without a step of history, which Streamlit has
+    no call for.
     """
-    _probe(key="theme-probe", data={"drawn": drawn, "others": list(others), "query": query}, on_theme_change=on_change, height=1)
+    _probe(key="theme-probe", data={"drawn": drawn, "page": page, "query": query}, on_theme_change=on_change, height=1)
 
 
 def probed_theme() -> str | None:

@@ -1,6 +1,6 @@
 // Reports "dark" or "light" by the brightness of the page's background; runs again whenever the theme changes.
 export default function ({ data, parentElement, setStateValue }) {
-  const here = !data.others.includes(location.pathname.split("/").pop()); // else the reader has gone on, or back, and the address is another page's
+  const here = location.pathname.split("/").pop() === data.page; // else the reader has gone on, or back, and the address is another page's
   if (here && data.query !== null && location.search !== `?${data.query}`) history.replaceState(history.state, "", `${location.pathname}?${data.query}`);
   const probe = parentElement.querySelector("i");
   probe.style.color = "var(--st-background-color)";
